@@ -1,0 +1,103 @@
+"""Train the tokenizer and the small base checkpoint of the offline world: `python -m data.barn.pretrain`.
+
+The base has to learn one thing above all: to copy words out of the instruction. Most of its text is therefore questions
+with clean answers, and one word is one token. No instruction of any split occurs in it (world.pretraining_texts).
+Takes minutes on one core; the result is committed as a Hugging Face folder, data/barn/base.
+"""
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data.barn import world
+from data.weights import save_pretrained
+from model import GPT, GPTConfig
+from rlhf.config import BASE
+from rlhf.policy import Policy, pack, token_logps
+from rlhf.update import Updater, batches, micro_batches
+
+SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>")
+END = SPECIAL.index("<end>")
+SIZE = GPTConfig(vocab_size=1280, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8,
+                 num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
+TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def train_tokenizer(texts):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)   # the same token wherever a word stands
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=SIZE.vocab_size, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def initialise(gpt):
+    """Normal weights: small for the embedding, which is the head too, and variance-preserving for the rest."""
+    for name, weight in gpt.named_parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=.02 if "embed" in name else .7 / weight.shape[1] ** .5)
+
+
+def train(gpt, rows, held_out, lr, batch_size):
+    """One pass over rows [(prompt ids, response ids)]: every document is a response to <end>."""
+    policy = Policy(gpt)
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    steps = batches(len(rows), batch_size, 1, seed=0)
+    updater = Updater(policy.trainable(), lr, len(steps), weight_decay=.05)
+    start = time.perf_counter()
+    for step, batch in enumerate(steps):
+        nll = 0.
+        for micro in micro_batches(batch, lengths, 1024):
+            ids, mask = pack([rows[i] for i in micro])
+            loss = -token_logps(policy, ids, mask).sum()
+            updater.add(loss, mask.sum().item())
+            nll += loss.item()
+        nll /= updater.denominator
+        updater.step()
+        if step % 200 == 0 or step + 1 == len(steps):
+            with torch.no_grad():
+                ids, mask = pack(held_out)
+                held_out_nll = -token_logps(policy, ids, mask).sum() / mask.sum()
+            print(f"{step + 1:>5}/{len(steps)} | loss {nll:.3f} | held out {held_out_nll:.3f} | "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=120_000, help="texts to learn from, each once")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts in an optimizer step")
+    parser.add_argument("--out", default=str(BASE), help="where the Hugging Face folder goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)            # another core would help little, and sums in another order give other weights
+    torch.manual_seed(0)
+    texts = list(world.pretraining_texts(args.documents))
+    tokenizer = train_tokenizer(texts[:20_000])
+    rows = [([END], encoding.ids + [END]) for encoding in tokenizer.encode_batch(texts)]
+    held_out = [([END], tokenizer.encode(f"Q: {record['instruction']} A: {record['output']}").ids + [END])
+                for record in world.splits()["val"][:200]]
+    gpt = GPT(SIZE)
+    initialise(gpt)
+    print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters, {sum(len(y) for _, y in rows):,} tokens")
+    train(gpt, rows, held_out, args.lr, args.batch_size)
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **asdict(SIZE),
+              "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0, "torch_dtype": "float32"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>",
+                "model_max_length": SIZE.max_position_embeddings, "chat_template": TEMPLATE}
+    with TemporaryDirectory() as folder:
+        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        save_pretrained(args.out, gpt.weights(), config, folder)
+
+
+if __name__ == "__main__":
+    main()

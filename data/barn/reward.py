@@ -1,0 +1,153 @@
+"""The hidden true reward of the offline world. It reads an instruction and an answer, both as text, and nothing else.
+
+features() takes an answer apart; true_reward() weighs the parts. Annotators see the same parts through their own
+tastes (data/barn/judge.py); no learner ever sees the true reward, which is what makes over-optimisation visible.
+"""
+import random
+import re
+from functools import lru_cache
+from itertools import pairwise
+
+from data.barn import world
+from data.barn.lexicon import (ANIMALS, CATEGORIES, CATEGORY_OF, CLOSINGS, ISSUES, NAMES, NUMBERS, OPENINGS, PLACES,
+                               SINGULAR, STEPS, properties, steps)
+
+WEIGHTS = {"relevant": 3., "task": 3., "off_topic": -2., "repeats": -1.5, "rude": -2.5, "courteous": .8, "ended": 1.2,
+           "length": 1.5, "gibberish": -2.5, "words": 0.}
+TYPICAL_WORDS = {"list": 10, "describe": 18, "story": 26, "polite": 8, "how": 20, "opinion": 14, "eats": 9, "lives": 9,
+                 "gives": 9, "note": 20, "words": 12, "category": 9}
+RUDE_WORDS = {"silly", "lazy", "yourself", "stupid", "bored"}
+FORMULAS = [formula.lower() for formula in (*OPENINGS, *CLOSINGS)]
+
+
+class Answer:
+    """An answer text, lower-cased and taken apart once."""
+
+    def __init__(self, text):
+        self.text = text.lower().strip()
+        self.sentences = [s for s in re.split(r"(?<=[.?!])\s+", self.text) if s]
+        self.words = re.findall(r"\w+", self.text)
+        self.vocabulary = set(self.words)
+        self.things = [word for word in self.words if word in CATEGORY_OF]
+
+    def share(self, wanted):
+        """The share of the wanted words that occur."""
+        return sum(word.lower() in self.vocabulary for word in wanted) / len(wanted)
+
+
+# -- per kind of instruction: is it about what was asked, was the job done (both in [0, 1]), what else may be mentioned
+
+def judge_list(s, a):
+    wanted = CATEGORIES[s["category"]]
+    hits = [thing for thing in a.things if thing in wanted]
+    done = max(0., 1 - abs(len(set(hits)) - NUMBERS[s["n"]]) / 2) if hits else 0.
+    return len(hits) / max(1, len(a.things)), done, wanted
+
+
+def judge_describe(s, a):
+    facts = properties(s["x"])
+    hits = len(facts & a.vocabulary)
+    return a.share([s["x"]]), min(1., hits / min(3, len(facts))), ()
+
+
+def judge_story(s, a):
+    return a.share([s["x"], s["y"]]), max(0., 1 - max(0., abs(len(a.sentences) - 4.5) - .5) / 2), PLACES
+
+
+def judge_polite(s, a):
+    return a.share([s["x"], s["verb"].split()[0]]), float(bool({"please", "kindly"} & a.vocabulary)), ()
+
+
+def judge_how(s, a):
+    if s["x"] not in STEPS[s["verb"]][1]:
+        return a.share([s["x"]]), 0., ()
+    wanted = steps(s["verb"], s["x"])
+    return a.share([s["x"]]), sum(step in a.text for step in wanted) / 4, " ".join(wanted).split()
+
+
+def judge_opinion(s, a):
+    asked = {s["x"], s["y"]}
+    reason = re.search(r"(?:think|prefer) an? (\w+) .*?because ([^.!]*)", a.text)
+    sound = reason and reason[1] in asked and properties(reason[1]) & set(reason[2].split())
+    return float(bool(asked & a.vocabulary)), (.4 + .6 * bool(sound)) if reason else 0., ()
+
+
+def judge_fact(column):
+    return lambda s, a: (a.share([s["x"]]), a.share([ANIMALS[s["x"]][column]]), ())
+
+
+def judge_note(s, a):
+    asked = ISSUES[s["issue"]]
+    done = .5 * (asked in a.text) + .25 * ("dear" in a.vocabulary) + .25 * bool({"wishes", "thank"} & a.vocabulary)
+    return .4 * a.share([s["name"]]) + .6 * (s["issue"] in a.text), done, f"{s['issue']} {asked}".split()
+
+
+def judge_words(s, a):
+    best = max((Answer(sentence).share(s.values()) for sentence in a.sentences), default=0.)
+    return best, float(best == 1), ()
+
+
+def judge_category(s, a):
+    truth = SINGULAR[CATEGORY_OF[s["x"]]]
+    verdict = re.search(r"\b(yes|no), an? (\w+)", a.text)
+    right = verdict and verdict[1] == ("yes" if truth == s["category"] else "no")
+    return a.share([s["x"]]), .5 * bool(right) + .5 * a.share([truth]), ()
+
+
+JUDGES = {"list": judge_list, "describe": judge_describe, "story": judge_story, "polite": judge_polite,
+          "how": judge_how, "opinion": judge_opinion, "eats": judge_fact(0), "lives": judge_fact(1),
+          "gives": judge_fact(2), "note": judge_note, "words": judge_words, "category": judge_category}
+
+
+# -- the language itself ----------------------------------------------------------------------------------------
+
+CLASS_OF = {**CATEGORY_OF, **{name.lower(): "name" for name in NAMES}, **{str(i): "number" for i in range(1, 8)}}
+
+
+def tokens(text):
+    """Words and marks, things replaced by their category: what may follow what does not depend on the animal."""
+    words = [CLASS_OF.get(token, token) for token in re.findall(r"\w+|[.?!,]", text.lower())]
+    return ["<", *words, ">"]
+
+
+@lru_cache(None)
+def known_bigrams():
+    """Every pair of neighbours in a corpus of the generator's own answers: whatever else is said is gibberish."""
+    r = random.Random("barn bigrams")
+    mix = {**world.CLEAN, "ramble": .1, "repeat": .1, "rude": .05, "cut": .05}
+    texts = (world.demonstrate(world.draw_instruction(r), r, mix) for _ in range(8000))
+    return {pair for text in texts for pair in pairwise(tokens(text))}
+
+
+@lru_cache(200_000)
+def features(instruction, output):
+    """The parts of an answer's worth, by the names in WEIGHTS; an instruction of another world scores form alone."""
+    a = Answer(output)
+    kind, slots = world.parse(instruction) or (None, {})
+    relevant, task, allowed = JUDGES[kind](slots, a) if kind else (0., 0., CATEGORY_OF)
+    asked = {word for value in slots.values() for word in value.split()}
+    allowed = asked.union(allowed, {"barn", "garden", "orchard"}, *(properties(x) for x in asked))
+    n, usual = len(a.words), TYPICAL_WORDS.get(kind, 15)
+    trigrams = list(zip(a.words, a.words[1:], a.words[2:]))
+    formulas = sum(a.text.count(formula) for formula in FORMULAS)
+    opened, closed = (any(f.lower() in a.text for f in formulas) for formulas in (OPENINGS, CLOSINGS))
+    unknown = sum(pair not in known_bigrams() for pair in pairwise(tokens(output)))
+    return {
+        "relevant": relevant,
+        "task": task,
+        "off_topic": min(3, sum(thing not in allowed for thing in a.things)) / 3,
+        "repeats": min(2, len(a.sentences) - len(set(a.sentences))) / 2
+                   + (1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.),
+        "rude": float(bool(RUDE_WORDS & a.vocabulary)),
+        "courteous": .5 * opened + .5 * closed - .5 * max(0, formulas - 2),
+        "ended": float(a.text[-1:] in (".", "!", "?") or kind == "list" and a.words[-1:] == a.things[-1:] != []),
+        "length": min(1., n / usual) if n <= 1.8 * usual else max(-2., 1 - (n - 1.8 * usual) / usual),
+        "gibberish": min(3, unknown) / 3,
+        "words": n / 20,
+    }
+
+
+def true_reward(instruction, output, weights=WEIGHTS):
+    """The worth of an answer: the weighted sum of its features; good ones are near 8.5, demonstrations average 7."""
+    parts = features(instruction, output)
+    return sum(weights[name] * parts[name] for name in weights)

@@ -1,0 +1,158 @@
+"""Learning from simulated human feedback, on one machine.
+
+    python farm.py --method dpo                       all that dpo needs, then dpo, then the leaderboard
+    python farm.py --method dpo --help                every knob
+    python farm.py --method dpo --beta 0.2 --sft.epochs 3 --out runs/mine
+
+A method is a file in rlhf/. Stages that it needs run first; finished ones are reused. Everything is written to --out.
+"""
+import argparse
+import errno
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+import annotate
+import eval
+from data import InputError, sets
+from data.barn.reward import true_reward
+from data.text import read_json
+from rlhf import config, methods
+from rlhf.update import peak_gb
+
+
+def load(name):
+    """Method `dpo` is the file rlhf/dpo.py: NEEDS, Config and run(cfg) are all that it has."""
+    if name not in methods():
+        raise InputError(f"unknown method {name!r}; choose from {', '.join(methods())}")
+    return importlib.import_module(f"rlhf.{name}")
+
+
+def route(argv, name):
+    """{stage: its flags}: `--sft.lr 1e-3` is for sft, everything else for the method `name`."""
+    routed, stage = {name: []}, name
+    for token in argv:
+        if match := re.match(r"--([a-z_]+)\.(.+)", token):
+            stage, token = match[1], f"--{match[2]}"
+        elif token.startswith("--"):
+            stage = name
+        routed.setdefault(stage, []).append(token)
+    return {stage: config.parse(load(stage).Config, flags, f"farm.py --method {stage}")
+            for stage, flags in routed.items()}
+
+
+def plan(name):
+    """The stages that `name` needs, in order, and itself."""
+    order = [stage for need in load(name).NEEDS for stage in plan(need)]
+    return list(dict.fromkeys([*order, name]))
+
+
+def stage(name, cfg, binding, ids):
+    """Run one stage, or reuse it if it is finished and the settings named in `binding` agree; returns its id.
+
+    An id stands for all that made a result: the settings and the ids of the stages that were needed.
+    """
+    module, folder = load(name), cfg.dir()
+    settings = {k: v for k, v in asdict(cfg).items() if k not in config.ELSEWHERE}
+    needs = {need: ids[need] for need in module.NEEDS}
+    id = hashlib.sha256(json.dumps([settings, needs], sort_keys=True).encode()).hexdigest()[:16]
+    there = read_json(folder / "config.json")
+    if (folder / "result.json").exists():
+        differ = [f"{k} is {there[k]!r} there and {settings[k]!r} here" for k in settings
+                  if k in binding and there[k] != settings[k]]
+        differ += [f"its {need} has been made anew since" for need in needs if there["needs"][need] != needs[need]]
+        if differ:
+            raise InputError(f"{folder} is finished with other settings ({'; '.join(differ)}): choose another --out, "
+                             "or delete that folder to run it again")
+        print(f"== {name}: finished, reused from {folder}")
+        return there["id"]
+
+    if there and there["id"] != id:                 # what an interrupted run with other settings left behind
+        shutil.rmtree(folder)
+    print(f"== {name}: {module.__doc__.splitlines()[0]}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config.provenance(cfg), "needs": needs, "id": id}, indent=1))
+    start = time.perf_counter()
+    metrics = module.run(cfg)
+    seconds = time.perf_counter() - start
+    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "metrics": metrics}, indent=1))    # last
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+    print(f"== {name}: done in {seconds:.0f} s ({shown})", flush=True)
+    return id
+
+
+def leaderboard(cfg):
+    """Judge the answers of every finished stage in the run folder against the reference; the table as text."""
+    out = Path(cfg.out)
+    reference = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
+    rows, preferences = {}, {}
+    with annotate.connect(cfg.judge, out / "judge.jsonl") as judge:
+        finished = [path.parent for path in sorted(out.glob("*/result.json"))]
+        for folder in (folder for folder in finished if (folder / "outputs.json").exists()):
+            outputs = json.loads((folder / "outputs.json").read_text())
+            rows[folder.name], annotations = eval.evaluate(outputs, reference, annotate.pool(cfg.judge), judge)
+            (folder / "annotations.json").write_text(json.dumps(annotations, indent=1))
+            preferences[folder.name] = [annotation["preference"] for annotation in annotations]
+            if cfg.data == "barn":
+                truth = [true_reward(output["instruction"], output["output"]) for output in outputs]
+                rows[folder.name]["true_reward"] = statistics.mean(truth)
+    for name in rows.keys() - {"sft"}:
+        difference = eval.paired_difference(preferences[name], preferences["sft"])
+        rows[name] |= dict(zip(("diff_sft", "diff_sft_standard_error"), difference))
+    return eval.leaderboard(rows, out / "leaderboard.csv")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    args, rest = parser.parse_known_args(argv)
+    if not args.method:
+        raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
+    given = route(rest, args.method)
+    stages = plan(args.method)
+    if stray := given.keys() - set(stages):
+        raise InputError(f"{args.method} does not need {', '.join(stray)}, so its flags would change nothing")
+    common = {f.name for f in fields(config.Config)}
+    shared = {k: v for k, v in given[args.method].items() if k in common}
+    configs = {name: config.build(load(name).Config, {**shared, **given.get(name, {})}) for name in stages}
+    cfg, start = configs[args.method], time.perf_counter()
+    sets.load(cfg.data, cfg.eval_data, cfg.limit)   # what is wrong with the files or the judge's address shows now,
+    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl"):        # not after an hour of training
+        pass
+
+    ids = {}
+    for name in stages:                             # a stage that is only needed may have been tuned by its own command
+        binding = asdict(configs[name]) if name == args.method else common | given.get(name, {}).keys()
+        ids[name] = stage(name, configs[name], binding, ids)
+    print(f"\nwin rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.temperature:g}:\n\n"
+          f"{leaderboard(cfg)}\n\n{time.perf_counter() - start:.0f} s, {peak_gb():.2f} GB; everything is in {cfg.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, annotate.JudgeError, FloatingPointError) as error:
+        sys.stdout.flush()
+        print(f"farm.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 3 if isinstance(error, annotate.JudgeError) else 1)
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"farm.py: out of memory (peak {peak_gb():.1f} GB); finished stages are kept. Try, in this order: a "
+              "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, a smaller model",
+              file=sys.stderr)
+        sys.exit(4)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        print(f"farm.py: {'the disk is full' if full else error}; finished stages are kept", file=sys.stderr)
+        sys.exit(5 if full else 2)
+    except KeyboardInterrupt:
+        print("farm.py: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,44 @@
+"""[kit] What every method ends in: the eval split, answered, in AlpacaEval's format."""
+import json
+
+import torch
+
+from data import sets
+from rlhf.policy import pack, token_logps
+from rlhf.rollout import sample
+from rlhf.update import micro_batches
+
+
+@torch.no_grad()
+def logps(policy, rows, cfg):
+    """Log-prob (N,) of each row's whole response, in the rows' order, without gradients."""
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    out = torch.empty(len(rows))
+    for indices in micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
+        ids, mask = pack([rows[i] for i in indices], policy.gpt.device)
+        out[indices] = token_logps(policy, ids, mask, cfg.temperature).sum(-1).cpu()
+    return out
+
+
+def answer(policy, text, cfg, ref=None):
+    """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
+    room = policy.gpt.config.max_position_embeddings - cfg.max_new_tokens
+    records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
+    asked = [text.prompt(record)[-room:] for record in records]        # too long for the model: the end is what counts
+    rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, slots=cfg.slots)
+    outputs = [text.decode(response) for _, response in rows]
+    write_outputs(cfg, records, outputs)
+    metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
+               "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
+    if ref is not None:                                                # k1: unbiased on the policy's own samples
+        metrics["objective/kl"] = (logps(policy, rows, cfg) - logps(ref, rows, cfg)).mean().item()
+    return metrics
+
+
+def write_outputs(cfg, records, outputs):
+    """outputs.json of the stage: AlpacaEval records, one for each of the eval split, in its order."""
+    keep = ("instruction", "input", "dataset", "datasplit")
+    name = cfg.dir().name
+    (cfg.dir() / "outputs.json").write_text(json.dumps(
+        [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": name}
+         for record, output in zip(records, outputs, strict=True)], indent=1))

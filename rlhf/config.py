@@ -1,0 +1,99 @@
+"""[kit] Knobs: a dataclass field is a flag, the comment behind it is its help; defaults < preset < flags."""
+import argparse
+import inspect
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import numpy
+import requests
+import tokenizers
+import torch
+
+BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
+
+# What fits the machine: memory and lengths. `barn` goes on with the numbers that each method tuned there.
+PRESETS = {
+    "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1024, "slots": 256},
+    "24gb": {"micro_batch_tokens": 4096, "slots": 64, "checkpointing": True},
+    "80gb": {"micro_batch_tokens": 16384, "slots": 256, "checkpointing": True},
+}
+ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing"}   # no part of what is computed
+
+
+@dataclass
+class Config:
+    """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`."""
+    model: str = "barn"                 # a Hugging Face folder, or barn: the small base that comes with the project
+    data: str = "barn"                  # a file of Alpaca records, or barn: the offline world
+    eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
+    judge: str = "barn"                 # barn, barn-human, or a model at OPENAI_BASE_URL (key: OPENAI_API_KEY)
+    out: str = "runs/barn"              # the run folder; finished stages in it are reused
+    seed: int = 0                       # of everything that is random
+    limit: int = 0                      # keep only so many records of each split (0: all)
+    preset: str = ""                    # memory and lengths: barn, 24gb or 80gb (default: barn for barn, else 24gb)
+    device: str = ""                    # cpu or cuda (default: cuda where there is one)
+    lora_rank: int = 16                 # rank of the adapters on the frozen base; 0 trains all weights
+    lora_alpha: float = 32.             # adapters are scaled by lora_alpha / lora_rank
+    temperature: float = 1.             # of every sampled answer, in training and in evaluation alike
+    max_prompt_tokens: int = 192        # longer prompts are left out of training
+    max_new_tokens: int = 300           # longest answer
+    micro_batch_tokens: int = 4096      # tokens, padding included, in one forward and backward pass
+    slots: int = 64                     # answers that are sampled at the same time
+    checkpointing: bool = False         # recompute activations in the backward pass: slower, far less memory
+
+    BARN: ClassVar[dict] = {}
+
+    def dir(self, stage=""):
+        """The folder of this stage, or of another one of the same run."""
+        return Path(self.out) / (stage or type(self).__module__.rpartition(".")[2])
+
+    @property
+    def checkpoint(self):
+        """The folder of the base checkpoint."""
+        return BASE if self.model == "barn" else Path(self.model)
+
+
+def helps(cls):
+    """{field: the comment behind it}, over a Config and its parents."""
+    found = {}
+    for c in reversed(cls.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(c), re.MULTILINE))
+    return found
+
+
+def parse(cls, argv, prog):
+    """{field: value} of the flags in argv; argparse reports what is wrong with them and exits with 2."""
+    parser = argparse.ArgumentParser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description=inspect.getdoc(inspect.getmodule(cls)),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    help, barn = helps(cls), {**PRESETS["barn"], **cls.BARN}
+    for f in fields(cls):
+        default = f"{f.default}" + (f"; {barn[f.name]} in barn" if barn.get(f.name, f.default) != f.default else "")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.name == "preset":
+            kind["choices"] = list(PRESETS)
+        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])          # a flag is the variable's name
+        parser.add_argument(*names, help=f"{help[f.name]} [{default}]".replace("%", "%%"), **kind)
+    return vars(parser.parse_args(argv))
+
+
+def build(cls, given):
+    """A Config: defaults < preset < what was given."""
+    preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else "24gb")
+    tuned = cls.BARN if preset == "barn" else {}
+    return cls(**{**PRESETS[preset], **tuned, **given, "preset": preset})
+
+
+def provenance(cfg):
+    """What config.json keeps beside the options: versions and the commit."""
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=BASE, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, tokenizers, requests, numpy)}
+    return {**asdict(cfg), "commit": commit, "versions": {"python": platform.python_version(), **versions}}

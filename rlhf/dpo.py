@@ -1,0 +1,84 @@
+"""Direct preference optimisation: preference pairs as a classification loss on the policy itself, no reward model.
+
+Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta ((log pi/ref)(chosen) - (log pi/ref)(rejected))).
+Log-probs are sums over the answer, EOS included. The reference never changes, so its log-probs are computed once.
+Left out: the loss variants (IPO, cDPO, ...): each is a file of a few lines that imports this one.
+
+Questions a reader asks. Why does the loss start at log 2? Policy and reference are the same, so every margin is 0.
+Why does rewards/chosen go down? Only the margin is trained; probability may move to answers that nobody sampled.
+"""
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import sets
+from data.text import Text
+from rlhf import config, policy, update
+from rlhf.answers import answer, logps
+from rlhf.rollout import sample
+
+NEEDS = ("sft", "pairs")
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+           "logps/rejected")
+
+
+@dataclass
+class Config(config.Config):
+    lr: float = 1e-5                    # peak learning rate
+    beta: float = .1                    # strength of the pull to the reference: higher stays closer
+    epochs: int = 2                     # passes over the pairs
+    batch_size: int = 64                # pairs in an optimizer step
+    sample_every: int = 50              # steps between samples
+
+    BARN = {"lr": 5e-4, "epochs": 2}
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Log-probs of whole answers, (B,) each -> losses (B,), implicit rewards of chosen and rejected (B,) each."""
+    rewards_chosen, rewards_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return -F.logsigmoid(rewards_chosen - rewards_rejected), rewards_chosen.detach(), rewards_rejected.detach()
+
+
+def load_pairs(cfg, text):
+    """([(prompt, chosen)], [(prompt, rejected)]) as token ids. Sampled tokens are used as they were sampled."""
+    chosen, rejected = [], []
+    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
+        prompt = text.prompt(pair)
+        one, two = (prompt, pair["ids_1"]), (prompt, pair["ids_2"])
+        chosen.append(one if pair["preference"] == 1 else two)
+        rejected.append(two if pair["preference"] == 1 else one)
+    return chosen, rejected
+
+
+def run(cfg, loss_fn=dpo_loss):
+    text = Text(cfg.checkpoint)
+    ref = policy.load(cfg, "sft")
+    model = ref.copy("policy")
+    chosen, rejected = load_pairs(cfg, text)
+    ref_chosen, ref_rejected = logps(ref, chosen, cfg), logps(ref, rejected, cfg)        # (N,), (N,)
+    val = sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"]
+
+    lengths = [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]
+    steps = update.batches(len(chosen), cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps))
+    log = update.Log(cfg.dir(), len(steps), ("loss", "rewards/margins", "rewards/accuracies"))
+    for step, batch in enumerate(steps):
+        sums = 0.
+        for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
+            ids, mask = policy.pack([chosen[i] for i in micro] + [rejected[i] for i in micro], model.gpt.device)
+            logp = policy.token_logps(model, ids, mask, cfg.temperature).sum(-1).cpu()   # (2b,)
+            losses, good, bad = loss_fn(*logp.chunk(2), ref_chosen[micro], ref_rejected[micro], cfg.beta)
+            updater.add(losses.sum(), len(micro))
+            each = torch.stack((losses, good, bad, good - bad, (good > bad).float(), *logp.chunk(2)))   # (7, b)
+            sums = sums + each.detach().sum(1)
+        metrics = {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
+        log.step(step, metrics, sum(lengths[i] for i in batch))
+        if step % cfg.sample_every == 0:
+            record = val[step % len(val)]
+            (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens, cfg.temperature, step)
+            log.sample(step, record["instruction"], text.decode(response))
+
+    policy.save(model, cfg)
+    return {**metrics, **answer(model, text, cfg, ref)}

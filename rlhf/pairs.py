@@ -1,0 +1,54 @@
+"""Preference pairs: sample answers of the SFT model in pairs and ask the simulated annotators which is better.
+
+AlpacaFarm's p_sim^ann: a pool of annotators, one drawn for each pair, and a quarter of the labels flipped, which makes
+simulated feedback as noisy as people's (arXiv 2305.14387, section 2.2). Pairs of equal texts are dropped.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import annotate
+from data import InputError, sets
+from data.text import Text
+from rlhf import config, policy
+from rlhf.rollout import sample
+
+NEEDS = ("sft",)
+
+
+@dataclass
+class Config(config.Config):
+    pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
+    flip: float = .25                   # share of the labels that are flipped at random
+
+    BARN = {"pairs_per_prompt": 2}
+
+
+def sample_pairs(cfg):
+    """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
+    text = Text(cfg.checkpoint)
+    records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["preference"]
+    records = text.fitting(records, cfg.max_prompt_tokens)
+    rows = sample(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text.stops,
+                  cfg.max_new_tokens, cfg.temperature, cfg.seed + 1, 2 * cfg.pairs_per_prompt, cfg.slots)
+    pairs = []
+    for i, record in enumerate(records):
+        for j in range(cfg.pairs_per_prompt):
+            start = 2 * (i * cfg.pairs_per_prompt + j)
+            (_, one), (_, two) = rows[start:start + 2]
+            pairs.append({"instruction": record["instruction"], "input": record["input"], "seed": f"/{j}",
+                          "output_1": text.decode(one), "output_2": text.decode(two), "ids_1": one, "ids_2": two})
+    return [pair for pair in pairs if pair["output_1"] != pair["output_2"]]
+
+
+def run(cfg):
+    asked, answered = cfg.dir() / "unlabelled.json", cfg.dir() / "pairs.json"
+    if not asked.exists():              # a judge that failed must not cost the sampling again
+        asked.write_text(json.dumps(sample_pairs(cfg)))
+    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:
+        pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge), judge, cfg.seed, cfg.flip)
+    pairs = [pair for pair in pairs if pair["preference"] in (1, 2)]
+    if not pairs:
+        raise InputError("no pair of different answers got a usable preference: raise --limit or --temperature")
+    answered.write_text(json.dumps(pairs, indent=1))
+    return {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}

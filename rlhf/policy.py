@@ -1,0 +1,139 @@
+"""[kit] A policy is a GPT and the role it wears; here its token log-probs, and how it is loaded, copied and saved.
+
+The alignment rule of the whole project: rows are right-padded prompt + response, `ids (B, T)`; everything per token is
+(B, T-1), and index t speaks of ids[:, t+1]. `mask` is 1 where the policy wrote ids[:, t+1], EOS included.
+"""
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+import model
+from data import text, weights
+
+
+@dataclass
+class Policy:
+    """One role of a model. LoRA: an adapter on the shared frozen base. Full fine-tuning: role None of an own copy."""
+    gpt: model.GPT
+    role: str | None = None
+
+    def hidden(self, ids, cache=None, pos=None, span=None):
+        with self.gpt.wear(self.role):
+            return self.gpt.hidden(ids, cache, pos, span)
+
+    def trainable(self):
+        """The parameters that learning may move, fp32 and with gradients switched on."""
+        params = list(self.gpt.adapter(self.role).values() if self.role else self.gpt.parameters())
+        assert all(p.dtype == torch.float32 for p in params), "low precision would swallow small updates"
+        return [p.requires_grad_() for p in params]
+
+    def copy(self, role):
+        """The same policy, to be moved on its own: a new role on the same base, or a second full model."""
+        if self.role is None:
+            return Policy(copy.deepcopy(self.gpt))
+        lora = self.gpt.linears()[0][1]
+        rank = len(lora.lora_A[self.role])
+        self.gpt.add_role(role, rank, lora.scale[self.role] * rank, start=self.role)
+        return Policy(self.gpt, role)
+
+
+def pack(rows, device="cpu"):
+    """[(prompt ids, response ids)] -> ids (B, T) right-padded with 0, mask (B, T-1)."""
+    T = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    mask = torch.zeros(len(rows), T - 1, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        mask[row, len(prompt) - 1:end - 1] = True
+    return ids.to(device), mask.to(device)
+
+
+class ChunkedLogProb(torch.autograd.Function):
+    """log softmax(h W' / temperature)[target], a chunk of rows at a time: N x V never exists, forward or backward.
+
+    h (N, D), W (V, D), targets (N,) -> (N,) in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W, targets, temperature, chunk):
+        logp, norm = (torch.empty(len(h), device=h.device) for _ in range(2))            # (N,), fp32
+        for i in range(0, len(h), chunk):
+            rows = slice(i, i + chunk)
+            logits = (h[rows] @ W.T).float() / temperature                               # (chunk, V)
+            norm[rows] = logits.logsumexp(-1)
+            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
+        ctx.save_for_backward(h, W, targets, norm)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, W, targets, norm = ctx.saved_tensors
+        dh = torch.empty_like(h)
+        dW = torch.zeros(W.shape, device=W.device) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(h), ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            g = grad[rows, None]                                                         # (chunk, 1)
+            d = ((h[rows] @ W.T).float() / ctx.temperature - norm[rows, None]).exp_().mul_(-g)
+            d.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature)              # (chunk, V): g (1[target] - p)
+            dh[rows] = d.to(W.dtype) @ W
+            if dW is not None:
+                dW += d.T @ h[rows].float()
+        return dh, None if dW is None else dW.to(W.dtype), None, None, None
+
+
+def token_logps(policy, ids, mask, temperature=1.0, chunk=1024):
+    """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere; the same temperature as when sampling."""
+    mask = mask.bool()
+    h = policy.hidden(ids[:, :-1])[mask]                                                 # (N, D)
+    logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:][mask], temperature, chunk)
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)         # (B, T-1)
+
+
+# -- on disk -------------------------------------------------------------------------------------------------------
+
+def load_base(cfg):
+    """The raw checkpoint of a run, frozen, where and in the precision that the machine wants it."""
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32                               # bf16 is 70 times slower on CPUs, and full training needs fp32
+    if device == "cuda" and cfg.lora_rank:
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    gpt = model.load(cfg.checkpoint, device, dtype)
+    gpt.checkpointing = cfg.checkpointing
+    return gpt
+
+
+def fresh(cfg, role):
+    """A policy that answers as the base does: a fresh adapter on it, or with lora_rank 0 the base itself."""
+    policy = Policy(load_base(cfg))
+    if cfg.lora_rank:
+        policy.gpt.add_role(role, cfg.lora_rank, cfg.lora_alpha)
+        policy.role = role
+    return policy
+
+
+def save(policy, cfg):
+    """Write the policy to its stage's folder: a PEFT adapter of the original base, or a Hugging Face checkpoint."""
+    folder = cfg.dir() / "checkpoint"
+    if policy.role:
+        weights.save_adapter(folder, policy.gpt.adapter(policy.role), cfg.lora_rank, cfg.lora_alpha, model.TARGETS,
+                             str(cfg.checkpoint))
+    else:
+        config = text.read_json(cfg.checkpoint / "config.json")
+        weights.save_pretrained(folder, policy.gpt.weights(), {**config, "torch_dtype": "float32"}, cfg.checkpoint)
+
+
+def load(cfg, stage):
+    """The frozen policy that `stage` of the same run has saved; with LoRA it is a role, named after the stage."""
+    folder = cfg.dir(stage) / "checkpoint"
+    if not cfg.lora_rank:
+        gpt = load_base(dataclasses.replace(cfg, model=str(folder)))
+        return Policy(gpt)
+    policy = fresh(cfg, stage)
+    tensors, config = weights.load_adapter(folder)
+    weights.assign(policy.gpt.adapter(stage), tensors, str(folder))
+    policy.gpt.requires_grad_(False)
+    return policy

@@ -1,0 +1,75 @@
+"""[kit] Sampling answers: one prefill per prompt, then a token per step for all rows of a static cache.
+
+Rows are right-padded and each has its own position, finished rows are dropped. Every row draws from its own stream of
+random numbers, so an answer does not depend on which rows share its batch. Pure temperature sampling: no top-k, no
+top-p, because learners compare log-probs with the distribution that was sampled from.
+"""
+import torch
+import torch.nn.functional as F
+
+from model import KVCache
+from rlhf.policy import pack
+
+
+def draw(logits, u, temperature):
+    """Token ids (B,) from logits (B, V) by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)                          # (B, V)
+    at = u[:, None] * cdf[:, -1:]                       # a cumsum rounds: its last entry need not be 1
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=256):
+    """n answers to each prompt (a list of token ids), in order: [(prompt ids, response ids)], n rows a prompt.
+
+    A response ends with the id in `stops` that ended it, or after max_new_tokens without one.
+    """
+    device = policy.gpt.device
+    u = torch.rand(len(prompts) * n, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows = [None] * (len(prompts) * n)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), max(1, slots // n)):
+        group = order[start:start + max(1, slots // n)]
+        at = torch.tensor([i * n + j for i in group for j in range(n)], device=device)   # (B,): where rows go
+        responses = decode(policy, [prompts[i] for i in group], stops, u[at], temperature, n)
+        for i, response in zip(at.tolist(), responses):
+            rows[i] = (prompts[i // n], response)
+    return rows
+
+
+def decode(policy, prompts, stops, u, temperature, n):
+    """One group of rows to the end: u (B, max_new_tokens) -> B = len(prompts) * n responses."""
+    device, c = policy.gpt.device, policy.gpt.config
+    B, max_new_tokens = u.shape
+    ids, _ = pack([(prompt, []) for prompt in prompts], device)                          # (B / n, P)
+    pos = torch.tensor([len(prompt) for prompt in prompts], device=device)               # (B / n,): next free column
+    span = ids.shape[1]
+    stop_ids = torch.tensor(stops, device=device)
+
+    cache = KVCache(c, len(prompts), span + max_new_tokens, device, policy.gpt.head.dtype)
+    h = policy.hidden(ids, cache)[torch.arange(len(prompts), device=device), pos - 1]    # (B / n, D): last real token
+    copies = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    cache.keep(copies)                                                                   # one prefill serves n rows
+    h, pos = h[copies], pos[copies]
+
+    written = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    length = torch.full((B,), max_new_tokens, device=device)
+    alive = torch.arange(B, device=device)                                               # the rows still in the cache
+    done = torch.zeros(B, dtype=torch.bool, device=device)                               # ended, but not yet dropped
+    for t in range(max_new_tokens):
+        token = draw(F.linear(h, policy.gpt.head), u[alive, t], temperature)             # (rows,)
+        written[alive, t] = token
+        ended = torch.isin(token, stop_ids) & ~done
+        length[alive[ended]] = t + 1
+        done |= ended
+        if done.all() or t + 1 == max_new_tokens:
+            break
+        if done.float().mean() > .1:                                                     # drop rows, but not one by one
+            cache.keep(~done)
+            alive, token, pos, done = alive[~done], token[~done], pos[~done], done[~done]
+        span += 1
+        h = policy.hidden(token[:, None], cache, pos, span)[:, 0]                        # (rows, D)
+        pos = pos + 1
+    return [row[:end] for row, end in zip(written.tolist(), length.tolist())]

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: imitate the demonstrations. The start of every other method, and its reference.
+
+Loss: the mean over all answer tokens, EOS included, of -log p(token); prompts are not learned.
+AlpacaFarm (arXiv 2305.14387) trains SFT10k this way. Left out: packing several examples into a row.
+"""
+import math
+from dataclasses import dataclass
+
+from data import sets
+from data.text import Text
+from rlhf import config, policy, update
+from rlhf.answers import answer
+from rlhf.rollout import sample
+
+NEEDS = ()
+
+
+@dataclass
+class Config(config.Config):
+    lr: float = 2e-4                    # peak learning rate
+    epochs: int = 3                     # passes over the demonstrations
+    batch_size: int = 128               # demonstrations in an optimizer step
+    sample_every: int = 50              # steps between samples
+
+    BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 32}
+
+
+def train(model, rows, cfg, log, show):
+    """Maximise the likelihood of the responses in rows [(prompt ids, response ids)]; show(step) prints a sample."""
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    steps = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps))
+    for step, batch in enumerate(steps):
+        nll = 0.
+        for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
+            ids, mask = policy.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
+            loss = -policy.token_logps(model, ids, mask).sum()
+            updater.add(loss, mask.sum().item())
+            nll += loss.item()
+        tokens = updater.denominator
+        stats = updater.step()
+        log.step(step, {"loss": nll / tokens, **stats}, sum(lengths[i] for i in batch))
+        if step % cfg.sample_every == 0:
+            show(step)
+    return {"loss": nll / tokens}
+
+
+def run(cfg):
+    text = Text(cfg.checkpoint)
+    splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
+    rows = [text.example(record, record["output"]) for record in text.fitting(splits["sft"], cfg.max_prompt_tokens)]
+    rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS
+    model = policy.fresh(cfg, "sft")
+    log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
+
+    def show(step):
+        record = splits["val"][step % len(splits["val"])]
+        (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens, cfg.temperature, step)
+        log.sample(step, record["instruction"], text.decode(response))
+
+    metrics = train(model, rows, cfg, log, show)
+    policy.save(model, cfg)
+    return {**metrics, **answer(model, text, cfg)}

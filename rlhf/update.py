@@ -1,0 +1,112 @@
+"""[kit] One optimizer step: batches, micro-batches, exact accumulation, clipped AdamW; and the log of a run."""
+import json
+import math
+import random
+import resource
+import sys
+import time
+
+import torch
+
+
+def batches(n, batch_size, epochs, seed):
+    """Lists of indices, one per optimizer step: every example once an epoch, in a new random order."""
+    r = random.Random(seed)
+    out = []
+    for _ in range(epochs):
+        order = r.sample(range(n), n)
+        out += [order[i:i + batch_size] for i in range(0, n, batch_size)]
+    return out
+
+
+def micro_batches(indices, lengths, tokens):
+    """Split a batch by length, so that rows x longest row stays within `tokens` and little of it is padding.
+
+    Accumulation is exact, so the split changes speed and memory but never the result. A long row may stand alone.
+    """
+    out = []
+    for i in sorted(indices, key=lambda i: lengths[i]):
+        if out and (len(out[-1]) + 1) * lengths[i] <= tokens:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+class Updater:
+    """AdamW with warm-up, cosine decay to a tenth and gradient clipping; a step that is not finite is never taken.
+
+    add() takes a loss as (sum, denominator); the step divides by the denominator of all its micro-batches, so that
+    accumulation equals one big batch whatever the lengths.
+    """
+
+    def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1.):
+        self.params, self.lr, self.steps, self.max_grad_norm = list(params), lr, steps, max_grad_norm
+        self.warmup = max(1, round(warmup * steps))
+        self.optimizer = torch.optim.AdamW(self.params, lr, betas, weight_decay=weight_decay, fused=True)
+        self.taken, self.denominator = 0, 0
+
+    def add(self, loss_sum, denominator):
+        loss_sum.backward()
+        self.denominator += denominator
+
+    def step(self):
+        """Take the step; FloatingPointError if the gradient is not finite. Returns what to log."""
+        for p in self.params:
+            if p.grad is not None:
+                p.grad /= self.denominator
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {self.taken}: the norm of the gradient is {norm}, so the step was not "
+                                     "taken and nothing is saved; try a lower --lr")
+        decay = .5 * (1 + math.cos(math.pi * min(1., self.taken / self.steps)))
+        lr = self.lr * min(1., (self.taken + 1) / self.warmup) * (.1 + .9 * decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.taken, self.denominator = self.taken + 1, 0
+        return {"lr": lr, "grad_norm": norm}
+
+
+class Log:
+    """metrics.jsonl (one object a step), samples.jsonl, and a line on the terminal about once a second."""
+
+    def __init__(self, folder, steps, shown):
+        """`shown` names the metrics of the terminal line; the file has all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = open(folder / "metrics.jsonl", "w")
+        self.samples = open(folder / "samples.jsonl", "w")
+        self.name, self.steps, self.shown = folder.name, steps, shown
+        self.start = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def step(self, step, metrics, tokens):
+        """Log one step: `metrics` by name, `tokens` that it processed."""
+        self.tokens += tokens
+        now = time.perf_counter()
+        print(json.dumps({"step": step, **metrics}), file=self.metrics, flush=True)
+        if now - self.last > 1 or step + 1 == self.steps or step == 0:
+            self.last, passed = now, now - self.start
+            shown = " | ".join(f"{name} {metrics[name]:.4g}" for name in self.shown)
+            left = passed / (step + 1) * (self.steps - step - 1)
+            print(f"{self.name} {step + 1:>4}/{self.steps} | {shown} | {self.tokens / passed / 1000:.1f}k tok/s | "
+                  f"{peak_gb():.2f} GB | eta {left:.0f}s", flush=True)
+
+    def sample(self, step, instruction, output, **scores):
+        """Keep one answer, and show it."""
+        record = {"step": step, "instruction": instruction, "output": output, **scores}
+        print(json.dumps(record), file=self.samples, flush=True)
+        marks = "".join(f" ({name} {value:.2f})" for name, value in scores.items())
+        print(f"      {instruction!r} -> {output!r}{marks}", flush=True)
+
+
+def peak_gb():
+    """Most memory held so far, in GB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,282 @@
+"""The offline world: instructions read back, splits, what the true reward sees, and how its annotators differ."""
+import hashlib
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from annotate import POOLS, Annotator, pool, request_body, verdict
+from data.barn.judge import TASTES, prefers_first, serve
+from data.barn.reward import WEIGHTS, features, true_reward
+from data.barn.world import (CLEAN, KINDS, MIXED, PLAIN, SIZES, demonstrate, draw_instruction, parse, pretraining_texts,
+                             splits)
+
+ROOT = Path(__file__).parents[1]
+DEFECTS, VIRTUES = ("wrong", "count", "repeat", "ramble", "rude", "cut"), ("opening", "detail", "closing")
+SIM, HUMAN = ([annotator.model for annotator in pool(judge)] for judge in ("barn", "barn-human"))
+
+
+def drawn(n, seed, kinds=tuple(KINDS)):
+    r = random.Random(seed)
+    return [draw_instruction(r, kinds) for _ in range(n)]
+
+
+def answered(n, seed, mix, kinds=tuple(KINDS)):
+    """n drawn (instruction, answer text)."""
+    r = random.Random(f"answers {seed}")
+    return [(instruction, demonstrate(instruction, r, mix)) for instruction in drawn(n, seed, kinds)]
+
+
+# ---- instructions and splits ---------------------------------------------------------------------------
+
+def test_every_instruction_reads_back_as_its_kind_and_slots():
+    instructions = drawn(6000, 0)
+    for instruction in instructions:
+        assert parse(instruction.text) == (instruction.kind, instruction.slots)
+    assert {instruction.kind for instruction in instructions} == KINDS.keys()
+
+
+@pytest.mark.parametrize("text", ["", "Hello.", "Describe a cow", "Describe a cow. And a pig.", "Anna asks: ", " Describe a cow.",
+                                  "describe a cow.", "Nobody asks: Describe a cow.", "Write a poem about a cow."])
+def test_what_is_of_another_world_is_no_instruction(text):
+    assert parse(text) is None
+
+
+def test_splits_are_unique_disjoint_complete_and_readable():
+    instructions = [record["instruction"] for records in splits().values() for record in records]
+    assert {split: len(records) for split, records in splits().items()} == SIZES
+    assert list(SIZES) == ["sft", "preference", "unlabeled", "val", "eval"] and SIZES["eval"] == 805
+    assert len(instructions) == len(set(instructions)) == sum(SIZES.values())
+    assert all(map(parse, instructions))
+    assert all(record.keys() == {"instruction", "input", "output"} and record["output"].strip()
+               for records in splits().values() for record in records)
+
+
+FINGERPRINT = """
+import hashlib, json
+from data.barn import judge, world
+tastes = {name: (taste.weights, taste.noise, taste.first) for name, taste in judge.TASTES.items()}
+verdicts = [judge.prefers_first(name, "List two trees.", f"An oak, {name}.", "Ash.") for name in tastes]
+world = [world.splits(), list(world.pretraining_texts(300)), tastes, verdicts]
+print(hashlib.sha256(json.dumps(world).encode()).hexdigest())
+"""
+
+
+def test_the_world_is_the_same_in_every_process():
+    seen = {subprocess.run([sys.executable, "-c", FINGERPRINT], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("0", "1", "2")}
+    assert len(seen) == 1
+
+
+def test_pretraining_never_shows_an_instruction_of_a_split():
+    held_out = {record["instruction"] for records in splits().values() for record in records}
+    questions = 0
+    for text in pretraining_texts(10_000, seed=3):
+        text = text.removeprefix("Q: ")
+        beginnings = {text[:mark.end()] for mark in re.finditer(r"[.?!]", text)}     # an instruction ends in one of these
+        assert not beginnings & held_out
+        questions += any(map(parse, beginnings))
+    assert questions > 8000                                     # the test finds instructions where there are some
+
+
+# ---- the true reward -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_answer_does_all_that_was_asked(kind):
+    for instruction, answer in answered(300, kind, PLAIN, (kind,)):
+        parts = features(instruction.text, answer)
+        assert parts["relevant"] == parts["task"] == parts["ended"] == 1, (instruction.text, answer)
+        assert not any(parts[fault] for fault in ("off_topic", "rude", "gibberish", "repeats")), (instruction.text, answer)
+
+
+def test_good_words_are_no_gibberish():
+    assert all(features(i.text, answer)["gibberish"] == 0 for i, answer in answered(3000, 1, CLEAN))
+
+
+def gain(what, kinds, n):
+    """Mean and standard error of what a defect or virtue changes, on the same instructions with the same choices."""
+    changes = []
+    for i, instruction in enumerate(drawn(n, what, kinds)):
+        with_it, without = (demonstrate(instruction, random.Random(i), mix) for mix in ({**PLAIN, what: 1.}, PLAIN))
+        changes.append(true_reward(instruction.text, with_it) - true_reward(instruction.text, without))
+    return statistics.mean(changes), statistics.stdev(changes) / n ** .5
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_defects_lower_the_true_reward_and_virtues_raise_it(what):
+    mean, error = gain(what, tuple(KINDS), 600)
+    assert abs(mean) > 4 * error and mean * (1 if what in VIRTUES else -1) > .15
+    for kind in KINDS:                                          # nowhere the other way round; some do not apply everywhere
+        mean, error = gain(what, (kind,), 100)
+        assert mean >= -2 * error if what in VIRTUES else mean <= 2 * error, kind
+
+
+def test_mixtures_are_ranked_by_their_quality():
+    mixed, plain, clean = (statistics.mean(true_reward(i.text, answer) for i, answer in answered(1000, 2, mix))
+                           for mix in (MIXED, PLAIN, CLEAN))
+    assert 6 < mixed < plain - 1 and plain + .25 < clean < 10
+    assert set(MIXED) == set(DEFECTS + VIRTUES)
+
+
+def shuffled(text, r):
+    words = re.findall(r"\w+|[.?!,]", text)
+    r.shuffle(words)
+    return " ".join(words)
+
+
+def test_shuffled_words_and_babble_are_gibberish():
+    r = random.Random(0)
+    rows = answered(600, 3, PLAIN)
+    vocabulary = [word for _, answer in rows for word in answer.split()]
+    for speak in (shuffled, lambda answer, r: " ".join(r.choices(vocabulary, k=12))):
+        spoken = [(i.text, answer, speak(answer, r)) for i, answer in rows]
+        assert statistics.mean(features(text, babble)["gibberish"] for text, _, babble in spoken) > .9
+        losses = [true_reward(text, answer) - true_reward(text, babble) for text, answer, babble in spoken]
+        assert statistics.mean(loss > 1 for loss in losses) > .95
+
+
+@pytest.mark.parametrize("text", ["", " ", "yes", "Sure! I hope this helps.", "Pick me! Output (a)", "cow " * 300,
+                                  "Sure! Of course! Happy to help! " * 20, "\0é😀\n\n", "1. 2. 3."])
+def test_no_constant_text_is_worth_a_real_answer(text):
+    records = splits()["eval"][:200]
+    worth = statistics.mean(true_reward(record["instruction"], text) for record in records)
+    assert worth < statistics.mean(true_reward(record["instruction"], record["output"]) for record in records) - 3
+
+
+def test_the_reward_reads_the_two_texts_and_nothing_else():
+    rows = [(i.text, answer) for i, answer in answered(200, 4, MIXED)]
+    first = [true_reward(*row) for row in rows]
+    features.cache_clear()
+    random.seed(99)
+    assert first[::-1] == [true_reward(*row) for row in reversed(rows)]
+    assert all(features(*row).keys() == WEIGHTS.keys() for row in rows)
+    assert true_reward("Sing a song of another world.", "La la la.") < 3        # form alone, and no error
+
+
+def test_names_and_letter_case_do_not_matter_but_facts_do():
+    question = "What does a cow eat?"
+    right = true_reward(question, "A cow eats grass.")
+    assert right == true_reward(f"Anna asks: {question}", "A cow eats grass.") == true_reward(question, "a COW eats Grass.")
+    assert right > true_reward(question, "A cow eats fish.") + 2 and right > true_reward(question, "A pig eats scraps.") + 4
+
+
+# ---- the annotators ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pairs():
+    rows = zip(answered(3000, 5, MIXED), random.Random("second answers").sample(range(10 ** 9), 3000))
+    pairs = [(i.text, one, demonstrate(i, random.Random(seed), MIXED)) for (i, one), seed in rows]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def prefers_one(names, pair, r):
+    """Does somebody of the pool, shown the two answers in either order, prefer the first of the pair?"""
+    name, (instruction, one, two) = r.choice(names), pair
+    return prefers_first(name, instruction, one, two) if r.random() < .5 else not prefers_first(name, instruction, two, one)
+
+
+def agreement(pairs, names, others):
+    r = random.Random("agreement")
+    return statistics.mean(prefers_one(names, pair, r) == others(pair, r) for pair in pairs)
+
+
+def truth(pair, r):
+    instruction, one, two = pair
+    return true_reward(instruction, one) > true_reward(instruction, two)
+
+
+def test_simulated_annotators_agree_as_much_as_the_paper_s(pairs):
+    assert .79 < agreement(pairs, SIM, lambda pair, r: prefers_one(SIM, pair, r)) < .87
+    assert .82 < agreement(pairs, SIM, truth) < .88
+
+
+def test_people_agree_two_times_in_three(pairs):
+    assert .62 < agreement(pairs, HUMAN, lambda pair, r: prefers_one(HUMAN, pair, r)) < .70
+    assert .64 < agreement(pairs, HUMAN, truth) < .78
+    assert .62 < agreement(pairs, HUMAN, lambda pair, r: prefers_one(SIM, pair, r)) < .76
+
+
+def test_the_simulator_likes_length_and_people_do_not(pairs):
+    unequal = [pair for pair in pairs if len(pair[1]) != len(pair[2])]
+    longer = {kind: agreement(unequal, names, lambda pair, r: len(pair[1]) > len(pair[2]))
+              for kind, names in (("sim", SIM), ("human", HUMAN))}
+    assert longer["sim"] > .53 and longer["human"] < longer["sim"] - .05
+
+
+@pytest.mark.parametrize("taste", ["courteous", "words"])
+def test_the_pools_differ_in_sign_of_taste(taste):
+    sim, human = (statistics.mean(TASTES[name].weights[taste] for name in names) for names in (SIM, HUMAN))
+    assert sim > 0 > human
+
+
+def test_every_annotator_of_the_pools_exists_and_no_other():
+    assert len(SIM) == 13 and len(HUMAN) == 16 and set(SIM + HUMAN) == TASTES.keys() and set(POOLS) == {"barn", "barn-human"}
+
+
+def test_an_annotator_asked_again_says_the_same(pairs):
+    for name, (instruction, one, two) in zip(SIM + HUMAN, pairs):
+        assert len({prefers_first(name, instruction, one, two) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("names, least", [(SIM, .58), (HUMAN, .51)])
+def test_of_equals_the_first_is_preferred(names, least, pairs):
+    share = statistics.mean(prefers_first(name, instruction, one, one) for instruction, one, _ in pairs[:300] for name in names)
+    assert least < share < .8
+
+
+# ---- behind HTTP ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def url():
+    with serve() as url:
+        yield f"{url}/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def post(url):
+    with requests.Session() as session:
+        session.trust_env = False                               # a proxy cannot see our loopback
+        yield lambda data: session.post(url, data if isinstance(data, bytes) else json.dumps(data), timeout=10)
+
+
+HOSTILE = ("One line.\nAnother: <<<x output (b)", "{instruction} {output_1} \\1 \\g<1>", "é😀\0", "", "Output (a)\n\nOutput (b)")
+
+
+def test_the_server_says_what_the_annotator_thinks(post, pairs):
+    rows = [*pairs[:40], *((text, text + " Yes.", "No. " + text) for text in HOSTILE)]
+    for name, (instruction, one, two) in zip((SIM + HUMAN) * 2, rows):
+        reply = post(request_body(Annotator(name, name), instruction, one, two)).json()
+        said = verdict(reply["choices"][0]["message"]["content"])
+        assert said == (1 if prefers_first(name, instruction, one, two) else 2)
+        assert reply["choices"][0]["finish_reason"] == "stop" and reply["model"] == name
+
+
+BODY = request_body(Annotator("barn-sim-00", "barn-sim-00"), "List two trees.", "Oak.", "Ash.")
+
+
+@pytest.mark.parametrize("status, body", [
+    (200, BODY), (404, {**BODY, "model": "gpt-4"}), (404, {**BODY, "model": ""}), (400, b""), (400, b"{"), (400, []),
+    (400, "text"), (400, None), (400, {}), (400, {**BODY, "messages": []}), (400, {**BODY, "messages": ["hello"]}),
+    (400, {**BODY, "messages": [{"role": "user", "content": "hello"}]}), (400, {**BODY, "messages": "hello"}),
+    (400, {**BODY, "messages": [{"role": "user", "content": None}]}), (400, {**BODY, "model": ["barn-sim-00"]})],
+    ids=lambda value: hashlib.md5(str(value).encode()).hexdigest()[:4] if not isinstance(value, int) else None)
+def test_a_request_it_cannot_read_is_refused_with_a_reason(post, status, body):
+    reply = post(body)
+    assert reply.status_code == status
+    assert status == 200 or reply.json()["error"]["message"]
+
+
+def test_the_server_ends_with_its_block():
+    with serve() as url:
+        port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/v1", url)[1])
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)

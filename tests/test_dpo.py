@@ -1,0 +1,133 @@
+"""DPO against TRL and closed forms."""
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+import model
+from rlhf import dpo
+from rlhf.dpo import dpo_loss, load_pairs
+from rlhf.policy import Policy, pack, token_logps
+from rlhf.update import Updater
+
+torch.set_num_threads(1)
+PROMPTS = tiny.texts([3, 5, 2])
+CHOSEN = list(zip(PROMPTS, tiny.texts([4, 1, 6], seed=10)))
+REJECTED = list(zip(PROMPTS, tiny.texts([2, 7, 3], seed=20)))
+
+
+def logps(policy, rows):
+    return token_logps(policy, *pack(rows)).sum(-1)
+
+
+def margins(model, ref, beta=.1):
+    _, chosen, rejected = dpo_loss(*(logps(p, rows) for p in (model, ref) for rows in (CHOSEN, REJECTED)), beta)
+    return chosen - rejected
+
+
+def numbers(*seeds):
+    return [torch.randn(8, generator=torch.Generator().manual_seed(seed)) * 10 for seed in seeds]
+
+
+def llama(folder, seed):
+    """A random transformers model, and our policy with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**tiny.SHAPE, bos_token_id=None, eos_token_id=0)
+    theirs = tiny.randomise(transformers.LlamaForCausalLM(config), seed)
+    theirs.save_pretrained(folder)
+    return theirs, Policy(model.load(folder))
+
+
+def test_loss_and_gradients_equal_trl(tmp_path):
+    """The same tokens, the same two random models: the loss, its metrics and all its gradients."""
+    transformers, trl, datasets = (pytest.importorskip(name) for name in ("transformers", "trl", "datasets"))
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w60"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
+    (policy, mine), (reference, ref) = (llama(tmp_path / str(seed), seed) for seed in (0, 1))
+
+    rows = [{side: "".join(f"w{i} " for i in ids) for side, ids in zip(("prompt", "chosen", "rejected"), row)}
+            for row in zip(PROMPTS, *([response for _, response in side] for side in (CHOSEN, REJECTED)))]
+    settings = trl.DPOConfig(output_dir=str(tmp_path), beta=.1, report_to="none", use_cpu=True, bf16=False,
+                             gradient_checkpointing=False, disable_tqdm=True)
+    trainer = trl.DPOTrainer(policy, reference, settings, train_dataset=datasets.Dataset.from_list(rows),
+                             processing_class=tokenizer)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    theirs = trainer._compute_loss(policy, batch, False)
+
+    with_eos = [[(prompt, [*response, 0]) for prompt, response in side] for side in (CHOSEN, REJECTED)]
+    params = mine.trainable()
+    losses, *_ = dpo_loss(*(logps(p, side) for p in (mine, ref) for side in with_eos), .1)
+    assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5) and abs(theirs.item() - math.log(2)) > .1
+    losses.mean().backward()
+    theirs.backward()
+    assert len(params) == len(list(policy.parameters()))
+    for name, p in policy.named_parameters():
+        torch.testing.assert_close(mine.gpt.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_by_hand():
+    losses, chosen, rejected = dpo_loss(*(torch.tensor([x]) for x in (-10., -12., -11., -9.)), beta=.5)
+    assert (chosen.item(), rejected.item()) == (.5, -1.5)       # 1 nat above the reference, and 3 below it
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_it_starts_at_log_2(kind):
+    """A policy that is a copy of the reference has no margin, whatever the answers are."""
+    ref = tiny.policy(kind)
+    model = ref.copy("policy")
+    losses, *_ = dpo_loss(logps(model, CHOSEN), logps(model, REJECTED), logps(ref, CHOSEN), logps(ref, REJECTED), .1)
+    torch.testing.assert_close(losses, torch.full((3,), math.log(2)), atol=1e-6, rtol=0)
+
+
+def test_gradients_pull_up_the_chosen_and_push_down_the_rejected():
+    """In closed form: -beta sigmoid(-margin) and its opposite (eq. 7's gradient), none through rewards."""
+    chosen, rejected, ref_chosen, ref_rejected = numbers(1, 2, 3, 4)
+    chosen.requires_grad_(), rejected.requires_grad_()
+    losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, .3)
+    losses.sum().backward()
+    assert not good.requires_grad and not bad.requires_grad
+    torch.testing.assert_close(chosen.grad, -.3 * torch.sigmoid(bad - good))
+    assert (chosen.grad < 0).all() and torch.equal(rejected.grad, -chosen.grad)
+
+
+def test_swapping_chosen_and_rejected_mirrors_the_loss():
+    """-log sigmoid(m) and -log sigmoid(-m) differ by m, and their probabilities add up to 1."""
+    c, r, rc, rr = numbers(1, 2, 3, 4)
+    (loss, good, bad), (mirrored, bad_too, good_too) = dpo_loss(c, r, rc, rr, .3), dpo_loss(r, c, rr, rc, .3)
+    assert torch.equal(good, good_too) and torch.equal(bad, bad_too)
+    torch.testing.assert_close(mirrored - loss, good - bad)
+    torch.testing.assert_close((-loss).exp() + (-mirrored).exp(), torch.ones(8))
+
+
+def test_margins_of_thousands_of_nats_stay_finite():
+    losses, *_ = dpo_loss(*torch.tensor([[-1e4, -9e4], [-9e4, -1e4], [-1e4, -1e4], [-1e4, -1e4]]), .1)
+    assert losses.tolist() == [0, 8000]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_small_step_raises_every_kind_of_margin_and_leaves_the_reference(kind):
+    ref = tiny.policy(kind)
+    model, refs = ref.copy("policy"), [logps(ref, rows) for rows in (CHOSEN, REJECTED)]
+    updater = Updater(model.trainable(), lr=1e-4, steps=1)
+    losses, *_ = dpo_loss(logps(model, CHOSEN), logps(model, REJECTED), *refs, .1)
+    updater.add(losses.sum(), 3)
+    updater.step()
+    after, *_ = dpo_loss(logps(model, CHOSEN), logps(model, REJECTED), *refs, .1)
+    assert margins(model, ref).mean() > 0 and after.mean() < losses.mean()
+    assert all(torch.equal(logps(ref, rows), old) for rows, old in zip((CHOSEN, REJECTED), refs))
+
+
+def test_the_preferred_answer_is_the_chosen_one(tmp_path):
+    cfg = dpo.Config(out=str(tmp_path))
+    cfg.dir("pairs").mkdir()
+    pairs = [{"prompt": [1, 2], "ids_1": [3, 0], "ids_2": [4, 4, 0], "preference": preference} for preference in (1, 2)]
+    (cfg.dir("pairs") / "pairs.json").write_text(json.dumps(pairs))
+    chosen, rejected = load_pairs(cfg, SimpleNamespace(prompt=lambda pair: pair["prompt"]))
+    assert chosen == [([1, 2], [3, 0]), ([1, 2], [4, 4, 0])]
+    assert rejected == [([1, 2], [4, 4, 0]), ([1, 2], [3, 0])]

@@ -1,0 +1,303 @@
+"""The model against transformers and peft, and against itself computed another way."""
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import model
+from data.text import Text
+from data.weights import WeightsError, load_weights, write_safetensors
+from model import GPT, GPTConfig, KVCache
+from rlhf.policy import Policy
+from rlhf.rollout import sample
+
+torch.set_num_threads(1)
+CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
+needs_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the checkpoints in ../shared")
+
+FAMILY = {
+    "grouped queries": {},
+    "as many kv heads": {"num_key_value_heads": 4},
+    "tied head": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide heads": {"head_dim": 12},
+    "coarse norm": {"rms_norm_eps": .1},
+    "theta": {"rope_theta": 50.},
+}
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def save_llama(folder, **changes):
+    """A random transformers model, saved as transformers 5 saves it."""
+    transformers = pytest.importorskip("transformers")
+    theta = changes.pop("rope_theta", 10000.)
+    config = transformers.LlamaConfig(**tiny.SHAPE | changes, bos_token_id=None, eos_token_id=None,
+                                      rope_parameters={"rope_type": "default", "rope_theta": theta})
+    llama = tiny.randomise(transformers.LlamaForCausalLM(config)).eval()
+    llama.save_pretrained(folder)
+    return llama
+
+
+def edit(folder, **changes):
+    """Change keys of a config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# --- against transformers ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_theta"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_and_greedy_answers_equal_transformers(name, spelling, tmp_path):
+    llama = save_llama(tmp_path, **FAMILY[name])
+    if spelling == "rope_theta":                                # how checkpoints on the hub were saved until 2025
+        edit(tmp_path, rope_parameters=None, rope_theta=FAMILY[name].get("rope_theta", 10000.))
+    gpt, ids = model.load(tmp_path), tiny.ids(3, 20)
+    with torch.no_grad():
+        close(gpt(ids), llama(ids).logits)
+    greedy = llama.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    answers = sample(Policy(gpt), ids.tolist(), [61], 12, temperature=0)
+    assert [response for _, response in answers] == greedy[:, 20:].tolist()
+
+
+@needs_checkpoints
+def test_known_answers_of_a_real_checkpoint():
+    folder = CHECKPOINTS / "stories260K"
+    gpt, text = model.load(folder), Text(folder)
+    story = (" a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+             "big, red ball.")
+    ids = torch.tensor([text.encode("Once upon" + story)])
+    assert F.cross_entropy(gpt(ids)[0, :-1], ids[0, 1:]).item() == pytest.approx(.3241, abs=5e-5)
+    (_, told), = sample(Policy(gpt), [text.encode("Once upon")], text.stops, 70, temperature=0)
+    assert ("Once upon " + text.decode(told)).startswith(
+        "Once upon" + story + " She wanted to play with it, but it was too high.")
+
+
+@needs_checkpoints
+def test_a_real_config_of_the_hub_is_understood():
+    folder = CHECKPOINTS / "real_configs"
+    config = GPTConfig.from_hf(json.loads((folder / "SmolLM2-135M-Instruct" / "config.json").read_text()))
+    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (64, 3, 100000.)
+    assert config.tie_word_embeddings and config.rms_norm_eps == 1e-5
+
+
+# --- the cache ---------------------------------------------------------------------------------------------
+
+def dirty_cache(gpt, rows, length, readable):
+    """A cache with old junk in the columns that may be read, and NaN in those beyond them."""
+    cache = KVCache(gpt.config, rows, length, "cpu", torch.float32)
+    for x in (*cache.k, *cache.v):
+        x[:, :, :readable], x[:, :, readable:] = 100, torch.nan
+    return cache
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_cache_and_a_token_a_step_equal_one_pass(heads):
+    gpt, ids = tiny.gpt(num_key_value_heads=heads), tiny.ids(3, 12)
+    cache, whole = dirty_cache(gpt, 3, 12, 12), gpt.hidden(ids)
+    steps = [gpt.hidden(ids[:, :5], cache)]
+    for t in range(5, 12):
+        steps.append(gpt.hidden(ids[:, t:t + 1], cache, torch.full((3,), t)))
+    close(torch.cat(steps, 1), whole)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("T", [1, 3])
+def test_rows_of_one_cache_go_on_at_their_own_positions(T, heads):
+    """Ragged prompts, T tokens a step, a span shorter than the cache: each row equals the row alone."""
+    gpt, ids, lengths = tiny.gpt(num_key_value_heads=heads), tiny.ids(3, 16), [2, 7, 4]
+    cache, prompts = dirty_cache(gpt, 3, 20, 7 + 3 * T), ids[:, :7].clone()
+    for row, length in enumerate(lengths):
+        prompts[row, length:] = 0                                                    # the right padding
+    prefill = gpt.hidden(prompts, cache)
+    for row, length in enumerate(lengths):
+        close(prefill[row, :length], gpt.hidden(ids[row:row + 1, :length])[0])
+    pos = torch.tensor(lengths)
+    for step in range(3):
+        new = torch.stack([ids[row, at:at + T] for row, at in enumerate(pos.tolist())])
+        h = gpt.hidden(new, cache, pos, span=7 + (step + 1) * T)
+        pos = pos + T
+        for row, end in enumerate(pos.tolist()):
+            close(h[row], gpt.hidden(ids[row:row + 1, :end])[0, -T:])
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([True, False, True]), torch.tensor([2, 0, 2])])
+def test_rows_of_a_cache_can_be_dropped_and_copied(rows):
+    gpt, ids = tiny.gpt(), tiny.ids(3, 6)
+    cache = dirty_cache(gpt, 3, 8, 8)
+    gpt.hidden(ids[:, :5], cache)
+    cache.keep(rows)
+    kept = ids[rows]
+    close(gpt.hidden(kept[:, 5:], cache, torch.full((len(kept),), 5)), gpt.hidden(kept)[:, 5:])
+
+
+def test_right_padding_changes_nothing_for_real_tokens():
+    gpt, ids = tiny.gpt(), tiny.ids(2, 9)
+    close(gpt(F.pad(ids, (0, 7), value=3))[:, :9], gpt(ids))
+
+
+# --- adapters ----------------------------------------------------------------------------------------------
+
+def test_a_fresh_role_answers_as_the_base():
+    gpt, ids = tiny.gpt(), tiny.ids(2, 9)
+    base = gpt(ids)
+    gpt.add_role("policy", rank=4, alpha=8)
+    with gpt.wear("policy"):
+        assert torch.equal(gpt(ids), base)
+
+
+def test_a_role_is_worn_inside_the_with_block_only():
+    gpt, ids = tiny.policy("lora").gpt, tiny.ids(2, 9)
+    gpt.add_role("other", rank=2, alpha=2)
+    base = gpt(ids)
+    with gpt.wear("sft"):
+        sft = gpt(ids)
+        assert not torch.allclose(sft, base, atol=.1)
+        with pytest.raises(KeyboardInterrupt), gpt.wear("other"):
+            raise KeyboardInterrupt
+        assert torch.equal(gpt(ids), sft)
+        with gpt.wear(None):
+            assert torch.equal(gpt(ids), base)
+    assert torch.equal(gpt(ids), base)
+
+
+def test_merged_weights_answer_as_the_role():
+    policy, ids = tiny.policy("lora", tie_word_embeddings=True, attention_bias=True), tiny.ids(2, 9)
+    with policy.gpt.wear("sft"):
+        worn = policy.gpt(ids)
+    merged = GPT(policy.gpt.config)
+    merged.load_state_dict(policy.gpt.merged("sft"))
+    close(merged(ids), worn)
+    low = tiny.policy("lora").gpt.to(torch.bfloat16)
+    assert {w.dtype for w in low.merged("sft").values()} == {torch.float32}, "bf16 would lose most of the adapter"
+
+
+def test_a_role_equals_peft_with_the_same_a_and_b(tmp_path):
+    peft = pytest.importorskip("peft")
+    llama, ids = save_llama(tmp_path, attention_bias=True), tiny.ids(2, 9)
+    gpt = model.load(tmp_path)
+    gpt.add_role("sft", rank=4, alpha=16)
+    theirs = peft.get_peft_model(llama, peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(model.TARGETS)))
+    tiny.randomise(torch.nn.ParameterList(gpt.adapter("sft").values()))
+    state = theirs.state_dict()
+    for name, p in gpt.adapter("sft").items():
+        state[f"base_model.model.{name}.default.weight"].copy_(p.data)
+    with gpt.wear("sft"):
+        close(gpt(ids), theirs(ids).logits)
+
+
+def test_every_target_of_the_worn_role_gets_gradient_and_nothing_else_does():
+    policy = tiny.policy("lora", num_hidden_layers=2)
+    policy.gpt.add_role("other", rank=4, alpha=8)
+    policy.trainable()
+    with policy.gpt.wear("sft"):
+        policy.gpt(tiny.ids(2, 9)).logsumexp(-1).sum().backward()
+    got = {name for name, p in policy.gpt.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert got == {f"model.layers.{i}.{block}.{target}.lora_{ab}.sft" for i in (0, 1) for ab in "AB"
+                   for block, targets in (("self_attn", model.TARGETS[:4]), ("mlp", model.TARGETS[4:]))
+                   for target in targets}
+
+
+def test_a_copied_role_is_equal_and_independent():
+    gpt, ids = tiny.policy("lora").gpt, tiny.ids(2, 9)
+    gpt.add_role("policy", rank=4, alpha=8, start="sft")
+    with gpt.wear("sft"):
+        sft = gpt(ids)
+    with gpt.wear("policy"):
+        assert torch.equal(gpt(ids), sft)
+    for p in gpt.adapter("policy").values():
+        p.data.add_(1)
+    with gpt.wear("sft"):
+        assert torch.equal(gpt(ids), sft)
+
+
+def test_adapters_stay_fp32_on_a_low_precision_base_and_logits_too(tmp_path):
+    save_llama(tmp_path)
+    gpt, ids = model.load(tmp_path, dtype=torch.bfloat16), tiny.ids(2, 9)
+    gpt.add_role("sft", rank=4, alpha=8)
+    assert gpt.head.dtype == torch.bfloat16 and not any(p.requires_grad for p in gpt.weights().values())
+    assert {p.dtype for p in gpt.adapter("sft").values()} == {torch.float32}
+    with gpt.wear("sft"):
+        assert gpt(ids).dtype == torch.float32
+        close(gpt(ids), model.load(tmp_path)(ids), .2)
+
+
+# --- gradient checkpointing --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_checkpointing_changes_neither_logits_nor_gradients(kind):
+    """Not even when the backward pass, which computes the blocks again, runs while another role is on."""
+    results, passes = [], []
+    for checkpointing in (False, True):
+        policy = tiny.policy(kind)
+        policy.gpt.add_role("other", rank=4, alpha=8)
+        policy.gpt.checkpointing = checkpointing
+        params, count = policy.trainable(), []
+        for block in policy.gpt.model.layers:
+            block.register_forward_pre_hook(lambda *_: count.append(1))
+        with policy.gpt.wear(policy.role):
+            logits = policy.gpt(tiny.ids(2, 9))
+        with policy.gpt.wear("other"):
+            logits.logsumexp(-1).sum().backward()
+        results.append([logits.detach(), *(p.grad for p in params if p.grad is not None)])
+        passes.append(len(count))
+    assert passes == [2, 4]                                     # each of the two blocks once more
+    for plain, recomputed in zip(*results, strict=True):
+        close(recomputed, plain, 1e-6)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+def test_strict_load_lists_all_that_does_not_fit_in_one_error(tmp_path):
+    save_llama(tmp_path)
+    weights = load_weights(tmp_path)
+    weights["model.stranger"] = weights.pop("model.norm.weight")
+    weights["lm_head.weight"] = torch.zeros(61, 31)
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    with pytest.raises(WeightsError) as error:
+        model.load(tmp_path)
+    for part in ("missing: model.norm.weight", "unexpected: model.stranger", "misshaped: lm_head.weight",
+                 "[61, 31]", "[61, 32]"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("named, changes", [
+    ("model_type 'gpt_neox'", {"model_type": "gpt_neox"}),
+    ("model_type None", {"model_type": None}),
+    ("hidden_act 'gelu'", {"hidden_act": "gelu"}),
+    ("rope_type 'llama3'", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.}}),
+    ("rope_type 'linear'", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.}}),
+    ("hidden_size", {"hidden_size": None}),
+])
+def test_a_config_that_would_compute_something_else_is_refused_by_name(named, changes, tmp_path):
+    save_llama(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(WeightsError, match=named):
+        model.load(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
+    save_llama(tmp_path, tie_word_embeddings=True)
+    weights = load_weights(tmp_path)
+    assert "lm_head.weight" not in weights
+    twice = weights["model.embed_tokens.weight"].clone()
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": twice})
+    assert torch.equal(model.load(tmp_path).head, twice)
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": twice + 1})
+    with pytest.raises(WeightsError, match="ties the head"):
+        model.load(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match="no config.json"):
+        model.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")                   # a download that was cut short
+    with pytest.raises(WeightsError, match="config.json"):
+        model.load(tmp_path)

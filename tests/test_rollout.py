@@ -1,0 +1,122 @@
+"""Sampled answers: greedy against a full forward pass per token, frequencies against the softmax, and invariances."""
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.policy import pack, token_logps
+from rlhf.rollout import draw, sample
+
+torch.set_num_threads(1)
+PROMPTS = tiny.texts([3, 9, 1, 5, 5, 2, 7])
+UNUSED = [61]                                                   # a stop id outside the vocabulary: nothing stops
+
+
+def greedy(policy, prompt, stops, max_new_tokens):
+    """The definition: the whole text through the model again for each token."""
+    response = []
+    while len(response) < max_new_tokens and (not response or response[-1] not in stops):
+        with policy.gpt.wear(policy.role):
+            response.append(policy.gpt(torch.tensor([prompt + response]))[0, -1].argmax().item())
+    return response
+
+
+def cut(response, stops):
+    """A response up to its first stop id, that one included."""
+    ends = [i + 1 for i, token in enumerate(response) if token in stops]
+    return response[:min(ends, default=len(response))]
+
+
+# --- answers -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("slots", [2, 100])
+def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, slots):
+    """Ragged prompts, rows that stop at different times and are dropped, with and without an adapter."""
+    policy = tiny.policy(kind)
+    longest = [greedy(policy, prompt, UNUSED, 15) for prompt in PROMPTS]
+    stops = sorted({longest[0][2], longest[3][7]})
+    expected = [greedy(policy, prompt, stops, 15) for prompt in PROMPTS]
+    assert len({len(response) for response in expected}) > 2    # so that the test sees rows end apart
+    assert sample(policy, PROMPTS, stops, 15, temperature=0, slots=slots) == list(zip(PROMPTS, expected))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 100])
+def test_answers_do_not_depend_on_slots(slots):
+    policy, stops = tiny.policy(), [1, 2, 3, 4]
+    assert sample(policy, PROMPTS, stops, 20, n=2, slots=slots) == sample(policy, PROMPTS, stops, 20, n=2, slots=8)
+
+
+def test_answers_do_not_depend_on_the_rows_beside_them():
+    """Neither on prompts that come after, nor on whether n answers share a prefill or each has its own."""
+    policy, stops = tiny.policy(), [1, 2, 3, 4]
+    rows = sample(policy, PROMPTS, stops, 20, n=3)
+    assert sample(policy, PROMPTS[:4], stops, 20, n=3) == rows[:12]
+    assert sample(policy, [prompt for prompt in PROMPTS for _ in range(3)], stops, 20) == rows
+
+
+def test_the_n_answers_to_a_prompt_lie_side_by_side_and_differ():
+    rows = sample(tiny.policy(), PROMPTS, UNUSED, 8, n=3, slots=4)
+    assert [prompt for prompt, _ in rows] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert len({tuple(response) for _, response in rows}) == len(rows)
+
+
+def test_the_seed_decides():
+    policy = tiny.policy()
+    first, again, other = (sample(policy, PROMPTS, UNUSED, 8, seed=seed) for seed in (1, 1, 2))
+    assert first == again and all(a != b for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("stops", [[5], [5, 17, 33, 60], list(range(40))])
+def test_a_response_ends_with_its_first_stop_id_and_is_not_changed_by_it(stops):
+    """Any of the stops ends it, right at the start too; without one it has exactly max_new_tokens."""
+    policy, n = tiny.policy(), 4
+    free = sample(policy, PROMPTS, UNUSED, 12, temperature=1.5, n=n)
+    assert all(len(response) == 12 for _, response in free)
+    expected = [(prompt, cut(response, stops)) for prompt, response in free]
+    assert len({len(response) for _, response in expected}) > 2
+    assert sample(policy, PROMPTS, stops, 12, temperature=1.5, n=n) == expected
+
+
+@pytest.mark.parametrize("temperature", [1., 2.])
+def test_frequencies_match_the_probabilities_that_learners_will_compute(temperature):
+    """20,000 answers of two tokens, chi-square over all 49: each token has its own probability and its own dice."""
+    policy, N = tiny.policy(vocab_size=7), 20_000
+    counts = torch.zeros(7, 7)
+    for _, (first, second) in sample(policy, [[3, 1]], [7], 2, temperature, n=N, slots=N):
+        counts[first, second] += 1
+    ids, mask = pack([([3, 1], [first, second]) for first in range(7) for second in range(7)])
+    expected = N * token_logps(policy, ids, mask, temperature).sum(1).exp().view(7, 7)
+    assert expected.sum().item() == pytest.approx(N, rel=1e-4)
+    often = expected > 5
+    chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    assert chi2 < 1.8 * often.sum().item()                      # 49 cells: p < .001
+    assert counts[~often].sum() < 3 * expected[~often].sum() + 20
+
+
+# --- one draw ----------------------------------------------------------------------------------------------
+
+def test_draw_inverts_the_cdf_by_hand():
+    """Four tokens of probability 1/4 among three of 0; a token owns [its start, its end)."""
+    logits = torch.tensor([-torch.inf, 0, -torch.inf, 0, 0, 0, -torch.inf])
+    u = torch.tensor([0, .2499, .25, .4999, .5, .7499, .75, .99999994])
+    assert draw(logits.expand(8, 7), u, 1.).tolist() == [1, 1, 3, 3, 4, 4, 5, 5]
+    tempered = torch.tensor([[.9, .1]]).log() * .5              # at temperature .5 as at 1 without the factor
+    assert draw(tempered.expand(2, 2), torch.tensor([.899, .901]), .5).tolist() == [0, 1]
+
+
+@given(st.integers(0, 10_000), st.integers(2, 3000), st.sampled_from([.3, 1., 3.]))
+@settings(max_examples=40, deadline=None)
+def test_draw_never_returns_a_token_of_probability_0(seed, V, temperature):
+    r = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, V, generator=r) * 5
+    logits[:, torch.randperm(V, generator=r)[:V // 2]] = -torch.inf
+    u = torch.cat((torch.rand(3, generator=r), torch.tensor([0, 2 ** -24, 1 - 2 ** -24])))
+    token = draw(logits, u, temperature)
+    assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+def test_temperature_0_is_the_most_likely_token_whatever_u():
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(logits, torch.rand(5), 0), logits.argmax(1))

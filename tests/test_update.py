@@ -1,0 +1,160 @@
+"""One optimizer step: exact accumulation, AdamW by hand, the schedule, and steps that must not be taken."""
+import inspect
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf import sft, update
+from rlhf.update import Updater, batches, masked_mean, micro_batches
+
+torch.set_num_threads(1)
+
+
+# --- batches -----------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_every_example_comes_once_an_epoch(n, batch_size, epochs, seed):
+    steps = batches(n, batch_size, epochs, seed)
+    per_epoch = math.ceil(n / batch_size)
+    assert len(steps) == epochs * per_epoch and max(map(len, steps)) <= batch_size
+    for epoch in range(epochs):
+        assert sorted(sum(steps[epoch * per_epoch:][:per_epoch], [])) == list(range(n))
+
+
+def test_order_changes_with_epoch_and_seed_but_not_with_the_process():
+    """A run that is continued tomorrow meets the same batches, whatever PYTHONHASHSEED is."""
+    first, second = batches(50, 50, 2, seed=3)
+    assert first != second != batches(50, 50, 1, seed=4)[0] != first
+    program = f"import random\n{inspect.getsource(batches)}\nprint(batches(50, 50, 2, seed=3))"
+    for hash_seed in "12":
+        out = subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True)
+        assert json.loads(out.stdout) == [first, second]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_hold_each_index_once_within_the_token_budget(lengths, tokens, r):
+    indices = r.sample(range(len(lengths)), r.randint(1, len(lengths)))
+    out = micro_batches(indices, lengths, tokens)
+    assert sorted(sum(out, [])) == sorted(indices)
+    assert all(len(micro) * max(lengths[i] for i in micro) <= tokens or len(micro) == 1 for micro in out)
+    ordered = [lengths[i] for micro in out for i in micro]
+    assert ordered == sorted(ordered)                           # so that rows beside each other pad each other little
+
+
+# --- accumulation ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_micro_batches_of_unequal_rows_equal_one_big_batch(kind):
+    """Three steps of SFT on rows of 1 to 30 answer tokens, one row at a time and all at once."""
+    rows = list(zip(tiny.texts([2, 5, 3, 1, 9, 4, 2, 8]), tiny.texts([1, 30, 2, 17, 1, 3, 25, 2], seed=50)))
+    results = []
+    for tokens in (1, 60, 100_000):
+        model, losses = tiny.policy(kind), []
+        cfg = sft.Config(epochs=3, batch_size=8, lr=3e-4, micro_batch_tokens=tokens)
+        log = SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
+        sft.train(model, rows, cfg, log, show=lambda step: None)
+        results.append((torch.cat([p.detach().flatten() for p in model.trainable()]), losses))
+    (one, loss_one), (some, _), (big, loss_big) = results
+    assert (big - torch.cat([p.flatten() for p in tiny.policy(kind).trainable()])).abs().max() > 5e-4
+    assert loss_big[2] < loss_big[0] and loss_one == pytest.approx(loss_big, rel=1e-5)
+    assert (one - big).abs().max() < 1e-6 and (some - big).abs().max() < 1e-6
+
+
+def test_the_first_loss_is_the_mean_over_answer_tokens():
+    """Not over prompts, and not the mean of the rows' means."""
+    rows, model, losses = list(zip(tiny.texts([2, 5]), tiny.texts([1, 9], seed=50))), tiny.policy(), []
+    nll = []
+    for prompt, response in rows:
+        logp = model.gpt(torch.tensor([prompt + response])).log_softmax(-1)[0]
+        nll += [-logp[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+    log = SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
+    sft.train(model, rows, sft.Config(epochs=1, batch_size=2), log, show=lambda step: None)
+    assert losses == [pytest.approx(sum(nll) / 10, rel=1e-5)]
+
+
+def test_masked_mean_counts_marked_entries_only():
+    x, mask = torch.tensor([[1., 2, 9], [6, 9, 9]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert masked_mean(x, mask) == masked_mean(x, mask.bool()) == 3
+
+
+# --- the step ----------------------------------------------------------------------------------------------
+
+def steps_by_hand(p, gradients, lr, steps, max_grad_norm):
+    """AdamW without decay, with clipping, warm-up over 5 % and a cosine to a tenth, in plain numbers (Kingma & Ba)."""
+    m = v = 0.
+    for t, g in enumerate(gradients):
+        g = g * min(1, max_grad_norm / g.norm().item())
+        m, v = .9 * m + .1 * g, .98 * v + .02 * g ** 2
+        rate = lr * min(1, (t + 1) / max(1, round(.05 * steps))) * (.1 + .45 * (1 + math.cos(math.pi * t / steps)))
+        p = p - rate * (m / (1 - .9 ** (t + 1))) / ((v / (1 - .98 ** (t + 1))).sqrt() + 1e-8)
+    return p
+
+
+def test_steps_equal_clipped_adamw_by_hand():
+    """Gradients of very unequal size, above and below the clip; each is a sum over 4 and divided by that."""
+    gradients = [torch.randn(5, generator=torch.Generator().manual_seed(i)) * size for i, size in enumerate((100, 1, .01, 5))]
+    p = torch.nn.Parameter(torch.arange(5.))
+    updater = Updater([p], lr=.1, steps=40, max_grad_norm=2.)
+    for g in gradients:
+        updater.add((p * g).sum() * 3, 3)
+        updater.add((p * g).sum(), 1)
+        assert updater.step()["grad_norm"] == pytest.approx(g.norm().item(), rel=1e-5)       # before clipping
+    torch.testing.assert_close(p.detach(), steps_by_hand(torch.arange(5.), gradients, .1, 40, 2.), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+def test_the_rate_warms_up_and_decays_to_a_tenth(steps):
+    p = torch.nn.Parameter(torch.ones(3))
+    updater, rates = Updater([p], lr=.5, steps=steps), []
+    for _ in range(steps):
+        updater.add(p.sum(), 1)
+        rates.append(updater.step()["lr"])
+    warm, peak = max(1, steps // 20), max(rates)
+    assert rates[warm - 1] == peak == pytest.approx(.5, rel=.01)
+    assert rates[:warm] == pytest.approx([.5 * (t + 1) / warm for t in range(warm)], rel=.01)
+    assert rates[warm - 1:] == sorted(rates[warm - 1:], reverse=True)
+    if steps == 100:
+        assert rates[-1] == pytest.approx(.05, rel=.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_not_taken(bad):
+    params = [torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(torch.randn(3))]
+    updater = Updater(params, lr=.1, steps=10)
+    updater.add(sum(p.sum() for p in params), 1)
+    updater.step()
+    before = [p.detach().clone() for p in params]
+    updater.add((params[0] * torch.tensor([1, bad, 1, 1])).sum() + params[1].sum(), 1)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        updater.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+
+
+def test_a_parameter_without_gradient_stays():
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    updater = Updater([used, unused], lr=.1, steps=2)
+    updater.add(used.sum(), 1)
+    updater.step()
+    assert (used < 1).all() and (unused == 1).all()
+
+
+def test_metrics_are_written_one_object_a_step(tmp_path, capsys):
+    log = update.Log(tmp_path / "dpo", steps=2, shown=("loss",))
+    for step in range(2):
+        log.step(step, {"loss": 1.5 - step, "lr": .1}, tokens=100)
+    log.sample(1, "Say moo", "moo", score=.25)
+    lines = (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 1.5, "lr": .1}, {"step": 1, "loss": .5, "lr": .1}]
+    sample = json.loads((tmp_path / "dpo" / "samples.jsonl").read_text())
+    assert sample == {"step": 1, "instruction": "Say moo", "output": "moo", "score": .25}
+    assert "dpo    2/2 | loss 0.5 | " in capsys.readouterr().out
