@@ -114,7 +114,7 @@ def judge(server, tmp_path):
 
     def make(url=server.url, **options):
         options = {"endpoint": "test", "key": "", "workers": 4, "max_unusable": 0.02,
-                   "backoff": 1e-4, "timeout": 5, **options}
+                   "backoff": 1e-4, "timeout": 5, "patience": 5, **options}
         judges.append(annotate.Judge(url, tmp_path / "cache" / "judge.jsonl", **options))
         return judges[-1]
 
@@ -485,13 +485,14 @@ def hang(handler):
 
 
 def drip(handler):
-    """A valid reply, whose last byte comes long after the deadline: each byte alone is in time."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(1000):
-        handler.wfile.write(b" ")
+    """A reply that would spoil its pair, if anyone waited for its end: every byte of it comes in time."""
+    data = b" " * 40 + completion("neither")
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data))
+    for i in range(40):
+        handler.wfile.write(data[i:i + 1])
         handler.wfile.flush()
-        if handler.server.released.wait(0.02):
-            break
+        handler.server.released.wait(0.02)
+    handler.wfile.write(data[40:])
 
 
 FAULTS = {
@@ -547,6 +548,23 @@ def test_an_empty_account_stops_everything_and_keeps_what_was_paid(server, judge
     assert len(judge().answers) == 10
 
 
+def test_calls_in_flight_when_another_is_refused_are_kept(server, judge):
+    arrivals, refused = itertools.count(1), threading.Event()
+
+    def rule(body, nth):
+        if next(arrivals) == 2:
+            refused.set()
+            return 402, {}, {}
+        refused.wait(5)
+        server.released.wait(0.2)                       # the refusal is well on its way by now
+        return longer(body, nth)
+
+    server.rule = rule
+    with pytest.raises(JudgeError, match="402"):
+        ask(make_pairs(20), judge(workers=2))
+    assert len(judge().answers) == 1 and len(server.requests) == 2
+
+
 @pytest.mark.parametrize("status", [400, 402, 403, 404, 422])
 def test_a_refusal_names_status_and_reason(server, judge, status):
     error = {"error": {"message": "the model `x` " + "is not here " * 99}}
@@ -589,15 +607,34 @@ def test_a_judge_that_is_not_there(judge):
         ask(make_pairs(20), judge(url=f"http://127.0.0.1:{port}/v1"))
 
 
-def test_a_judge_that_falls_silent_is_given_up_and_goes_on_in_the_next_run(server, judge):
+@pytest.mark.parametrize("answered", [0, 20])
+def test_a_judge_that_falls_silent_is_given_up_and_goes_on_in_the_next_run(server, judge, answered):
     pairs, arrivals = make_pairs(50), itertools.count(1)
-    server.rule = lambda body, nth: longer(body, nth) if next(arrivals) <= 20 else (503, {}, {})
+    server.rule = lambda body, nth: longer(body, nth) if next(arrivals) <= answered else (503, {}, {})
     with pytest.raises(JudgeError, match="no answer at .*503"):
         ask(pairs, judge(patience=0.2))
     server.requests.clear()
     server.rule = longer
     assert preferences(ask(pairs, judge())) == [prefer_longer(pair) for pair in pairs]
-    assert len(server.requests) == 30
+    assert len(server.requests) == 50 - answered
+
+
+def test_patience_counts_from_the_latest_answer(server, judge, monkeypatch, capsys):
+    clock = itertools.count(0, 100).__next__
+
+    class Time:
+        now, time = 0, staticmethod(lambda: 0)
+        monotonic = classmethod(lambda cls: cls.now)
+
+    def rule(body, nth):
+        Time.now = clock()
+        return longer(body, nth)
+
+    server.rule = rule
+    monkeypatch.setattr(annotate, "time", Time)
+    ask(make_pairs(10), judge(workers=1, timeout=9999, patience=500))
+    assert Time.now == 900
+    assert re.match(r"judge: \d+/10, \d+/s, eta \d+s\n", capsys.readouterr().out)
 
 
 def test_one_pair_that_breaks_the_judge_does_not_stop_the_others(server, judge):

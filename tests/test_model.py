@@ -57,7 +57,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("name", FAMILY)
 def test_logits_and_greedy_answers_equal_transformers(name, spelling, tmp_path):
     llama = save_llama(tmp_path, **FAMILY[name])
-    if spelling == "rope_theta":                                # how checkpoints on the hub were saved until 2025
+    if spelling == "rope_theta":                                # as transformers before 5 saved it
         edit(tmp_path, rope_parameters=None, rope_theta=FAMILY[name].get("rope_theta", 10000.))
     gpt, ids = model.load(tmp_path), tiny.ids(3, 20)
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_logits_and_greedy_answers_equal_transformers(name, spelling, tmp_path):
 def test_known_answers_of_a_real_checkpoint():
     folder = CHECKPOINTS / "stories260K"
     gpt, text = model.load(folder), Text(folder)
-    story = (" a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-             "big, red ball.")
+    story = (" a time, there was a little girl named Lily. She loved to play outside in the park. "
+             "One day, she saw a big, red ball.")
     ids = torch.tensor([text.encode("Once upon" + story)])
     assert F.cross_entropy(gpt(ids)[0, :-1], ids[0, 1:]).item() == pytest.approx(.3241, abs=5e-5)
     (_, told), = sample(Policy(gpt), [text.encode("Once upon")], text.stops, 70, temperature=0)
@@ -138,6 +138,21 @@ def test_rows_of_a_cache_can_be_dropped_and_copied(rows):
     close(gpt.hidden(kept[:, 5:], cache, torch.full((len(kept),), 5)), gpt.hidden(kept)[:, 5:])
 
 
+def test_a_cache_is_used_with_checkpointing_on_too():
+    gpt, ids = tiny.gpt(), tiny.ids(2, 6)
+    gpt.checkpointing, cache = True, dirty_cache(gpt, 2, 6, 6)
+    steps = gpt.hidden(ids[:, :5], cache), gpt.hidden(ids[:, 5:], cache, torch.tensor([5, 5]))
+    close(torch.cat(steps, 1), gpt.hidden(ids))
+
+
+def test_attention_kernels_may_lay_out_their_result_as_they_like(monkeypatch):
+    """CUDA's memory-efficient kernel (a mask selects it) returns a transposed view of (B, T, heads, hd)."""
+    def efficient(*args, kernel=F.scaled_dot_product_attention, **options):
+        return kernel(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", efficient)
+    test_rows_of_one_cache_go_on_at_their_own_positions(3, 2)
+
+
 def test_right_padding_changes_nothing_for_real_tokens():
     gpt, ids = tiny.gpt(), tiny.ids(2, 9)
     close(gpt(F.pad(ids, (0, 7), value=3))[:, :9], gpt(ids))
@@ -176,7 +191,7 @@ def test_merged_weights_answer_as_the_role():
     merged.load_state_dict(policy.gpt.merged("sft"))
     close(merged(ids), worn)
     low = tiny.policy("lora").gpt.to(torch.bfloat16)
-    assert {w.dtype for w in low.merged("sft").values()} == {torch.float32}, "bf16 would lose most of the adapter"
+    assert {w.dtype for w in low.merged("sft").values()} == {torch.float32}      # bf16 would lose it
 
 
 def test_a_role_equals_peft_with_the_same_a_and_b(tmp_path):
@@ -184,7 +199,8 @@ def test_a_role_equals_peft_with_the_same_a_and_b(tmp_path):
     llama, ids = save_llama(tmp_path, attention_bias=True), tiny.ids(2, 9)
     gpt = model.load(tmp_path)
     gpt.add_role("sft", rank=4, alpha=16)
-    theirs = peft.get_peft_model(llama, peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(model.TARGETS)))
+    lora = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(model.TARGETS))
+    theirs = peft.get_peft_model(llama, lora)
     tiny.randomise(torch.nn.ParameterList(gpt.adapter("sft").values()))
     state = theirs.state_dict()
     for name, p in gpt.adapter("sft").items():
@@ -229,6 +245,15 @@ def test_adapters_stay_fp32_on_a_low_precision_base_and_logits_too(tmp_path):
         close(gpt(ids), model.load(tmp_path)(ids), .2)
 
 
+def test_a_low_precision_model_is_never_held_in_fp32(tmp_path):
+    """Not even empty, on its way to the device: 8B parameters in fp32 fit no 24 GB card."""
+    save_llama(tmp_path).bfloat16().save_pretrained(tmp_path)
+    with tiny.Watch() as made:
+        gpt = model.load(tmp_path, dtype=torch.bfloat16)
+    assert gpt.head.dtype == torch.bfloat16
+    assert made.largest("cpu", torch.float32) < gpt.head.numel() == made.largest("cpu", torch.bfloat16)
+
+
 # --- gradient checkpointing --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -241,7 +266,7 @@ def test_checkpointing_changes_neither_logits_nor_gradients(kind):
         policy.gpt.checkpointing = checkpointing
         params, count = policy.trainable(), []
         for block in policy.gpt.model.layers:
-            block.register_forward_pre_hook(lambda *_: count.append(1))
+            block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         with policy.gpt.wear(policy.role):
             logits = policy.gpt(tiny.ids(2, 9))
         with policy.gpt.wear("other"):

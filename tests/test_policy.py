@@ -1,4 +1,5 @@
-"""Token log-probs against the textbook, in value, gradient and memory; copies that move alone; PEFT and HF folders."""
+"""Token log-probs against the textbook, copies that move alone, folders that transformers and peft load."""
+import dataclasses
 import json
 
 import pytest
@@ -6,7 +7,6 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.weights import load_adapter
 from rlhf import dpo, policy
@@ -76,20 +76,9 @@ def test_chunked_gradients_are_exact_to_fp32(frozen_head):
     logp = ChunkedLogProb.apply(h, W, targets, 1.5, 3)
     exact = (h.double() @ W.double().T / 1.5).log_softmax(-1)[range(7), targets]
     assert (logp - exact).abs().max() < 1e-6
-    for a, b in zip(torch.autograd.grad(logp @ pull, inputs), torch.autograd.grad(exact @ pull.double(), inputs)):
+    gradients = (torch.autograd.grad(x, inputs) for x in (logp @ pull, exact @ pull.double()))
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() < 1e-6
-
-
-class Largest(TorchDispatchMode):
-    """Watches every tensor that any operation makes, forward and backward."""
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 def test_logits_of_all_tokens_never_exist():
@@ -97,11 +86,12 @@ def test_logits_of_all_tokens_never_exist():
     N, V, D = 64, 97, 8
     h, W = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     targets = torch.arange(N)
-    with Largest() as chunked:
+    with tiny.Watch() as chunked:
         ChunkedLogProb.apply(h, W, targets, 1., 4).sum().backward()
-    with Largest() as plain:
+    with tiny.Watch() as plain:
         (h @ W.T).log_softmax(-1)[range(N), targets].sum().backward()
-    assert chunked.numel == V * D < N * V == plain.numel
+    seen, all_logits = (watch.largest("cpu", torch.float32) for watch in (chunked, plain))
+    assert seen == V * D < N * V == all_logits
 
 
 def test_index_t_speaks_of_token_t_plus_1():
@@ -174,7 +164,8 @@ def base(tmp_path):
 
 def trained(base, kind):
     """(settings, a policy that has moved away from the base, and is saved)."""
-    cfg = dpo.Config(model=str(base), out=str(base.parent), device="cpu", lora_rank=4 * (kind == "lora"), lora_alpha=12.)
+    rank = {"full": 0, "lora": 4}[kind]
+    cfg = dpo.Config(model=str(base), out=str(base.parent), device="cpu", lora_rank=rank, lora_alpha=12.)
     model = policy.fresh(cfg, "policy")
     for p in model.trainable():
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * .05)
@@ -212,13 +203,24 @@ def test_transformers_and_peft_load_what_was_saved(kind, base):
         close(logits(model), theirs(tiny.ids(2, 9)).logits, 2e-5)
 
 
+def test_an_adapter_keeps_the_scale_it_was_trained_with(base):
+    """After `--sft.lora_alpha 12` a later stage with alpha 32 must not scale what it loads."""
+    cfg, model = trained(base, "lora")
+    later = dataclasses.replace(cfg, lora_alpha=32.)
+    back = policy.load(later, "dpo")
+    assert torch.equal(logits(back), logits(model))
+    assert torch.equal(logits(back.copy("policy")), logits(model))
+    policy.save(back.copy("policy"), later)
+    assert torch.equal(logits(policy.load(cfg, "dpo")), logits(model))
+
+
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
 def test_a_full_checkpoint_of_a_bf16_base_is_fp32_to_transformers_too(spelling, base):
     """Learning moves weights by less than bf16 can hold, so whoever loads them must not round them back."""
     auto = pytest.importorskip("transformers").AutoModelForCausalLM
     auto.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
-    config[spelling] = config.pop("dtype")                       # as transformers 5 writes it, and as all before it
+    config[spelling] = config.pop("dtype")              # transformers 5 and before
     (base / "config.json").write_text(json.dumps(config))
     cfg, model = trained(base, "full")
     assert torch.equal(auto.from_pretrained(cfg.dir() / "checkpoint").lm_head.weight, model.gpt.head)

@@ -36,8 +36,8 @@ def test_order_changes_with_epoch_and_seed_but_not_with_the_process():
     assert first != second != batches(50, 50, 1, seed=4)[0] != first
     program = f"import random\n{inspect.getsource(batches)}\nprint(batches(50, 50, 2, seed=3))"
     for hash_seed in "12":
-        out = subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True)
-        assert json.loads(out.stdout) == [first, second]
+        out = subprocess.check_output([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed})
+        assert json.loads(out) == [first, second]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200), st.randoms())
@@ -48,10 +48,15 @@ def test_micro_batches_hold_each_index_once_within_the_token_budget(lengths, tok
     assert sorted(sum(out, [])) == sorted(indices)
     assert all(len(micro) * max(lengths[i] for i in micro) <= tokens or len(micro) == 1 for micro in out)
     ordered = [lengths[i] for micro in out for i in micro]
-    assert ordered == sorted(ordered)                           # so that rows beside each other pad each other little
+    assert ordered == sorted(ordered)                           # neighbours pad each other little
 
 
 # --- accumulation ------------------------------------------------------------------------------------------
+
+def keep_losses(losses):
+    """A log that only keeps the losses."""
+    return SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
+
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_micro_batches_of_unequal_rows_equal_one_big_batch(kind):
@@ -61,8 +66,7 @@ def test_micro_batches_of_unequal_rows_equal_one_big_batch(kind):
     for tokens in (1, 60, 100_000):
         model, losses = tiny.policy(kind), []
         cfg = sft.Config(epochs=3, batch_size=8, lr=3e-4, micro_batch_tokens=tokens)
-        log = SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
-        sft.train(model, rows, cfg, log, show=lambda step: None)
+        sft.train(model, rows, cfg, keep_losses(losses), show=lambda step: None)
         results.append((torch.cat([p.detach().flatten() for p in model.trainable()]), losses))
     (one, loss_one), (some, _), (big, loss_big) = results
     assert (big - torch.cat([p.flatten() for p in tiny.policy(kind).trainable()])).abs().max() > 5e-4
@@ -77,8 +81,8 @@ def test_the_first_loss_is_the_mean_over_answer_tokens():
     for prompt, response in rows:
         logp = model.gpt(torch.tensor([prompt + response])).log_softmax(-1)[0]
         nll += [-logp[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
-    log = SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
-    sft.train(model, rows, sft.Config(epochs=1, batch_size=2), log, show=lambda step: None)
+    cfg = sft.Config(epochs=1, batch_size=2)
+    sft.train(model, rows, cfg, keep_losses(losses), show=lambda step: None)
     assert losses == [pytest.approx(sum(nll) / 10, rel=1e-5)]
 
 
@@ -90,26 +94,29 @@ def test_masked_mean_counts_marked_entries_only():
 # --- the step ----------------------------------------------------------------------------------------------
 
 def steps_by_hand(p, gradients, lr, steps, max_grad_norm):
-    """AdamW without decay, with clipping, warm-up over 5 % and a cosine to a tenth, in plain numbers (Kingma & Ba)."""
+    """Adam (Kingma & Ba) with clipping, warm-up over 5 % and a cosine to a tenth."""
     m = v = 0.
     for t, g in enumerate(gradients):
         g = g * min(1, max_grad_norm / g.norm().item())
         m, v = .9 * m + .1 * g, .98 * v + .02 * g ** 2
-        rate = lr * min(1, (t + 1) / max(1, round(.05 * steps))) * (.1 + .45 * (1 + math.cos(math.pi * t / steps)))
+        warm = min(1, (t + 1) / max(1, round(.05 * steps)))
+        rate = lr * warm * (.1 + .45 * (1 + math.cos(math.pi * t / steps)))
         p = p - rate * (m / (1 - .9 ** (t + 1))) / ((v / (1 - .98 ** (t + 1))).sqrt() + 1e-8)
     return p
 
 
 def test_steps_equal_clipped_adamw_by_hand():
     """Gradients of very unequal size, above and below the clip; each is a sum over 4 and divided by that."""
-    gradients = [torch.randn(5, generator=torch.Generator().manual_seed(i)) * size for i, size in enumerate((100, 1, .01, 5))]
+    r = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(5, generator=r) * size for size in (100, 1, .01, 5)]
     p = torch.nn.Parameter(torch.arange(5.))
     updater = Updater([p], lr=.1, steps=40, max_grad_norm=2.)
     for g in gradients:
         updater.add((p * g).sum() * 3, 3)
         updater.add((p * g).sum(), 1)
         assert updater.step()["grad_norm"] == pytest.approx(g.norm().item(), rel=1e-5)       # before clipping
-    torch.testing.assert_close(p.detach(), steps_by_hand(torch.arange(5.), gradients, .1, 40, 2.), atol=1e-5, rtol=0)
+    by_hand = steps_by_hand(torch.arange(5.), gradients, .1, 40, 2.)
+    torch.testing.assert_close(p.detach(), by_hand, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 100])
@@ -153,8 +160,9 @@ def test_metrics_are_written_one_object_a_step(tmp_path, capsys):
     for step in range(2):
         log.step(step, {"loss": 1.5 - step, "lr": .1}, tokens=100)
     log.sample(1, "Say moo", "moo", score=.25)
-    lines = (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 1.5, "lr": .1}, {"step": 1, "loss": .5, "lr": .1}]
+    first, second = (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"step": 0, "loss": 1.5, "lr": .1}
+    assert json.loads(second) == {"step": 1, "loss": .5, "lr": .1}
     sample = json.loads((tmp_path / "dpo" / "samples.jsonl").read_text())
     assert sample == {"step": 1, "instruction": "Say moo", "output": "moo", "score": .25}
     assert "dpo    2/2 | loss 0.5 | " in capsys.readouterr().out

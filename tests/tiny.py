@@ -1,11 +1,12 @@
 """Tiny random models for the tests: quick, and loud enough that every part of them shows in the logits."""
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from rlhf.policy import Policy
 
-SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2}
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @torch.no_grad()
@@ -32,6 +33,25 @@ def policy(kind="full", seed=0, **changes):
         for p in base.adapter("sft").values():
             p.normal_(0, .1, generator=torch.Generator().manual_seed(seed + p.numel()))
     return Policy(base.requires_grad_(False), "sft")
+
+
+class Watch(TorchDispatchMode):
+    """Sees every tensor that any operation makes, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}                     # (device, dtype): elements of the largest
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                kind = x.device.type, x.dtype
+                self.sizes[kind] = max(self.sizes.get(kind, 0), x.numel())
+        return out
+
+    def largest(self, device, dtype):
+        return self.sizes.get((device, dtype), 0)
 
 
 def ids(rows, length, seed=0, vocab=61):

@@ -1,0 +1,162 @@
+"""Knobs: every one has its help, defaults < preset < flags, and what cannot be is refused with its name."""
+import importlib
+import re
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+import farm
+from data import InputError
+from rlhf import KIT, config, methods
+from rlhf.config import PRESETS, Config, build, helps, parse
+
+torch.set_num_threads(1)
+CONFIGS = {name: importlib.import_module(f"rlhf.{name}").Config for name in methods()}
+every_method = pytest.mark.parametrize("name", CONFIGS)
+
+
+@dataclass
+class Knobs(Config):
+    """What a student might write."""
+    lr: float = 1e-5                    # peak learning rate, 50% of "it" # a second mark
+    epochs: int = 2                     # passes
+    greedy: bool = False                # no sampling
+    kind: str = "k1"                    # of KL
+
+    BARN = {"lr": 5e-4}
+
+
+def test_methods_are_the_files_that_are_no_kit():
+    assert {"sft", "pairs", "dpo"} <= set(methods()) and not set(KIT) & set(methods())
+    assert all(hasattr(importlib.import_module(f"rlhf.{name}"), "run") for name in methods())
+
+
+@every_method
+def test_every_knob_has_a_help_and_a_type_that_can_be_typed(name):
+    found = helps(CONFIGS[name])
+    for field in fields(CONFIGS[name]):
+        assert found.get(field.name, "").strip(), f"{name}: no comment behind {field.name}"
+        assert field.type in (int, float, str, bool) and type(field.default) is field.type, (name, field.name)
+
+
+@every_method
+def test_help_mentions_every_knob_and_what_the_method_is(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(CONFIGS[name], ["--help"], "farm.py")
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    for field in fields(CONFIGS[name]):
+        assert re.search(rf"--(no-)?{field.name}\b", shown), field.name
+        assert " ".join(helps(CONFIGS[name])[field.name].split()) in " ".join(shown.split())
+        assert str(field.default) in shown
+    assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in shown
+
+
+@every_method
+def test_presets_and_barn_only_name_knobs_that_exist(name):
+    knobs = {field.name: field.type for field in fields(CONFIGS[name])}
+    for tuned in (*PRESETS.values(), CONFIGS[name].BARN):
+        assert tuned.keys() <= knobs.keys()
+        assert all(type(value) is knobs[knob] for knob, value in tuned.items()), tuned
+
+
+def test_presets_change_the_machine_and_not_the_mathematics():
+    assert {knob for name in ("24gb", "80gb") for knob in PRESETS[name]} <= config.ELSEWHERE
+    assert config.ELSEWHERE <= {field.name for field in fields(Config)}
+
+
+# ---- defaults < preset < flags -------------------------------------------------------------------------
+
+def test_flags_beat_the_preset_and_the_preset_the_defaults():
+    assert build(Knobs, {"preset": "24gb"}).lr == 1e-5 and build(Knobs, {"preset": "24gb"}).slots == 64
+    assert build(Knobs, {}).lr == 5e-4 and build(Knobs, {}).slots == PRESETS["barn"]["slots"]
+    assert build(Knobs, {"lr": 1., "slots": 3}).lr == 1. and build(Knobs, {"slots": 3}).slots == 3
+    assert build(Knobs, {"preset": "80gb", "checkpointing": False}).checkpointing is False
+    assert build(Knobs, {"lora_rank": 4}).lora_rank == 4 and build(Knobs, {}).lora_rank == 0
+
+
+def test_the_preset_follows_the_model():
+    assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
+    other = build(Knobs, {"model": "some/folder"})
+    assert (other.preset, other.lr, other.lora_rank, str(other.checkpoint)) == ("24gb", 1e-5, 16, "some/folder")
+    assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4
+    assert build(Knobs, {}).checkpoint == config.BASE
+
+
+def test_a_stage_lives_in_the_folder_of_its_name():
+    cfg = CONFIGS["dpo"](out="runs/x")
+    assert (str(cfg.dir()), str(cfg.dir("sft"))) == ("runs/x/dpo", "runs/x/sft")
+
+
+# ---- the command line ----------------------------------------------------------------------------------
+
+def test_only_what_was_given_is_returned_with_its_type():
+    assert parse(Knobs, [], "p") == {}
+    given = parse(Knobs, "--lr 1e-3 --epochs=3 --greedy --kind k2 --no-checkpointing --data a%b.json".split(), "p")
+    assert given == {"lr": 1e-3, "epochs": 3, "greedy": True, "kind": "k2", "checkpointing": False,
+                     "data": "a%b.json"}
+    assert [type(value) for value in given.values()] == [float, int, bool, str, bool, str]
+
+
+def test_dashes_and_underscores_are_the_same():
+    for flag in ("--max_new_tokens", "--max-new-tokens"):
+        assert parse(Knobs, [flag, "7"], "p") == {"max_new_tokens": 7}
+
+
+@pytest.mark.parametrize("argv", ["--lrr 1", "--l 1", "--epoch 3", "--max-new_token 3", "--epochs", "--epochs 2.5",
+                                  "--lr fast", "--preset huge", "--greedy yes", "--limit 1e3", "extra"])
+def test_typos_and_bad_values_exit_with_2_and_name_the_flag(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(Knobs, argv.split(), "farm.py --method knobs")
+    last = capsys.readouterr().err.splitlines()[-1]
+    named = "yes" if argv == "--greedy yes" else argv.split()[0]
+    assert exit.value.code == 2 and last.startswith("farm.py --method knobs: error:") and named in last
+
+
+# what no value of that knob can mean; each would end in a traceback, or worse, in a result
+IMPOSSIBLE = ["--limit -1", "--lora_rank -1", "--max_new_tokens 0", "--max_new_tokens -3", "--temperature -1",
+              "--temperature nan", "--batch_size 0", "--epochs 0", "--lr nan", "--lr -1", "--max_prompt_tokens 0",
+              "--sample_every 0", "--device abacus"]
+
+
+@pytest.mark.parametrize("argv", IMPOSSIBLE)
+def test_impossible_values_are_refused_by_name(argv, capsys):
+    with pytest.raises((SystemExit, InputError)) as refused:
+        build(CONFIGS["sft"], parse(CONFIGS["sft"], argv.split(), "farm.py"))
+    said = capsys.readouterr().err + str(refused.value)
+    assert argv.split()[0].lstrip("-") in said.replace("-", "_")
+
+
+# ---- flags of stages -----------------------------------------------------------------------------------
+
+def test_a_dotted_flag_is_for_its_stage_and_the_rest_for_the_method():
+    argv = "--beta 0.2 --sft.lr 1e-3 --sft.epochs=5 --limit 3 --pairs.flip 0 --out runs/a.b --sft.no-checkpointing"
+    assert farm.route(argv.split(), "dpo") == {
+        "dpo": {"beta": .2, "limit": 3, "out": "runs/a.b"}, "pairs": {"flip": 0.},
+        "sft": {"lr": 1e-3, "epochs": 5, "checkpointing": False}}
+    assert farm.route([], "dpo") == {"dpo": {}}
+    assert farm.route(["--sft.max-new-tokens", "9"], "dpo")["sft"] == {"max_new_tokens": 9}
+
+
+@pytest.mark.parametrize("argv, named", [("--sft.beta 1", "--beta"), ("--sft.lr fast", "--lr"), ("--beta", "--beta"),
+                                         ("--sft.lr", "--lr"), ("--sft. 1", "--sft."), ("--sft_lr 1", "--sft_lr")])
+def test_a_dotted_typo_exits_with_2_and_names_the_flag(argv, named, capsys):
+    with pytest.raises(SystemExit) as exit:
+        farm.route(argv.split(), "dpo")
+    assert exit.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stage", ["nope", "config", "update", "__init__"])
+def test_a_flag_of_an_unknown_stage_names_the_stage(stage):
+    with pytest.raises(InputError, match=f"unknown method '{stage}'; choose from .*dpo"):
+        farm.route([f"--{stage}.lr", "1"], "dpo")
+
+
+def test_a_plan_has_every_need_once_and_first():
+    assert farm.plan("dpo") == ["sft", "pairs", "dpo"] and farm.plan("sft") == ["sft"]
+    for name in methods():
+        plan = farm.plan(name)
+        assert plan[-1] == name and len(plan) == len(set(plan))
+        for stage in plan:
+            assert set(farm.load(stage).NEEDS) <= set(plan[:plan.index(stage)])
