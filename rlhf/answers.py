@@ -3,7 +3,7 @@ import json
 
 import torch
 
-from data import sets
+from data import InputError, sets
 from rlhf.policy import pack, token_logps
 from rlhf.rollout import sample
 from rlhf.update import micro_batches
@@ -22,7 +22,10 @@ def logps(policy, rows, cfg):
 
 def answer(policy, text, cfg, ref=None):
     """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
-    room = policy.gpt.config.max_position_embeddings - cfg.max_new_tokens
+    context = policy.gpt.config.max_position_embeddings
+    room = context - cfg.max_new_tokens
+    if room <= 0:
+        raise InputError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in {context} tokens")
     records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
     asked = [text.prompt(record)[-room:] for record in records]        # too long for the model: the end is what counts
     rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, slots=cfg.slots)
