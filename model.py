@@ -53,10 +53,13 @@ class GPTConfig:
                                   ("rope_type", rope_type, "default")):
             if value != known:
                 raise ValueError(f"{key} {value!r} is not supported; supported: {known}")
-        if missing := [f.name for f in fields(cls)[:5] if not isinstance(config.get(f.name), int)]:
-            raise ValueError(f"missing or not a whole number: {', '.join(missing)}")
         known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        return cls(**{**known, "rope_theta": float(rope.get("rope_theta", known.get("rope_theta", 10000.0)))})
+        known["rope_theta"] = float(rope.get("rope_theta") or known.get("rope_theta", 10000.0))
+        wrong = [f.name for f in fields(cls)[:5] if f.name not in known]
+        wrong += [f.name for f in fields(cls) if f.type is int and type(known.get(f.name, 0)) is not int]
+        if wrong:
+            raise ValueError(f"missing or not a whole number: {', '.join(wrong)}")
+        return cls(**known)
 
 
 class RMSNorm(nn.Module):
@@ -113,7 +116,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drop every row but these (a mask or indices)."""
-        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        for layer in range(len(self.k)):                # one at a time: never the old and the new cache as a whole
+            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
 
 
 def rotate(x, cos, sin):
@@ -143,7 +147,7 @@ class Attention(nn.Module):
         else:  # query heads of one kv head become query rows: the cache is read once and never repeated
             q = q.reshape(B, self.K, -1, self.hd)                                        # (B, K, H/K * T, hd)
             k, v = cache.k[self.layer][:, :, :span], cache.v[self.layer][:, :, :span]    # (B, K, S, hd)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).view(B, -1, T, self.hd)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).reshape(B, -1, T, self.hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), role)                    # (B, T, D)
 
 
@@ -212,6 +216,7 @@ class GPT(nn.Module):
 
     def add_role(self, role, rank, alpha, start=None):
         """Give every linear layer an adapter for `role`: fresh (the base as it is), or a copy of role `start`."""
+        assert role not in self.linears()[0][1].scale, f"there is a role {role!r} already"
         for _, linear in self.linears():
             linear.add_role(role, rank, alpha)
             if start is not None:
@@ -255,7 +260,7 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(ids)                                                 # (B, T, D)
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
                 # the role travels as an argument: the recomputation happens when the context manager has long exited
                 x = checkpoint(block, x, rope, self.role, use_reentrant=False)
             else:
@@ -274,14 +279,14 @@ def load(folder, device="cpu", dtype=torch.float32):
         raise WeightsError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
     try:
         config = GPTConfig.from_hf(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: {error}") from None
     with torch.device("meta"):
         gpt = GPT(config)
-    gpt = gpt.to_empty(device=device).to(dtype)
+    gpt = gpt.to(dtype).to_empty(device=device)
     loaded = load_weights(folder)
     if config.tie_word_embeddings and "lm_head.weight" in loaded:       # some files hold the tied head twice
-        if not torch.equal(loaded.pop("lm_head.weight"), loaded["model.embed_tokens.weight"]):
+        if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("model.embed_tokens.weight", torch.empty(0))):
             raise WeightsError(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
     assign(gpt.weights(), loaded, str(folder))
     return gpt.requires_grad_(False)

@@ -3,7 +3,7 @@ import json
 
 import torch
 
-from data import sets
+from data import InputError, sets
 from rlhf.policy import pack, token_logps
 from rlhf.rollout import sample
 from rlhf.update import micro_batches
@@ -22,7 +22,10 @@ def logps(policy, rows, cfg):
 
 def questions(policy, text, cfg):
     """The records of the eval split, and their prompts as token ids."""
-    room = policy.gpt.config.max_position_embeddings - cfg.max_new_tokens
+    context = policy.gpt.config.max_position_embeddings
+    room = context - cfg.max_new_tokens
+    if room <= 0:
+        raise InputError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in {context} tokens")
     records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
     return records, [text.prompt(record)[-room:] for record in records]    # too long for the model: the end counts
 

@@ -44,7 +44,9 @@ def sample_pairs(cfg):
 def run(cfg):
     asked, answered = cfg.dir() / "unlabelled.json", cfg.dir() / "pairs.json"
     if not asked.exists():              # a judge that failed must not cost the sampling again
-        asked.write_text(json.dumps(sample_pairs(cfg)))
+        part = asked.with_suffix(".part")
+        part.write_text(json.dumps(sample_pairs(cfg)))
+        part.replace(asked)
     with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:
         pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge), judge, cfg.seed, cfg.flip)
     pairs = [pair for pair in pairs if pair["preference"] in (1, 2)]

@@ -33,14 +33,19 @@ class Policy:
         """The same policy, to be moved on its own: a new role on the same base, or a second full model."""
         if self.role is None:
             return Policy(copy.deepcopy(self.gpt))
+        self.gpt.add_role(role, *self.size(), start=self.role)
+        return Policy(self.gpt, role)
+
+    def size(self):
+        """(rank, alpha) of the adapter."""
         lora = self.gpt.linears()[0][1]
         rank = len(lora.lora_A[self.role])
-        self.gpt.add_role(role, rank, lora.scale[self.role] * rank, start=self.role)
-        return Policy(self.gpt, role)
+        return rank, lora.scale[self.role] * rank
 
 
 def pack(rows, device="cpu"):
     """[(prompt ids, response ids)] -> ids (B, T) right-padded with 0, mask (B, T-1)."""
+    assert all(prompt for prompt, _ in rows), "the first token of a response has nothing to be predicted from"
     T = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     mask = torch.zeros(len(rows), T - 1, dtype=torch.bool)
@@ -62,7 +67,7 @@ class ChunkedLogProb(torch.autograd.Function):
         logp, norm = (torch.empty(len(h), device=h.device) for _ in range(2))            # (N,), fp32
         for i in range(0, len(h), chunk):
             rows = slice(i, i + chunk)
-            logits = (h[rows] @ W.T).float() / temperature                               # (chunk, V)
+            logits = (h[rows] @ W.T).float().div_(temperature)                           # (chunk, V)
             norm[rows] = logits.logsumexp(-1)
             logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
         ctx.save_for_backward(h, W, targets, norm)
@@ -77,7 +82,7 @@ class ChunkedLogProb(torch.autograd.Function):
         for i in range(0, len(h), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             g = grad[rows, None]                                                         # (chunk, 1)
-            d = ((h[rows] @ W.T).float() / ctx.temperature - norm[rows, None]).exp_().mul_(-g)
+            d = (h[rows] @ W.T).float().div_(ctx.temperature).sub_(norm[rows, None]).exp_().mul_(-g)
             d.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature)              # (chunk, V): g (1[target] - p)
             dh[rows] = d.to(W.dtype) @ W
             if dW is not None:
@@ -109,6 +114,7 @@ def load_base(cfg):
 def fresh(cfg, role):
     """A policy that answers as the base does: a fresh adapter on it, or with lora_rank 0 the base itself."""
     policy = Policy(load_base(cfg))
+    torch.manual_seed(cfg.seed)
     if cfg.lora_rank:
         policy.gpt.add_role(role, cfg.lora_rank, cfg.lora_alpha)
         policy.role = role
@@ -119,11 +125,11 @@ def save(policy, cfg):
     """Write the policy to its stage's folder: a PEFT adapter of the original base, or a Hugging Face checkpoint."""
     folder = cfg.dir() / "checkpoint"
     if policy.role:
-        weights.save_adapter(folder, policy.gpt.adapter(policy.role), cfg.lora_rank, cfg.lora_alpha, model.TARGETS,
-                             str(cfg.checkpoint))
-    else:
-        config = text.read_json(cfg.checkpoint / "config.json")
-        weights.save_pretrained(folder, policy.gpt.weights(), {**config, "torch_dtype": "float32"}, cfg.checkpoint)
+        rank, alpha = policy.size()
+        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, model.TARGETS, str(cfg.checkpoint))
+    else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
+        config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
+        weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.checkpoint)
 
 
 def load(cfg, stage, beside=None):
@@ -135,8 +141,8 @@ def load(cfg, stage, beside=None):
     if not cfg.lora_rank:
         return Policy(load_base(dataclasses.replace(cfg, model=str(folder))))
     policy = Policy(beside.gpt if beside else load_base(cfg), stage)
-    policy.gpt.add_role(stage, cfg.lora_rank, cfg.lora_alpha)
-    tensors, _ = weights.load_adapter(folder)
+    tensors, config = weights.load_adapter(folder)
+    policy.gpt.add_role(stage, config["r"], config["lora_alpha"])
     weights.assign(policy.gpt.adapter(stage), tensors, str(folder))
     policy.gpt.requires_grad_(False)
     return policy

@@ -58,7 +58,9 @@ def decode(policy, prompts, stops, u, temperature, n):
     length = torch.full((B,), max_new_tokens, device=device)
     alive = torch.arange(B, device=device)                                               # the rows still in the cache
     done = torch.zeros(B, dtype=torch.bool, device=device)                               # ended, but not yet dropped
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
+        finite &= h.isfinite().all()
         token = draw(F.linear(h, policy.gpt.head), u[alive, t], temperature)             # (rows,)
         written[alive, t] = token
         ended = torch.isin(token, stop_ids) & ~done
@@ -72,4 +74,6 @@ def decode(policy, prompts, stops, u, temperature, n):
         span += 1
         h = policy.hidden(token[:, None], cache, pos, span)[:, 0]                        # (rows, D)
         pos = pos + 1
+    if not finite:
+        raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 overflowed")
     return [row[:end] for row, end in zip(written.tolist(), length.tolist())]

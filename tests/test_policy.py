@@ -210,7 +210,7 @@ def test_an_adapter_keeps_the_scale_it_was_trained_with(base):
     back = policy.load(later, "dpo")
     assert torch.equal(logits(back), logits(model))
     assert torch.equal(logits(back.copy("policy")), logits(model))
-    policy.save(back.copy("policy"), later)
+    policy.save(back.copy("again"), later)
     assert torch.equal(logits(policy.load(cfg, "dpo")), logits(model))
 
 
