@@ -11,6 +11,7 @@ import errno
 import hashlib
 import importlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -19,15 +20,17 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read when torch loads: waiting threads must not eat a core
 
-import annotate
-import eval
-from data import InputError, sets
-from data.barn.reward import true_reward
-from data.text import read_json
-from rlhf import config, methods
-from rlhf.update import peak_gb
+import torch  # noqa: E402
+
+import annotate  # noqa: E402
+import eval  # noqa: E402
+from data import InputError, sets  # noqa: E402
+from data.barn.reward import true_reward  # noqa: E402
+from data.text import read_json  # noqa: E402
+from rlhf import config, methods  # noqa: E402
+from rlhf.update import peak_gb  # noqa: E402
 
 
 def load(name):
