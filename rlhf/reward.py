@@ -16,10 +16,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import sets
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, policy, update
 from rlhf.pairs import load_pairs
+from rlhf.rollout import sample
 
 NEEDS = ("sft", "pairs")
 
@@ -133,7 +135,8 @@ def run(cfg):
     chosen, rejected = load_pairs(cfg, text)
     held_out = round(cfg.held_out * len(chosen))
     n = len(chosen) - held_out
-    model = fresh(policy.load(cfg, "sft").copy("reward"))
+    sft = policy.load(cfg, "sft")
+    model = fresh(sft.copy("reward"))
 
     lengths = [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]
     steps = update.batches(n, cfg.batch_size, cfg.epochs, cfg.seed)
@@ -155,9 +158,11 @@ def run(cfg):
                  sum(lengths[i] for i in batch))
 
     metrics = validate(model, chosen[n:], rejected[n:], cfg) if held_out else {}
-    normalise(model, (chosen + rejected)[:4000], cfg)
+    val = text.fitting(sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"], cfg.max_prompt_tokens)
+    rows = sample(sft, [text.prompt(record) for record in val], text.stops, cfg.max_new_tokens, cfg.temperature,
+                  cfg.seed + 2, n=4, slots=cfg.slots)
+    normalise(model, rows, cfg)
     save(model, cfg)
-    for prompt, response in chosen[-2:] + rejected[-2:]:
-        row_score = scores(model, [(prompt, response)], cfg).item()
-        log.sample(len(steps), text.decode(prompt), text.decode(response), score=row_score)
+    for (_, response), value in zip(rows[:4], scores(model, rows[:4], cfg).tolist()):
+        log.sample(len(steps), val[0]["instruction"], text.decode(response), score=value)
     return metrics
