@@ -70,8 +70,8 @@ def stage(name, cfg, binding, ids):
     id = hashlib.sha256(json.dumps([settings, needs], sort_keys=True).encode()).hexdigest()[:16]
     there = read_json(folder / "config.json")
     if (folder / "result.json").exists():
-        differ = [f"{k} is {there[k]!r} there and {settings[k]!r} here" for k in settings
-                  if k in binding and there[k] != settings[k]]
+        differ = [f"{k} is {there.get(k)!r} there and {settings[k]!r} here" for k in settings
+                  if k in binding and there.get(k) != settings[k]]
         differ += [f"its {need} has been made anew since" for need in needs if there["needs"][need] != needs[need]]
         if differ:
             raise InputError(f"{folder} is finished with other settings ({'; '.join(differ)}): choose another --out, "

@@ -10,6 +10,7 @@ Questions a reader asks. Why does the loss start at log 2? The head starts at ze
 accuracy of 0.65 good? A quarter of the labels are wrong on purpose: nobody can agree with more than about 0.70 of them.
 """
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import sets
+from data.barn.reward import true_reward
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, policy, update
@@ -33,8 +35,9 @@ class Config(config.Config):
     batch_size: int = 64                # pairs in an optimizer step
     weight_decay: float = 0.            # pull of the weights to zero
     held_out: float = .05               # share of the pairs that is kept for validation
+    scale_answers: int = 1000           # fresh answers of the SFT model that scores are shifted and scaled by
 
-    BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05}
+    BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
 
 
 @dataclass
@@ -159,10 +162,21 @@ def run(cfg):
 
     metrics = validate(model, chosen[n:], rejected[n:], cfg) if held_out else {}
     val = text.fitting(sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"], cfg.max_prompt_tokens)
+    each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
     rows = sample(sft, [text.prompt(record) for record in val], text.stops, cfg.max_new_tokens, cfg.temperature,
-                  cfg.seed + 2, n=4, slots=cfg.slots)
+                  cfg.seed + 2, each, cfg.slots)
     normalise(model, rows, cfg)
     save(model, cfg)
-    for (_, response), value in zip(rows[:4], scores(model, rows[:4], cfg).tolist()):
-        log.sample(len(steps), val[0]["instruction"], text.decode(response), score=value)
+    answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
+    for answer, value in zip(answers[:4], values.tolist()):
+        log.sample(len(steps), val[0]["instruction"], answer, score=value)
+    if cfg.data == "barn":                              # what no real world can tell
+        truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
+        metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))
     return metrics
+
+
+def agreement(scores, truth):
+    """How often two answers to one prompt are ranked alike, over neighbours that differ in truth: (P, n) each."""
+    said, true = scores[:, 1:] - scores[:, :-1], truth[:, 1:] - truth[:, :-1]
+    return ((said > 0) == (true > 0))[true != 0].float().mean().item()
