@@ -183,6 +183,17 @@ class Judge:
         self.heard = 0.0                # when the latest answer came
         self.fault = ""                 # the latest thing that went wrong, for messages
 
+    def knock(self):
+        """JudgeError if nothing answers at the address; whatever answers will do, and costs nothing."""
+        try:
+            self.session.get(self.base_url, timeout=10, allow_redirects=False, **self.settings).close()
+        except requests.RequestException as error:
+            raise self._absent(type(error).__name__) from None
+
+    def _absent(self, fault):
+        return JudgeError(f"no judge answers at {self.base_url} ({fault}): is it running? "
+                          "Set OPENAI_BASE_URL, as in http://localhost:8000/v1")
+
     def close(self):
         with self.lock:
             self.file.close()
@@ -245,8 +256,7 @@ class Judge:
             except (requests.RequestException, HTTPError) as error:
                 self.fault = type(error).__name__  # its text is three lines of urllib3
                 if not self.contacted and tries == 4:
-                    raise JudgeError(f"no judge answers at {self.base_url} ({self.fault}): is it running? "
-                                     "Set OPENAI_BASE_URL, as in http://localhost:8000/v1") from None
+                    raise self._absent(self.fault) from None
             else:
                 self.contacted = True
                 if status >= 300:

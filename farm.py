@@ -41,10 +41,10 @@ def load(name):
 
 
 def route(argv, name):
-    """{stage: its flags}: `--sft.lr 1e-3` is for sft, everything else for the method `name`."""
+    """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`."""
     routed, stage = {name: []}, name
     for token in argv:
-        if match := re.match(r"--([a-z_]+)\.(.+)", token):
+        if match := re.match(r"--(\w+)\.(.+)", token):
             stage, token = match[1], f"--{match[2]}"
         elif token.startswith("--"):
             stage = name
@@ -69,10 +69,12 @@ def stage(name, cfg, binding, ids):
     needs = {need: ids[need] for need in module.NEEDS}
     id = hashlib.sha256(json.dumps([settings, needs], sort_keys=True).encode()).hexdigest()[:16]
     there = read_json(folder / "config.json")
+    if there and not {"id", "needs"} <= there.keys():
+        raise InputError(f"{folder} holds something else than a stage of a run: choose another --out")
     if (folder / "result.json").exists():
         differ = [f"{k} is {there.get(k)!r} there and {settings[k]!r} here" for k in settings
                   if k in binding and there.get(k) != settings[k]]
-        differ += [f"its {need} has been made anew since" for need in needs if there["needs"][need] != needs[need]]
+        differ += [f"its {need} has been made anew since" for need in needs if there["needs"].get(need) != needs[need]]
         if differ:
             raise InputError(f"{folder} is finished with other settings ({'; '.join(differ)}): choose another --out, "
                              "or delete that folder to run it again")
@@ -108,7 +110,7 @@ def leaderboard(cfg):
             if cfg.data == "barn":
                 truth = [true_reward(output["instruction"], output["output"]) for output in outputs]
                 rows[folder.name]["true_reward"] = statistics.mean(truth)
-    for name in rows.keys() - {"sft"}:
+    for name in rows.keys() - {"sft"} if "sft" in rows else ():
         difference = eval.paired_difference(preferences[name], preferences["sft"])
         rows[name] |= dict(zip(("diff_sft", "diff_sft_standard_error"), difference))
     return eval.leaderboard(rows, out / "leaderboard.csv")
@@ -118,19 +120,25 @@ def main(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     args, rest = parser.parse_known_args(argv)
+    if not args.method and {"-h", "--help"} & set(rest):
+        return print(f"{__doc__}\nMethods: {', '.join(methods())}.")
     if not args.method:
         raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
     given = route(rest, args.method)
     stages = plan(args.method)
     if stray := given.keys() - set(stages):
         raise InputError(f"{args.method} does not need {', '.join(stray)}, so its flags would change nothing")
+    for name, flags in given.items():
+        if name != args.method and (whole := flags.keys() & {"out", "model", "lora_rank"}):
+            raise InputError(f"--{name}.{min(whole)} makes no sense: all stages of a run share it")
     common = {f.name for f in fields(config.Config)}
     shared = {k: v for k, v in given[args.method].items() if k in common}
     configs = {name: config.build(load(name).Config, {**shared, **given.get(name, {})}) for name in stages}
     cfg, start = configs[args.method], time.perf_counter()
-    sets.load(cfg.data, cfg.eval_data, cfg.limit)   # what is wrong with the files or the judge's address shows now,
-    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl"):        # not after an hour of training
-        pass
+    sets.load(cfg.data, cfg.eval_data, cfg.limit)   # what is wrong with the files or with the judge shows now,
+    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:       # not after an hour of training
+        if not all((each.dir() / "result.json").exists() for each in configs.values()):
+            judge.knock()
 
     ids = {}
     for name in stages:                             # a stage that is only needed may have been tuned by its own command

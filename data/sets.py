@@ -5,6 +5,7 @@
 import gzip
 import json
 import random
+import zlib
 from pathlib import Path
 
 from data import InputError
@@ -18,17 +19,24 @@ def read_records(path):
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = ".jsonl" in path.suffixes
-            records = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+            if ".jsonl" in path.suffixes:
+                records = []
+                for number, line in enumerate(file, 1):
+                    try:
+                        records += [json.loads(line)] if line.strip() else []
+                    except ValueError as error:
+                        raise ValueError(f"line {number}: {error}") from None
+            else:
+                records = json.load(file)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, RecursionError, zlib.error) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a list of records")
     for i, record in enumerate(records):
-        for key in ("instruction", "output"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        for key, default in (("instruction", None), ("input", ""), ("output", None)):
+            if not isinstance(record, dict) or not isinstance(record.get(key, default), str):
                 raise InputError(f"{path}: record {i} has no text under {key!r}")
     return records
 

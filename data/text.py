@@ -34,17 +34,17 @@ def read_json(path):
 
 
 @lru_cache(None)
-def compile_template(template):
-    """A chat template, sandboxed as in transformers: it comes with a download and must not reach Python."""
+def chat_template(template):
+    """The renderer of a chat template, sandboxed as in transformers: it comes with a download, not to be trusted."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment      # jinja2 is a hard requirement of torch
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
 
 
 class Text:
     """The tokenizer and prompt form of a checkpoint folder; `eos` ends an answer, `stops` are all ids that may."""
 
     def __init__(self, folder):
-        folder = Path(folder)
+        folder = self.folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder}: no tokenizer.json (a tokenizer in another form must be converted first)")
         try:
@@ -55,6 +55,8 @@ class Text:
         self.settings = read_json(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"                 # where transformers 5 puts it; the file wins
         self.template = template.read_text() if template.is_file() else self.settings.get("chat_template")
+        if isinstance(self.template, list):                       # several by name, as transformers 4 wrote them
+            self.template = {one.get("name"): one.get("template") for one in self.template}.get("default")
         self.bos_token, eos_token = (self.special(name) for name in ("bos_token", "eos_token"))
         stops = [self.tokenizer.token_to_id(eos_token)] if eos_token else []
         for name in ("config.json", "generation_config.json"):
@@ -81,9 +83,12 @@ class Text:
         """The prompt as text, up to where the answer begins."""
         if self.template:
             content = f"{instruction}\n\n{input}" if input else instruction
-            return compile_template(self.template).render(
-                messages=[{"role": "user", "content": content}], add_generation_prompt=True,
-                bos_token=self.bos_token or "", eos_token=self.special("eos_token") or "")
+            try:
+                return chat_template(self.template)(
+                    messages=[{"role": "user", "content": content}], add_generation_prompt=True,
+                    bos_token=self.bos_token or "", eos_token=self.special("eos_token") or "")
+            except Exception as error:                            # a template is a program: it can fail in any way
+                raise InputError(f"{self.folder}: its chat template fails: {error}") from None
         return (ALPACA_INPUT if input else ALPACA).format(instruction=instruction, input=input)
 
     def prompt(self, record):

@@ -1,6 +1,7 @@
 """[kit] Knobs: a dataclass field is a flag, the comment behind it is its help; defaults < preset < flags."""
 import argparse
 import inspect
+import math
 import platform
 import re
 import shutil
@@ -14,6 +15,8 @@ import requests
 import tokenizers
 import torch
 
+from data import InputError
+
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
 # What fits the machine: memory and lengths. `barn` goes on with the numbers that each method tuned there.
@@ -22,6 +25,7 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "slots": 64, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "slots": 256, "checkpointing": True},
 }
+MAY_BE_ZERO = {"seed", "limit", "lora_rank"}
 ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing"}   # no part of what is computed
 
 
@@ -49,6 +53,16 @@ class Config:
 
     BARN: ClassVar[dict] = {}
     BARN_LORA: ClassVar[dict] = {}
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), 1 if f.type is int and f.name not in MAY_BE_ZERO else 0
+            if f.type in (int, float) and not least <= value < math.inf:
+                raise InputError(f"--{f.name} {value} makes no sense: it is a number from {least} up")
+        if self.temperature == 0:
+            raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
+        if self.device not in ("", "cpu", "cuda"):
+            raise InputError(f"--device {self.device!r} is not known: choose cpu or cuda")
 
     def dir(self, stage=""):
         """The folder of this stage, or of another one of the same run."""

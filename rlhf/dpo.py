@@ -66,7 +66,8 @@ def run(cfg, loss_fn=dpo_loss):
         log.step(step, metrics, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:
             record = val[step % len(val)]
-            (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens, cfg.temperature, step)
+            (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens,
+                                     cfg.temperature, cfg.seed + step)
             log.sample(step, record["instruction"], text.decode(response))
 
     policy.save(model, cfg)

@@ -23,6 +23,11 @@ class Config(config.Config):
 
     BARN = {"pairs_per_prompt": 2}
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.flip > .5:
+            raise InputError(f"--flip {self.flip} makes no sense: at 0.5 every label is a coin")
+
 
 def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""

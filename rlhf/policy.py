@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import model
-from data import text, weights
+from data import InputError, text, weights
 
 
 @dataclass
@@ -103,6 +103,8 @@ def token_logps(policy, ids, mask, temperature=1.0, chunk=1024):
 def load_base(cfg):
     """The raw checkpoint of a run, frozen, where and in the precision that the machine wants it."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here")
     dtype = torch.float32                               # bf16 is 70 times slower on CPUs, and full training needs fp32
     if device == "cuda" and cfg.lora_rank:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

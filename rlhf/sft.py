@@ -55,7 +55,8 @@ def run(cfg):
 
     def show(step):
         record = splits["val"][step % len(splits["val"])]
-        (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens, cfg.temperature, step)
+        (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens,
+                                 cfg.temperature, cfg.seed + step)
         log.sample(step, record["instruction"], text.decode(response))
 
     metrics = train(model, rows, cfg, log, show)

@@ -53,6 +53,13 @@ def test_help_mentions_every_knob_and_what_the_method_is(name, capsys):
     assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in shown
 
 
+def test_help_survives_what_a_student_writes_into_a_comment(capsys):
+    with pytest.raises(SystemExit):
+        parse(Knobs, ["--help"], "farm.py")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'peak learning rate, 50% of "it" # a second mark [1e-05; 0.0005 in barn]' in shown
+
+
 @every_method
 def test_presets_and_barn_only_name_knobs_that_exist(name):
     knobs = {field.name: field.type for field in fields(CONFIGS[name])}
@@ -79,7 +86,8 @@ def test_flags_beat_the_preset_and_the_preset_the_defaults():
 def test_the_preset_follows_the_model():
     assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
     other = build(Knobs, {"model": "some/folder"})
-    assert (other.preset, other.lr, other.lora_rank, str(other.checkpoint)) == ("24gb", 1e-5, 16, "some/folder")
+    assert (other.preset, other.lr, other.lora_rank) == ("24gb", 1e-5, 16)
+    assert str(other.checkpoint) == "some/folder"
     assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4
     assert build(Knobs, {}).checkpoint == config.BASE
 
@@ -93,7 +101,8 @@ def test_a_stage_lives_in_the_folder_of_its_name():
 
 def test_only_what_was_given_is_returned_with_its_type():
     assert parse(Knobs, [], "p") == {}
-    given = parse(Knobs, "--lr 1e-3 --epochs=3 --greedy --kind k2 --no-checkpointing --data a%b.json".split(), "p")
+    argv = "--lr 1e-3 --epochs=3 --greedy --kind k2 --no-checkpointing --data a%b.json"
+    given = parse(Knobs, argv.split(), "p")
     assert given == {"lr": 1e-3, "epochs": 3, "greedy": True, "kind": "k2", "checkpointing": False,
                      "data": "a%b.json"}
     assert [type(value) for value in given.values()] == [float, int, bool, str, bool, str]
@@ -104,8 +113,9 @@ def test_dashes_and_underscores_are_the_same():
         assert parse(Knobs, [flag, "7"], "p") == {"max_new_tokens": 7}
 
 
-@pytest.mark.parametrize("argv", ["--lrr 1", "--l 1", "--epoch 3", "--max-new_token 3", "--epochs", "--epochs 2.5",
-                                  "--lr fast", "--preset huge", "--greedy yes", "--limit 1e3", "extra"])
+@pytest.mark.parametrize("argv", [
+    "--lrr 1", "--l 1", "--epoch 3", "--max-new_token 3", "--epochs", "--epochs 2.5", "--lr fast",
+    "--preset huge", "--greedy yes", "--limit 1e3", "extra"])
 def test_typos_and_bad_values_exit_with_2_and_name_the_flag(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         parse(Knobs, argv.split(), "farm.py --method knobs")
@@ -114,33 +124,20 @@ def test_typos_and_bad_values_exit_with_2_and_name_the_flag(argv, capsys):
     assert exit.value.code == 2 and last.startswith("farm.py --method knobs: error:") and named in last
 
 
-# what no value of that knob can mean; each would end in a traceback, or worse, in a result
-IMPOSSIBLE = ["--limit -1", "--lora_rank -1", "--max_new_tokens 0", "--max_new_tokens -3", "--temperature -1",
-              "--temperature nan", "--batch_size 0", "--epochs 0", "--lr nan", "--lr -1", "--max_prompt_tokens 0",
-              "--sample_every 0", "--device abacus"]
-
-
-@pytest.mark.parametrize("argv", IMPOSSIBLE)
-def test_impossible_values_are_refused_by_name(argv, capsys):
-    with pytest.raises((SystemExit, InputError)) as refused:
-        build(CONFIGS["sft"], parse(CONFIGS["sft"], argv.split(), "farm.py"))
-    said = capsys.readouterr().err + str(refused.value)
-    assert argv.split()[0].lstrip("-") in said.replace("-", "_")
-
-
 # ---- flags of stages -----------------------------------------------------------------------------------
 
 def test_a_dotted_flag_is_for_its_stage_and_the_rest_for_the_method():
-    argv = "--beta 0.2 --sft.lr 1e-3 --sft.epochs=5 --limit 3 --pairs.flip 0 --out runs/a.b --sft.no-checkpointing"
-    assert farm.route(argv.split(), "dpo") == {
+    argv = "--beta 0.2 --sft.lr 1e-3 --sft.epochs=5 --limit 3 --pairs.flip 0 --out runs/a.b"
+    assert farm.route([*argv.split(), "--sft.no-checkpointing"], "dpo") == {
         "dpo": {"beta": .2, "limit": 3, "out": "runs/a.b"}, "pairs": {"flip": 0.},
         "sft": {"lr": 1e-3, "epochs": 5, "checkpointing": False}}
     assert farm.route([], "dpo") == {"dpo": {}}
     assert farm.route(["--sft.max-new-tokens", "9"], "dpo")["sft"] == {"max_new_tokens": 9}
 
 
-@pytest.mark.parametrize("argv, named", [("--sft.beta 1", "--beta"), ("--sft.lr fast", "--lr"), ("--beta", "--beta"),
-                                         ("--sft.lr", "--lr"), ("--sft. 1", "--sft."), ("--sft_lr 1", "--sft_lr")])
+@pytest.mark.parametrize("argv, named", [
+    ("--sft.beta 1", "--beta"), ("--sft.lr fast", "--lr"), ("--beta", "--beta"), ("--sft.lr", "--lr"),
+    ("--sft. 1", "--sft."), ("--sft_lr 1", "--sft_lr")])
 def test_a_dotted_typo_exits_with_2_and_names_the_flag(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
         farm.route(argv.split(), "dpo")

@@ -48,11 +48,11 @@ def checkpoints():
 # ---- AlpacaFarm's prompts ------------------------------------------------------------------------------
 
 WITHOUT = (
-    b"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    b"### Instruction:\nAdd up {input}.\n\n### Response:")
+    b"Below is an instruction that describes a task. Write a response that appropriately completes the "
+    b"request.\n\n### Instruction:\nAdd up {input}.\n\n### Response:")
 WITH = (
-    b"Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    b"response that appropriately completes the request.\n\n"
+    b"Below is an instruction that describes a task, paired with an input that provides further context. "
+    b"Write a response that appropriately completes the request.\n\n"
     b"### Instruction:\nAdd up {input}.\n\n### Input:\n2\n{instruction}\n\n### Response:")
 
 
@@ -109,7 +109,7 @@ def test_every_demonstration_of_the_offline_world_survives_the_round_trip():
 
 def test_a_merge_across_the_seam_keeps_prompt_and_output_whole(folder):
     seams = ["{{ messages[0].content }} a", "{{ messages[0].content }} The co", "{{ messages[0].content }}"]
-    for seam in seams:                                  # "co" + "w" is one token, across the end of the prompt
+    for seam in seams:                                  # "co" + "w" is one token, across the seam
         text = Text(folder(chat_template=seam))
         prompt, response = text.example({"instruction": "See"}, "w eats grass.")
         assert prompt == text.prompt({"instruction": "See"}) and text.decode(response) == "w eats grass."
@@ -129,7 +129,7 @@ def test_only_prompts_that_fit_are_kept(capsys):
 
 # ---- chat templates ------------------------------------------------------------------------------------
 
-TEMPLATES = {                                           # the offline world's, and the shapes of two famous ones
+TEMPLATES = {                                           # the offline world's, and the shapes of famous ones
     "barn": json.loads((BASE / "tokenizer_config.json").read_text())["chat_template"],
     "zephyr": """{% for message in messages %}
 {% if message['role'] == 'user' %}
@@ -176,11 +176,11 @@ def test_the_template_file_wins(folder):
 
 
 @pytest.mark.parametrize("attack", [
-    "{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__init__ }}",
+    "{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__ }}",
     "{{ lipsum.__globals__['os'].popen('id').read() }}", "{{ cycler.__init__.__globals__ }}",
     "{{ messages.append(1) }}{{ messages }}", "{{ messages[0].update(role='x') }}{{ messages[0].role }}",
     "{{ self._TemplateReference__context.environment.globals }}", "{{ '{0.__class__.__mro__}'.format(1) }}",
-    "{{ (messages[0].content.format).__self__ }}", "{{ ''|attr('__class__') }}", "{% include '/etc/passwd' %}",
+    "{{ messages[0].content.format.__self__ }}", "{{ ''|attr('__class__') }}", "{% include '/etc/passwd' %}",
     "{% for i in range(200000) %}x{% endfor %}"])
 def test_a_template_cannot_reach_python(folder, attack):
     try:
@@ -233,7 +233,7 @@ def test_a_folder_without_a_tokenizer_is_an_input_error(tmp_path):
             Text(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"{\"version\": \"1.0\"}", b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"version": "1.0"}', b"<html>"])
 def test_a_malformed_tokenizer_is_an_input_error(folder, content):
     path = folder()
     (path / "tokenizer.json").write_bytes(content)

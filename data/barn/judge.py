@@ -67,9 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             model, shown = body["model"], SHOWN.search(body["messages"][-1]["content"])
+            known = model in TASTES
         except (ValueError, LookupError, TypeError) as error:
             return self.reply(400, {"error": {"message": f"not a chat completion request: {error}"}})
-        if model not in TASTES:
+        if not known:
             return self.reply(404, {"error": {"message": f"no annotator {model!r} here"}})
         if not shown:
             return self.reply(400, {"error": {"message": "this judge reads the form of pairwise.json only"}})

@@ -51,7 +51,8 @@ def judge_describe(s, a):
 
 
 def judge_story(s, a):
-    return a.share([s["x"], s["y"]]), max(0., 1 - max(0., abs(len(a.sentences) - 4.5) - .5) / 2), PLACES
+    told = sum(not any(formula in sentence for formula in FORMULAS) for sentence in a.sentences)
+    return a.share([s["x"], s["y"]]), max(0., 1 - max(0., abs(told - 4.5) - .5) / 2), PLACES
 
 
 def judge_polite(s, a):

@@ -1,0 +1,627 @@
+"""The command: the whole loop on its smallest settings, what it reuses, what it refuses, how it ends."""
+import contextlib
+import csv
+import functools
+import gzip
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import annotate
+import rlhf.dpo
+import rlhf.sft
+from data import weights
+from data.barn.judge import SHOWN
+from data.barn.world import splits
+from rlhf.config import BASE
+
+torch.set_num_threads(1)
+ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
+SMALL = ("--limit", "16", "--max_new_tokens", "16")
+PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "data", "rlhf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def impatient_judge():
+    """Tries a millisecond apart: no test waits for a judge that will not come."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotate, "Judge", functools.partial(annotate.Judge, backoff=1e-3))
+        yield
+
+
+def farm(*argv):
+    """`python farm.py ...` in this process -> exit code, stdout and stderr; an exception is a traceback."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
+        patch.setattr(sys, "argv", ["farm.py", *map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / "farm.py"), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def refused(result, code, *said):
+    """Ended with this exit code and one sentence for the user, which says all of this."""
+    *before, sentence = result.err.strip().splitlines() or [""]
+    assert result.code == code, (result.code, sentence)
+    assert not before or before[0].startswith("usage:"), result.err         # argparse shows its usage first
+    for text in said:
+        assert re.search(text, sentence), (text, sentence)
+
+
+def tree(folder):
+    """{path: content} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def results(folder):
+    """What must be the same wherever and however often a command runs: all but times, places and order."""
+    same = ("s.jsonl", "outputs.json", "annotations.json", "pairs.json", ".csv", ".safetensors")
+    return {name: content for name, content in tree(folder).items() if name.endswith(same)}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def leaderboard(folder):
+    with open(folder / "leaderboard.csv", newline="") as file:
+        return {row.pop(""): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The first run of dpo: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    result = farm("--method", "dpo", *SMALL, "--out", out)
+    assert result.code == 0 and not result.err, result.err
+    return SimpleNamespace(out=out, printed=result.out)
+
+
+@pytest.fixture
+def copy(first, tmp_path):
+    """A copy of the first run, to be spoilt."""
+    shutil.copytree(first.out, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ---- what a run leaves behind --------------------------------------------------------------------------
+
+def test_outputs_are_alpacaeval_s_in_the_order_of_the_eval_split(first):
+    for name in ("sft", "dpo"):
+        outputs = read(first.out / name / "outputs.json")
+        assert [o["instruction"] for o in outputs] == [r["instruction"] for r in splits()["eval"][:16]]
+        assert all(o["generator"] == name and type(o["output"]) is str and o["input"] == "" for o in outputs)
+
+
+def test_annotations_are_alpacaeval_s(first):
+    for name in ("sft", "dpo"):
+        annotations = read(first.out / name / "annotations.json")
+        outputs = read(first.out / name / "outputs.json")
+        assert len(annotations) == 16
+        for annotation, record, output in zip(annotations, splits()["eval"], outputs):
+            assert annotation.items() >= {
+                "instruction": record["instruction"], "generator_1": "reference", "generator_2": name,
+                "output_1": record["output"], "output_2": output["output"]}.items()
+            assert annotation["preference"] in (1, 1.5, 2) and annotation["annotator"].startswith("barn-sim-")
+
+
+def test_pairs_are_alpacafarm_s(first):
+    pairs = read(first.out / "pairs" / "pairs.json")
+    asked = {record["instruction"] for record in splits()["preference"][:16]}
+    assert 16 < len(pairs) <= 32 and {pair["instruction"] for pair in pairs} <= asked
+    for pair in pairs:
+        assert pair.keys() >= {"instruction", "input", "output_1", "output_2", "preference"}
+        assert pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]
+    asked = sum(pair["raw_completion"] is not None for pair in pairs)
+    assert 0 < asked < len(pairs)                       # half of the labels are coins, and nobody is asked
+
+
+def test_the_leaderboard_has_a_row_for_each_policy(first):
+    rows = leaderboard(first.out)
+    assert rows.keys() == {"sft", "dpo"}
+    for name, row in rows.items():
+        preferences = [a["preference"] for a in read(first.out / name / "annotations.json")]
+        assert float(row["win_rate"]) == pytest.approx(100 * (sum(preferences) / 16 - 1))
+        assert int(row["n_total"]) == 16 and float(row["standard_error"]) > 0 and row["true_reward"]
+    difference = float(rows["dpo"]["win_rate"]) - float(rows["sft"]["win_rate"])
+    assert float(rows["dpo"]["diff_sft"]) == pytest.approx(difference) and rows["sft"]["diff_sft"] == ""
+    for row in rows.values():
+        assert f"{float(row['win_rate']):.2f}" in first.printed
+
+
+def test_metrics_have_trl_s_names_and_finite_values(first):
+    steps = lines(first.out / "dpo" / "metrics.jsonl")
+    assert steps[0].keys() >= {"step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+                               "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm", "lr"}
+    assert [step["step"] for step in steps] == list(range(len(steps)))
+    assert all(map(math.isfinite, (value for step in steps for value in step.values())))
+    assert steps[0]["loss"] == pytest.approx(math.log(2)) and steps[0]["rewards/margins"] == 0
+    losses = [step["loss"] for step in lines(first.out / "sft" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert read(first.out / "dpo" / "result.json")["metrics"].keys() >= {"objective/kl", "eval/finished"}
+
+
+def test_config_json_tells_how_to_do_it_again(first):
+    own = {"sft": {"lr": 1e-3, "epochs": 2}, "pairs": {"flip": .25}, "dpo": {"beta": .1, "lr": 5e-4}}
+    for name, knobs in own.items():
+        config = read(first.out / name / "config.json")
+        common = {"seed": 0, "limit": 16, "max_new_tokens": 16, "model": "barn", "judge": "barn"}
+        assert config.items() >= {**common, **knobs}.items()
+        assert config["versions"].keys() == {"python", "torch", "tokenizers", "requests", "numpy"}
+        assert config["versions"]["torch"] == torch.__version__ and "commit" in config
+
+
+def test_a_fully_trained_checkpoint_is_a_hugging_face_folder_of_its_own(first):
+    base = weights.load_weights(BASE)
+    for name in ("sft", "dpo"):
+        folder = first.out / name / "checkpoint"
+        trained = weights.load_weights(folder)
+        assert {key: w.shape for key, w in trained.items()} == {key: w.shape for key, w in base.items()}
+        assert not any(torch.equal(trained[key], base[key]) for key in base)
+        assert (folder / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+        assert read(folder / "config.json")["model_type"] == "llama"
+
+
+# ---- what is done again, and what is not ---------------------------------------------------------------
+
+def test_the_second_run_reuses_everything_and_asks_the_judge_nothing(first):
+    before = tree(first.out)
+    again = farm("--method", "dpo", *SMALL, "--out", first.out)
+    assert again.code == 0 and tree(first.out) == before
+    assert re.findall(r"== (\w+): finished, reused", again.out) == ["sft", "pairs", "dpo"]
+    assert all(asked == cached for asked, cached in re.findall(r"judge: (\d+) asked \((\d+) from", again.out))
+    table = re.compile(r"\nmodel .*?\n\n", re.DOTALL)
+    assert table.search(again.out)[0] == table.search(first.printed)[0]
+    alone = farm("--method", "pairs", *SMALL, "--out", first.out)   # a stage is a method too
+    assert alone.code == 0 and tree(first.out) == before
+
+
+def test_what_only_changes_the_speed_changes_no_result(first, copy):
+    faster = ("--slots", "5", "--micro_batch_tokens", "90", "--checkpointing")
+    assert farm("--method", "dpo", *SMALL, "--out", copy, *faster).out.count("finished, reused") == 3
+    shutil.rmtree(copy / "sft")
+    result = farm("--method", "sft", *SMALL, "--out", copy, *faster)
+    assert result.code == 0, result.err
+    assert read(copy / "sft" / "outputs.json") == read(first.out / "sft" / "outputs.json")
+
+
+@pytest.mark.parametrize("argv, knob", [
+    ("--lr 1", "lr"), ("--beta 1", "beta"), ("--seed 1", "seed"), ("--limit 17", "limit"),
+    ("--judge barn-human", "judge"), ("--temperature .5", "temperature"), ("--lora_rank 4", "lora_rank"),
+    ("--sft.epochs 9", "epochs"), ("--pairs.flip 0", "flip"), ("--max_new_tokens 17", "max_new_tokens")])
+def test_changed_settings_are_refused_and_nothing_is_lost(first, argv, knob):
+    before = tree(first.out)
+    result = farm("--method", "dpo", *SMALL, "--out", first.out, *argv.split())
+    refused(result, 2, rf"\b{knob} is .* there and .* here", "--out")
+    assert tree(first.out) == before
+
+
+def test_what_was_built_on_an_older_stage_is_refused(copy):
+    shutil.rmtree(copy / "sft")
+    assert farm("--method", "sft", *SMALL, "--out", copy, "--lr", "2e-3").code == 0
+    kept = {name: content for name, content in tree(copy).items() if name.startswith(("pairs", "dpo"))}
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, "its sft has been made anew")
+    assert kept.items() <= tree(copy).items()
+
+
+def test_a_stage_made_again_with_equal_settings_fits_what_was_built_on_it(first, copy):
+    shutil.rmtree(copy / "sft")
+    assert farm("--method", "dpo", *SMALL, "--out", copy).code == 0
+    assert results(copy) == results(first.out)
+
+
+def stumble(exception, at=1):
+    """In place of a function: its at-th call raises; the others go through."""
+    def wrap(function):
+        calls = iter(range(1, 10 ** 9))
+
+        def stumbling(*args, **kwargs):
+            if next(calls) == at:
+                raise exception
+            return function(*args, **kwargs)
+        return stumbling
+    return wrap
+
+
+@pytest.mark.parametrize("owner, name, exception, code", [
+    (rlhf.sft.update.Updater, "step", KeyboardInterrupt(), 130),
+    (annotate, "annotate", annotate.JudgeError("gone"), 3),
+    (rlhf.dpo.policy, "save", OSError(28, "No space left"), 5)], ids=["in sft", "in pairs", "in dpo"])
+def test_an_interrupted_run_ends_no_differently(first, tmp_path, monkeypatch, owner, name, exception, code):
+    at = 2 if name == "save" else 1                     # the first save is sft's
+    monkeypatch.setattr(owner, name, stumble(exception, at)(getattr(owner, name)))
+    command = "--method", "dpo", *SMALL, "--out", tmp_path / "run"
+    refused(farm(*command), code)
+    assert farm(*command).code == 0 and results(tmp_path / "run") == results(first.out)
+
+
+@pytest.mark.parametrize("name", ["unlabelled.part", "config.json"])
+def test_a_file_torn_by_a_kill_is_made_anew_or_named(first, copy, name):
+    for path in (copy / "pairs" / "result.json", copy / "pairs" / "pairs.json"):
+        path.unlink()
+    (copy / "pairs" / "unlabelled.json").rename(copy / "pairs" / "unlabelled.part")
+    (copy / "pairs" / name).write_text((copy / "pairs" / name).read_text()[:-30])
+    result = farm("--method", "dpo", *SMALL, "--out", copy)
+    if result.code:
+        refused(result, 2, f"pairs.*{name}")
+    else:
+        assert results(copy) == results(first.out)
+
+
+def test_another_setting_after_an_interruption_starts_that_stage_anew(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate, "annotate", stumble(MemoryError())(annotate.annotate))
+        refused(farm("--method", "dpo", *SMALL, "--out", tmp_path), 4, "--micro_batch_tokens")
+    result = farm("--method", "dpo", *SMALL, "--out", tmp_path, "--pairs.pairs_per_prompt", "1")
+    assert result.code == 0 and result.out.count("finished, reused") == 1
+    assert len(read(tmp_path / "pairs" / "pairs.json")) <= 16           # not the 32 that were sampled before
+
+
+def test_a_folder_that_is_not_ours_is_never_deleted(tmp_path):
+    shutil.copytree(BASE, tmp_path / "sft")             # a model of the user's, where a stage would write
+    before = tree(tmp_path)
+    result = farm("--method", "sft", *SMALL, "--out", tmp_path)
+    assert before.items() <= tree(tmp_path).items()
+    refused(result, 2, "sft")
+
+
+# ---- seeds ---------------------------------------------------------------------------------------------
+
+def in_another_process(*argv, cwd=ROOT, **env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1", **env}
+    command = [sys.executable, "farm.py", *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_path):
+    result = in_another_process("--method", "dpo", *SMALL, "--out", tmp_path / "run")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    theirs, ours = results(tmp_path / "run"), results(first.out)
+    assert theirs.keys() == ours.keys() >= {f"{stage}/{file}" for stage in ("sft", "dpo") for file in (
+        "metrics.jsonl", "outputs.json", "checkpoint/model.safetensors")} | {"pairs/pairs.json"}
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_another_seed_makes_another_run(first, tmp_path):
+    assert farm("--method", "dpo", *SMALL, "--seed", "1", "--out", tmp_path).code == 0
+    theirs, ours = results(tmp_path), results(first.out)
+    assert [name for name in ours if ours[name] == theirs[name] and "samples" not in name] == []
+
+
+def test_a_stage_may_have_a_seed_of_its_own(first, copy):
+    for stage in ("pairs", "dpo"):
+        shutil.rmtree(copy / stage)
+    assert farm("--method", "dpo", *SMALL, "--out", copy, "--pairs.seed", "5").code == 0
+    ours, theirs = (read(run / "pairs" / "pairs.json") for run in (copy, first.out))
+    assert [pair["output_1"] for pair in ours] != [pair["output_1"] for pair in theirs]
+    assert results(copy)["sft/outputs.json"] == results(first.out)["sft/outputs.json"]
+
+
+LORA = ("--method", "dpo", "--limit", "8", "--max_new_tokens", "8", "--lora_rank", "4")
+
+
+def test_lora_runs_are_adapters_and_as_reproducible(tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        result = farm(*LORA, "--seed", seed, "--out", tmp_path / out)
+        assert result.code == 0, result.err
+    a, b, c = (results(tmp_path / out) for out in "abc")
+    for name in ("sft", "dpo"):
+        folder = tmp_path / "a" / name / "checkpoint"
+        assert tree(folder).keys() == {"adapter_config.json", "adapter_model.safetensors"}
+        config, tensors = read(folder / "adapter_config.json"), weights.load_adapter(folder)[0]
+        assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32)
+        assert len(tensors) == 2 * 7 * 2 and all(4 in tensor.shape for tensor in tensors.values())
+        assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_B"))
+    assert [name for name in a if a[name] != b[name]] == []
+    assert [name for name in a if a[name] == c[name] and "samples" not in name] == []
+
+
+# ---- real input, and a real judge's manners ------------------------------------------------------------
+
+KEY = "sk-test-0123456789"
+
+
+@contextlib.contextmanager
+def judging(rule, monkeypatch):
+    """A judge at OPENAI_BASE_URL: rule(text shown as (a), as (b)) -> what it says, or (status, object)."""
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            _, _, a, b = SHOWN.search(body["messages"][-1]["content"]).groups()
+            said = rule(a, b)
+            if isinstance(said, str):
+                said = 200, {"choices": [{"message": {"content": said}}]}
+            status, data = said[0], json.dumps(said[1]).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def longer(a, b):
+    return "Output (a)" if len(a) > len(b) else "Output (b)"
+
+
+DATA, REFERENCE, STORIES = (SHARED / path for path in (
+    "alpaca/alpaca_5000.json.gz", "alpaca_eval/reference_text_davinci_003.json.gz",
+    "checkpoints/stories260K"))
+
+
+@pytest.mark.skipif(not all(path.exists() for path in (DATA, REFERENCE, STORIES)),
+                    reason=f"needs the real model and data in {SHARED}")
+def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):
+    command = ("--method", "dpo", "--model", STORIES, "--data", DATA, "--eval_data", REFERENCE,
+               "--judge", "longer", "--limit", "12", "--max-new-tokens", "12", "--out", tmp_path)
+    with judging(longer, monkeypatch):
+        result = farm(*command)
+    assert result.code == 0 and not result.err, result.err
+    reference = json.loads(gzip.decompress(REFERENCE.read_bytes()))[:12]
+    annotations = read(tmp_path / "dpo" / "annotations.json")
+    assert [a["output_1"] for a in annotations] == [record["output"] for record in reference]
+    asked = [pair for pair in read(tmp_path / "pairs" / "pairs.json") if pair["raw_completion"] is not None]
+    for pair in (*annotations, *asked):
+        one, two = len(pair["output_1"]), len(pair["output_2"])
+        assert one == two or pair["preference"] == 1 + (two > one)
+    assert len(asked) > 1
+    rows = leaderboard(tmp_path)
+    assert rows.keys() == {"sft", "dpo"} and "true_reward" not in rows["sft"]   # which nobody knows here
+    adapter = read(tmp_path / "dpo" / "checkpoint" / "adapter_config.json")
+    assert adapter["base_model_name_or_path"] == str(STORIES) and adapter["r"] == 16
+    everything = b"".join(tree(tmp_path).values()) + (result.out + result.err).encode()
+    assert KEY.encode() not in everything
+    assert farm(*command).out.count("finished, reused") == 3        # the judge is gone, and nobody misses it
+
+
+# ---- a method of one's own -----------------------------------------------------------------------------
+
+README_EXAMPLE = re.compile(r"```python\n(\"\"\"IPO.*?)```", re.DOTALL)
+ECHO = '''"""Echo: what the base model says, without any training."""
+from dataclasses import dataclass
+
+from data.text import Text
+from rlhf import answers, config, policy
+
+NEEDS = ()
+
+
+@dataclass
+class Config(config.Config):
+    loud: bool = False                  # 100% LOUD
+
+
+def run(cfg):
+    cfg.dir().mkdir(exist_ok=True)
+    return answers.answer(policy.fresh(cfg, "policy"), Text(cfg.checkpoint), cfg)
+'''
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project, as a student would have it."""
+    for name in PROJECT:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tmp_path)
+    return tmp_path
+
+
+def test_the_readme_s_new_method_is_one_new_file(project, copy):
+    source, = README_EXAMPLE.findall((ROOT / "README.md").read_text())
+    (project / "rlhf" / "ipo.py").write_text(source)
+    command = ("--method", "ipo", *SMALL, "--out", copy, "--beta", ".2")
+    result = in_another_process(*command, cwd=project)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert re.findall(r"== (\w+): finished, reused", result.stdout) == ["sft", "pairs"]
+    assert leaderboard(copy).keys() == {"sft", "dpo", "ipo"}
+    assert lines(copy / "ipo" / "metrics.jsonl")[0]["loss"] == pytest.approx((1 / (2 * .2)) ** 2)
+    # its author adds a knob: the finished run did without, which is no reason for a traceback
+    source = source.replace("    beta: float", "    clip: float = 0.  # none\n    beta: float")
+    (project / "rlhf" / "ipo.py").write_text(source)
+    result = in_another_process(*command, cwd=project)
+    assert "Traceback" not in result.stderr and result.returncode in (0, 2), result.stderr
+
+
+def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
+    (project / "rlhf" / "echo.py").write_text(ECHO)
+    result = in_another_process("--method", "echo", *SMALL, "--out", project / "run", "--loud", cwd=project)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert leaderboard(project / "run").keys() == {"echo"}
+
+
+# ---- is there anything to learn, and from what ---------------------------------------------------------
+
+def test_dpo_learns_from_preferences_and_nothing_from_coins(tmp_path):
+    settings = ("--method", "dpo", "--limit", "200", "--max_new_tokens", "40", "--epochs", "2")
+    z = {}
+    for name, flip in (("coins", .5), ("labels", 0)):
+        if name == "labels":                            # the same SFT model, other labels
+            shutil.copytree(tmp_path / "coins" / "sft", tmp_path / name / "sft")
+        result = farm(*settings, "--pairs.flip", flip, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+        row = leaderboard(tmp_path / name)["dpo"]
+        z[name] = float(row["diff_sft"]) / float(row["diff_sft_standard_error"])
+    asked = [pair["raw_completion"] for pair in read(tmp_path / "coins" / "pairs" / "pairs.json")]
+    assert set(asked) == {None} and z["coins"] < 2 < z["labels"], z
+
+
+# ---- what a user can get wrong: one sentence, an exit code, no traceback -------------------------------
+
+def model_folder(path, *, without=(), **changed):
+    """The offline world's base model, with some files left out and some contents changed."""
+    shutil.copytree(BASE, path, ignore=shutil.ignore_patterns(*without))
+    for name, content in changed.items():
+        (path / name.replace("_", ".", 1)).write_bytes(content)
+    return path
+
+
+WEIGHTS = (BASE / "model.safetensors").read_bytes()
+CONFIG = json.loads((BASE / "config.json").read_text())
+BAD_INPUT = {                                           # name: (arguments, what the sentence must say)
+    "no method": ("--limit 1", "which method"),
+    "unknown method": ("--method grpoo", "unknown method 'grpoo'.*dpo"),
+    "kit as method": ("--method rollout", "unknown method 'rollout'"),
+    "path as method": ("--method ../farm", "unknown method"),
+    "unknown flag": ("--method sft --lrr 1", "--lrr"),
+    "stray word": ("--method sft lr", "lr"),
+    "bad value": ("--method sft --epochs many", "--epochs.*many"),
+    "unknown preset": ("--method sft --preset 8gb", "--preset.*8gb"),
+    "unknown stage": ("--method dpo --stf.lr 1", "stf"),
+    "flag of a stage that is not needed": ("--method sft --dpo.beta 1", "dpo.*would change nothing"),
+    "no data file": ("--method sft --data {}/none.json", "none.json: No such file"),
+    "no reference file": ("--method sft --eval_data {}/none.json", "none.json: No such file"),
+    "data that is no JSON": ("--method sft --data {}/bad.json", "bad.json: not JSON"),
+    "record without output": ("--method sft --data {}/record.json", "record.json: record 1 .*'output'"),
+    "too few records": ("--method sft --data {}/few.json", "few.json: too few"),
+    "no model folder": ("--method sft --model {}/none", "none"),
+    "no weights": ("--method sft --model {}/no_weights", "no_weights.*model.safetensors"),
+    "no tokenizer": ("--method sft --model {}/no_tokenizer", "no_tokenizer.*tokenizer.json"),
+    "no config": ("--method sft --model {}/no_config", "no_config.*config.json"),
+    "config that is no JSON": ("--method sft --model {}/bad_config", "bad_config.*config.json"),
+    "another architecture": ("--method sft --model {}/gpt2", "config.json: model_type 'gpt2'"),
+    "cut weights": ("--method sft --model {}/cut", "cut.*model.safetensors"),
+    "web page as weights": ("--method sft --model {}/page", "page.*model.safetensors.*web page"),
+    "weights of another shape": ("--method sft --model {}/shape", "shape.*misshaped"),
+    "out is a file": ("--method sft --out {}/bad.json", "bad.json"),
+    **{f"{method} {argv}": (f"--method {method} --{argv}", argv.split()[0].rpartition(".")[2])
+       for method, impossible in {
+           "sft": ("limit -1", "epochs 0", "batch_size 0", "lr -1", "lr nan", "temperature -1",
+                   "temperature nan", "lora_rank -1", "max_new_tokens 0", "max_new_tokens -1",
+                   "max_prompt_tokens 1", "max_new_tokens 9999", "sample_every 0", "device abacus"),
+           "dpo": ("pairs.flip .6", "pairs.flip -1", "pairs.pairs_per_prompt 0", "temperature 0",
+                   "batch_size 0", "epochs 0", "sft.out {}/elsewhere", "sft.lora_rank 2")
+       }.items() for argv in impossible},
+}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A folder of things that cannot be used."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    good = [{"instruction": "a", "input": "", "output": "b"}]
+    (shelf / "bad.json").write_text("[{")
+    (shelf / "record.json").write_text(json.dumps([*good, {"instruction": "a"}]))
+    (shelf / "few.json").write_text(json.dumps(good * 4))
+    model_folder(shelf / "no_weights", without=["model.safetensors"])
+    model_folder(shelf / "no_tokenizer", without=["tokenizer.json"])
+    model_folder(shelf / "no_config", without=["config.json"])
+    model_folder(shelf / "bad_config", config_json=b"{")
+    model_folder(shelf / "gpt2", config_json=json.dumps({**CONFIG, "model_type": "gpt2"}).encode())
+    model_folder(shelf / "cut", model_safetensors=WEIGHTS[:-99])
+    model_folder(shelf / "page", model_safetensors=b"<!doctype html><title>Sign in</title>")
+    model_folder(shelf / "shape", config_json=json.dumps({**CONFIG, "intermediate_size": 64}).encode())
+    return shelf
+
+
+@pytest.mark.parametrize("argv, said", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(shelf, tmp_path, argv, said):
+    defaults = ["--limit", "4", "--max_new_tokens", "4", "--out", str(tmp_path)]
+    refused(farm(*defaults, *argv.format(shelf).split()), 2, said)
+
+
+def test_help_without_a_method_is_help():
+    result = farm("--help")
+    assert result.code == 0 and "--method" in result.out and "dpo" in result.out
+
+
+@pytest.mark.parametrize("error, code", [
+    (FloatingPointError("the gradient is nan"), 1), (MemoryError(), 4), (torch.OutOfMemoryError("GPU"), 4),
+    (OSError(28, "No space left on device"), 5), (PermissionError(13, "Permission denied", "/x"), 2),
+    (KeyboardInterrupt(), 130), (weights.WeightsError("model.safetensors: cut short"), 2)],
+    ids=lambda value: type(value).__name__)
+def test_each_kind_of_failure_has_its_exit_code(tmp_path, monkeypatch, error, code):
+    monkeypatch.setattr(rlhf.sft, "train", stumble(error)(rlhf.sft.train))
+    refused(farm("--method", "sft", "--limit", "4", "--out", tmp_path), code)
+
+
+# ---- what a judge can do to a run: exit code 3, and finished stages are kept ---------------------------
+
+SICK_JUDGES = {                                         # name: (what it replies, what the sentence must say)
+    "talks": (lambda a, b: "I cannot decide between these.", "verdicts are unusable.*I cannot decide"),
+    "quotes both": (lambda a, b: "Output (a) Output (b)", "verdicts are unusable"),
+    "says nothing": (lambda a, b: (200, {"choices": []}), "verdicts are unusable"),
+    "knows no such model": (lambda a, b: (404, {"error": {"message": "no model m"}}), "refuses.*no model m"),
+    "wants another key": (lambda a, b: (401, {"error": {"message": f"wrong key {KEY}"}}), "refuses"),
+    "is out of quota": (lambda a, b: (429, {"error": {"code": "insufficient_quota"}}), "quota"),
+}
+
+
+@pytest.mark.parametrize("rule, said", SICK_JUDGES.values(), ids=SICK_JUDGES)
+def test_a_sick_judge_costs_no_finished_stage(tmp_path, monkeypatch, rule, said):
+    command = ("--method", "dpo", "--judge", "m", "--limit", "6", "--max_new_tokens", "6", "--out", tmp_path)
+    with judging(rule, monkeypatch):
+        result = farm(*command)
+    refused(result, 3, said)
+    assert KEY not in result.err + result.out
+    weights_of_sft = tree(tmp_path / "sft" / "checkpoint")
+    with judging(longer, monkeypatch):
+        assert re.findall("== (.*): finished", farm(*command).out) == ["sft"]
+    assert tree(tmp_path / "sft" / "checkpoint") == weights_of_sft and "dpo" in leaderboard(tmp_path)
+
+
+def test_no_judge_at_all(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]                  # free again, and nobody listens
+    command = ("--method", "sft", "--judge", "m", "--limit", "4", "--max_new_tokens", "4", "--out", tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+    refused(farm(*command), 3, f"no judge answers at http://127.0.0.1:{port}/v1")
+    with judging(longer, monkeypatch):
+        assert farm(*command).code == 0
+
+
+@pytest.mark.parametrize("url, key, said", [
+    ("https://judge.invalid/v1", "", "OPENAI_API_KEY is not set"),
+    ("https://judge.invalid/v1", "a b", "OPENAI_API_KEY holds a space"),
+    ("judge.invalid", "k", "OPENAI_BASE_URL must"),
+    ("https://user:secret@judge.invalid/v1", "k", "OPENAI_BASE_URL must")])
+def test_a_judge_that_cannot_be_asked_is_refused_before_anything_runs(tmp_path, monkeypatch, url, key, said):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    result = farm("--method", "sft", "--judge", "m", "--limit", "4", "--out", tmp_path)
+    refused(result, 3, said)
+    assert "secret" not in result.err and not (tmp_path / "sft").exists()
+
+
+def test_without_git_there_is_no_commit_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = farm("--method", "sft", "--limit", "4", "--max_new_tokens", "4", "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert not read(tmp_path / "run" / "sft" / "config.json")["commit"]

@@ -1,0 +1,209 @@
+"""The house: imports point down, four packages, every file says what it is, the README's map is true."""
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+import annotate
+from rlhf import KIT, config, methods
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("sft", "pairs", "reward")                     # what methods start from
+OURS = {"farm", "model", "annotate", "eval", "serve", "bench", "rlhf", "data", "tests"}
+PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
+NO_TORCH = ("annotate", "eval", "data", "data.sets", "data.barn", "data.barn.world", "data.barn.reward",
+            "data.barn.judge", "data.barn.lexicon")
+
+
+def files():
+    """Every file of the project, from its root: what git tracks or would add."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True)
+    if listed.returncode:                               # a downloaded copy without git's folder
+        made = {"runs", "__pycache__"}
+        paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        return [path for path in paths if not made & set(path.parts)
+                and not any(part.startswith(".") for part in path.parts)]
+    return [path for path in map(Path, listed.stdout.splitlines()) if (ROOT / path).exists()]
+
+
+SOURCES = sorted(path for path in files() if path.suffix == ".py" and path.parts[0] != "tests")
+every_source = pytest.mark.parametrize("path", SOURCES, ids=str)
+METHODS = [path for path in SOURCES if path.parent.name == "rlhf" and path.stem in methods()]
+
+
+def imports(path):
+    """[(module, at the top level of the file?)] of all that a file imports; ours down to the module."""
+    tree = ast.parse((ROOT / path).read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module for name in inner]
+        else:
+            continue
+        found += [(name, node in tree.body) for name in names]
+    return found
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def part(module):
+    """Which part of the house a module of ours is: what may be imported is said of parts."""
+    top, _, rest = module.partition(".")
+    if module in ("farm", "data.barn.pretrain", "serve", "bench"):
+        return "command"                                # nothing imports a command
+    if top == "rlhf":
+        return "kit" if rest in (*KIT, "") else "stage" if rest in STAGES else "method"
+    return top
+
+
+MAY_IMPORT = {
+    "data": {"data"},
+    "model": {"data"},
+    "annotate": {"data"},
+    "eval": {"annotate"},
+    "kit": {"kit", "model", "data"},
+    "stage": {"kit", "stage", "model", "annotate", "data"},
+    "method": {"kit", "stage", "method", "model", "annotate", "eval", "data"},
+    "command": {"kit", "stage", "method", "model", "annotate", "eval", "data"},
+}
+
+
+def module_of(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+@every_source
+def test_imports_point_down(path):
+    ours = {name for name, _ in imports(path) if name.partition(".")[0] in OURS}
+    above = sorted(name for name in ours if part(name) not in MAY_IMPORT[part(module_of(path))])
+    assert not above, f"{path} stands on what is built on it: {above}"
+
+
+def test_a_method_is_built_on_another_one_only_openly():
+    for path in METHODS:
+        needed = {name for name, _ in imports(path) if part(name) == "method" and name != module_of(path)}
+        opened = (ROOT / path).read_text().split("@dataclass")[0]           # at the top, where a reader looks
+        for name in needed:
+            module = name.removeprefix("rlhf.")
+            assert re.search(rf"^(from|import) .*\b{module}\b", opened, re.MULTILINE), path
+
+
+@every_source
+def test_only_the_standard_library_and_four_packages(path):
+    for name, at_the_top in imports(path):
+        package = name.partition(".")[0]
+        lazily = package == "jinja2" and not at_the_top         # torch needs it anyway; for chat templates
+        assert package in sys.stdlib_module_names | PACKAGES | OURS or lazily, f"{path} imports {name}"
+
+
+def test_judges_statistics_and_the_world_do_without_torch():
+    assert all(map(is_module, NO_TORCH))
+    heavy = {"torch", "tokenizers", "rlhf", "model"}
+    code = f"import {', '.join(NO_TORCH)}, sys; print(*{heavy} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("", "")
+
+
+@every_source
+def test_every_file_says_in_one_line_what_it_is(path):
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text()))
+    assert docstring and docstring.splitlines()[0].endswith((".", ":", "?")), path
+    if path.parent.name == "rlhf" and path.stem in KIT:
+        assert docstring.startswith("[kit]")
+
+
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_a_method_has_its_three_parts(path):
+    module = importlib.import_module(module_of(path))
+    assert isinstance(module.NEEDS, tuple) and set(module.NEEDS) <= set(methods()) - {path.stem}
+    assert is_dataclass(module.Config) and issubclass(module.Config, config.Config)
+    assert module.Config.__module__ == module.__name__          # or its results would go to another's folder
+    assert callable(module.run)
+
+
+@pytest.mark.parametrize("path", sorted(path for path in files() if path.suffix == ".py"), ids=str)
+def test_files_are_short_and_so_are_their_lines(path):
+    lines = (ROOT / path).read_text().splitlines()
+    assert len(lines) <= 450 or path.parts[0] == "tests", f"{path}: {len(lines)} lines, the design is wrong"
+    assert not [i for i, line in enumerate(lines, 1) if len(line) > 120 or line != line.rstrip()]
+    assert (ROOT / path).read_text().endswith("\n")
+
+
+def text_files():
+    for path in files():
+        data = (ROOT / path).read_bytes()
+        if b"\0" not in data and path.name not in ("tokenizer.json", "LICENSE"):
+            yield path, data.decode()
+
+
+def test_nothing_is_left_to_do_and_no_file_knows_the_machine_it_was_written_on():
+    unfinished = re.compile(r"\b(TO" r"DO|FIX" r"ME|X" r"XX|HA" r"CK)\b")
+    machine = re.compile(r"(?<![\w.])/(work|tmp|root|home|mnt|Users)/")
+    found = {str(path): match[0] for path, text in text_files() for match in unfinished.finditer(text)}
+    found |= {str(path): match[0] for path, text in text_files() for match in machine.finditer(text)}
+    assert not found
+
+
+def test_the_map_in_the_readme_lists_exactly_the_files_that_exist():
+    """Form: the fenced block that begins with farm.py; a line is a path from the root, two spaces or more,
+    and what it is. A path that ends in / is all below it; every .py file but __init__.py is there once."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```\w*\n(farm\.py  .*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1, "README.md has one map, a fenced block whose first line is about farm.py"
+    mapped = [re.fullmatch(r"(\S+) {2,}\S.*", line) for line in blocks[0].splitlines()]
+    assert all(mapped), [line for line, match in zip(blocks[0].splitlines(), mapped) if not match]
+    paths = [match[1] for match in mapped]
+    assert len(paths) == len(set(paths))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    folders = tuple(path for path in paths if path.endswith("/"))
+    code = {str(path) for path in files() if path.suffix == ".py" and path.name != "__init__.py"}
+    listed = {path for path in paths if path.endswith(".py")}
+    assert {path for path in code if not path.startswith(folders)} == listed
+
+
+def test_the_commands_and_files_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"python farm\.py --method (\w+)", text):
+        assert name in methods() or f"rlhf/{name}.py` is" in text or f"`rlhf/{name}.py`" in text, name
+    for module in re.findall(r"python -m ((?:data|rlhf)[\w.]+)", text):
+        assert is_module(module), module
+    assert not re.findall(r"@[A-Z]+@", text), "a placeholder is left"
+
+
+def requirements(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_four_packages_with_lower_bounds_and_nothing_else():
+    wanted = [re.fullmatch(r"([\w-]+)>=\d+(\.\d+)*", line) for line in requirements("requirements.txt")]
+    assert all(wanted) and sorted(match[1] for match in wanted) == sorted(PACKAGES)
+    assert requirements("requirements-dev.txt")[0] == "-r requirements.txt"
+
+
+def test_what_was_tested_is_pinned_and_fits_the_bounds():
+    pinned = dict(re.fullmatch(r"([\w-]+)==(\S+)", line).groups() for line in requirements("constraints.txt"))
+    for line in (*requirements("requirements.txt"), *requirements("requirements-dev.txt")[1:]):
+        name, least = line.split(">=")
+        assert [*map(int, pinned[name].split("."))] >= [*map(int, least.split("."))], line
+
+
+def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():
+    prompts = [path.stem for path in files() if path.parent == Path("data/judges")]
+    assert "pairwise" in prompts
+    for prompt in prompts:
+        content = " ".join(message["content"] for message in annotate.template(prompt))
+        assert all(f"{{{name}}}" in content for name in ("instruction", "output_1", "output_2", "fence"))
