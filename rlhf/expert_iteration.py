@@ -27,6 +27,7 @@ class Config(sft.Config):
     prompts: int = 20_000               # prompts of the unlabeled split in a round
 
     BARN = {**sft.Config.BARN, "prompts": 1000, "n": 8, "lr": 5e-4}
+    BARN_LORA = {"lr": 2e-3}
 
 
 def run(cfg):

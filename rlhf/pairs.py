@@ -21,7 +21,7 @@ class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
     flip: float = .25                   # share of the labels that are flipped at random
 
-    BARN = {"pairs_per_prompt": 2}
+    BARN = {"pairs_per_prompt": 3}
 
     def __post_init__(self):
         super().__post_init__()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import sets
+from data import InputError, sets
 from data.text import Text
 from rlhf import config, policy, reward, update
 from rlhf.answers import answer
@@ -48,6 +48,14 @@ class Config(config.Config):
     eval_every: int = 5                 # steps between looks at val, where the best policy is chosen
 
     BARN = {"lr": 5e-4, "steps": 20, "rollout_batch": 256, "batch_size": 64}
+    BARN_LORA = {"lr": 1e-3}
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value, known in (("kl_estimator", self.kl_estimator, KL),
+                                   ("init_value", self.init_value, ("reward", "sft"))):
+            if value not in known:
+                raise InputError(f"--{name} {value!r} is not known: choose from {', '.join(known)}")
 
 
 # -- the algorithm as functions of tensors -------------------------------------------------------------------------

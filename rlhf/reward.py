@@ -38,6 +38,7 @@ class Config(config.Config):
     scale_answers: int = 1000           # fresh answers of the SFT model that scores are shifted and scaled by
 
     BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
+    BARN_LORA = {"lr": 3e-3}
 
 
 @dataclass

@@ -23,6 +23,7 @@ class Config(config.Config):
     sample_every: int = 50              # steps between samples
 
     BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 32}
+    BARN_LORA = {"lr": 3e-3}
 
 
 def train(model, rows, cfg, log, show):
