@@ -32,7 +32,8 @@ class Config(config.Config):
     batch_size: int = 64                # pairs in an optimizer step
     sample_every: int = 50              # steps between samples
 
-    BARN = {"lr": 5e-4, "epochs": 2}
+    BARN = {"lr": 3e-4, "epochs": 2}
+    BARN_LORA = {"lr": 5e-4}
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
