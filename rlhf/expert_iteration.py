@@ -11,7 +11,7 @@ every prompt. Why start each round from the SFT model? The samples have improved
 import math
 from dataclasses import dataclass
 
-from data import sets
+from data import InputError, sets
 from data.text import Text
 from rlhf import policy, reward, sft, update
 from rlhf.answers import answer
@@ -37,6 +37,8 @@ def run(cfg):
     ref = policy.load(cfg, "sft")
     reward_model = reward.load(cfg, ref)
     model = ref
+    steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # of a round, at most
+    log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):
         # the best of n by the newest model
         start = round * cfg.prompts % len(unlabeled)
@@ -47,10 +49,12 @@ def run(cfg):
         print(f"round {round + 1}/{cfg.rounds}: {len(kept)} of {len(winners)} winners ended by themselves; score "
               f"{scores.max(1).values.mean():.3f}, of all answers {scores.mean():.3f}")
 
+        if not kept:
+            raise InputError("no winner ended by itself, so there is nothing to imitate: raise --max_new_tokens")
+
         # imitate them
         model = ref.copy(f"round{round + 1}")
-        log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(kept) / cfg.batch_size), ("loss",))
-        metrics = sft.train(model, kept, cfg, log, lambda step: None)
+        metrics = sft.train(model, kept, cfg, log, lambda step: None, start=round * steps)
         for (prompt, response), score in list(zip(winners, scores.max(1).values.tolist()))[:3]:
             log.sample(round, text.decode(prompt), text.decode(response), score=score)
 

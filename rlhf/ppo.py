@@ -13,6 +13,7 @@ Questions a reader asks. Why is the KL inside the reward? Its gradient is then e
 estimator (as a loss, k1 has none). Why may it be negative? It is an estimate from one sample; only its mean is a KL.
 Why are log-probs computed again after sampling? So that the first ratio is exactly 1, whatever the sampler's kernels.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -162,15 +163,17 @@ def run(cfg):
     value = reward_model.copy("value") if cfg.init_value == "reward" else reward.fresh(ref.copy("value"))
     roles = model, ref, reward_model, value
 
-    order = update.batches(len(prompts), cfg.rollout_batch, -(-cfg.steps * cfg.rollout_batch // len(prompts)), cfg.seed)
-    updates = cfg.num_ppo_epochs * -(-cfg.rollout_batch // cfg.batch_size)
+    passes = math.ceil(cfg.steps * cfg.rollout_batch / len(prompts))
+    order = [i for once in update.batches(len(prompts), len(prompts), passes, cfg.seed) for i in once]
+    updates = cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
     updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, cfg.steps * updates)
     log = update.Log(cfg.dir(), cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
     kl_coef, best = cfg.kl_coef, -float("inf")
     for step in range(cfg.steps):
         # sample answers and score them
-        roll = rollout([prompts[i] for i in order[step]], text.stops, *roles, cfg, cfg.seed * 100_003 + step)
+        asked = [prompts[i] for i in order[step * cfg.rollout_batch:][:cfg.rollout_batch]]
+        roll = rollout(asked, text.stops, *roles, cfg, cfg.seed * 100_003 + step)
         mask, lengths, n = roll.mask, roll.lengths, len(roll.lengths)
 
         # rewards and advantages

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import sets
+from data import InputError, sets
 from data.barn.reward import true_reward
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
@@ -39,6 +39,11 @@ class Config(config.Config):
 
     BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
     BARN_LORA = {"lr": 3e-3}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.held_out >= 1:
+            raise InputError(f"--held_out {self.held_out} leaves nothing to train on")
 
 
 @dataclass
@@ -98,20 +103,25 @@ def calibration_error(margins, bins=10):
     return (sum(gaps) / len(margins)).item()
 
 
+def correlation(x, y):
+    """Pearson's, of x and y (N,); 0 if one of them does not vary."""
+    return torch.corrcoef(torch.stack((x, y)))[0, 1].nan_to_num().item()
+
+
 def validate(model, chosen, rejected, cfg):
     """Metrics on pairs that were not trained on."""
     good, bad = scores(model, chosen, cfg), scores(model, rejected, cfg)
     lengths = torch.tensor([float(len(response)) for _, response in chosen + rejected])
     return {"eval_loss": bradley_terry(good, bad).mean().item(), "eval_accuracy": (good > bad).float().mean().item(),
             "eval_margin": (good - bad).mean().item(), "eval_calibration_error": calibration_error(good - bad),
-            "length_correlation": torch.corrcoef(torch.stack((torch.cat((good, bad)), lengths)))[0, 1].item()}
+            "length_correlation": correlation(torch.cat((good, bad)), lengths)}
 
 
 def normalise(model, rows, cfg):
     """Fold mean 0 and deviation 1 over the scores of `rows` into the head."""
     raw = scores(model, rows, cfg)
     mean, std = raw.mean().item(), raw.std().item()
-    if not std > 0:
+    if not std > 1e-6 * max(1, abs(mean)):              # equal but for rounding
         raise FloatingPointError("the reward model gives every answer the same score: there is nothing to learn from")
     with torch.no_grad():
         model.head.weight /= std
@@ -169,9 +179,9 @@ def run(cfg):
     normalise(model, rows, cfg)
     save(model, cfg)
     answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
-    for answer, value in zip(answers[:4], values.tolist()):
-        log.sample(len(steps), val[0]["instruction"], answer, score=value)
-    if cfg.data == "barn":                              # what no real world can tell
+    for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
+        log.sample(len(steps), val[i // each]["instruction"], answer, score=value)
+    if cfg.data == "barn" and each > 1:                 # what no real world can tell
         truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
         metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))
     return metrics
