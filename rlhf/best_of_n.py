@@ -44,9 +44,15 @@ def best_of_k(scores, worth):
     """
     n = scores.shape[1]
     ranked = worth.gather(1, scores.argsort(1)).double().mean(0)                         # (n,): mean worth by rank
-    weights = torch.tensor([[math.comb(i - 1, k - 1) / math.comb(n, k) for i in range(1, n + 1)]
-                            for k in range(1, n + 1)], dtype=torch.double)               # (k, rank)
+    i = torch.arange(1, n + 1, dtype=torch.double)
+    k = i[:, None]
+    weights = (log_binomial(i - 1, k - 1) - log_binomial(torch.full_like(k, n), k)).exp()            # (k, rank)
     return weights @ ranked
+
+
+def log_binomial(n, k):
+    """log of n over k, -inf where k > n."""
+    return (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
 
 
 def pool(model, reward_model, prompts, text, cfg, n, seed):

@@ -7,11 +7,12 @@ What AlpacaFarm does or offers otherwise is an option: --kl_estimator clamped, -
 Left out: dropout, entropy bonus, a separate optimizer for the value function.
 
 Memory: policy, reference, reward model and value function. With LoRA they are four adapters on one frozen base, and
-only two of them have gradients; with full training they are four models, two of them with an optimizer.
+only two of them have gradients; with full training they are four models, two of them with an optimizer. The best policy
+so far is kept in host memory.
 
 Questions a reader asks. Why is the KL inside the reward? Its gradient is then exactly that of the true KL if k1 is the
 estimator (as a loss, k1 has none). Why may it be negative? It is an estimate from one sample; only its mean is a KL.
-Why are log-probs computed again after sampling? So that the first ratio is exactly 1, whatever the sampler's kernels.
+Why are log-probs computed again after sampling? So that the first ratio is 1 but for rounding, however was sampled.
 """
 import math
 from dataclasses import dataclass
@@ -43,10 +44,11 @@ class Config(config.Config):
     cliprange: float = .2               # how far the ratio of probabilities may move
     cliprange_value: float = .2         # how far a value may move
     vf_coef: float = .1                 # weight of the value loss
-    whiten_rewards: bool = False        # divide rewards by their deviation
+    whiten_rewards: bool = False        # give rewards deviation 1 around their mean
     missing_eos_penalty: float = 1.     # taken from the score of an answer that did not end
     init_value: str = "reward"          # the value function starts as a copy of the reward model, or as sft with head 0
     eval_every: int = 5                 # steps between looks at val, where the best policy is chosen
+    val_prompts: int = 512              # prompts of val in a look
 
     BARN = {"lr": 5e-4, "steps": 20, "rollout_batch": 256, "batch_size": 64}
     BARN_LORA = {"lr": 1e-3}
@@ -57,6 +59,8 @@ class Config(config.Config):
                                    ("init_value", self.init_value, ("reward", "sft"))):
             if value not in known:
                 raise InputError(f"--{name} {value!r} is not known: choose from {', '.join(known)}")
+        if max(self.gamma, self.lam) > 1:
+            raise InputError("--gamma and --lam are at most 1, or later rewards would count more than present ones")
 
 
 # -- the algorithm as functions of tensors -------------------------------------------------------------------------
@@ -157,6 +161,7 @@ def run(cfg):
     splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
     prompts, val = ([text.prompt(record) for record in text.fitting(splits[split], cfg.max_prompt_tokens)]
                     for split in ("unlabeled", "val"))
+    val = val[:cfg.val_prompts]
     ref = policy.load(cfg, "sft")
     reward_model = reward.load(cfg, ref)
     model = ref.copy("policy")
@@ -169,7 +174,20 @@ def run(cfg):
     updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, cfg.steps * updates)
     log = update.Log(cfg.dir(), cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
-    kl_coef, best = cfg.kl_coef, -float("inf")
+    kl_coef, best, chosen, kept = cfg.kl_coef, -math.inf, 0, []
+
+    def look(step):
+        """Keep the policy if it is the best so far at what it is trained for, on prompts that it is not trained on."""
+        nonlocal best, chosen, kept
+        roll = rollout(val, text.stops, *roles, cfg, cfg.seed)
+        score, objective = roll.score.mean().item(), roll.score.mean().item() - cfg.kl_coef * roll.kl()
+        i = step % len(val)
+        response = roll.ids[i, len(val[i]):roll.lengths[i]].tolist()
+        log.sample(step, text.decode(val[i]), text.decode(response), score=roll.score[i].item(), val_score=score,
+                   val_kl=roll.kl())
+        if objective > best:
+            best, chosen, kept = objective, step, [p.detach().cpu().clone() for p in model.trainable()]
+
     for step in range(cfg.steps):
         # sample answers and score them
         asked = [prompts[i] for i in order[step * cfg.rollout_batch:][:cfg.rollout_batch]]
@@ -210,31 +228,22 @@ def run(cfg):
             "explained_variance": explained_variance(roll.values, returns, mask), **stats}, sum(lengths))
         if cfg.adaptive_kl:
             kl_coef *= 1 + .1 * max(-.2, min(.2, roll.kl() / cfg.adaptive_kl - 1))
-
-        # the best policy so far by what it is trained for, on prompts that it is not trained on
         stop = cfg.max_kl and roll.kl() > cfg.max_kl
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps or stop:
-            look = rollout(val, text.stops, *roles, cfg, cfg.seed)
-            objective = look.score.mean().item() - cfg.kl_coef * look.kl()
-            i = step % len(val)
-            log.sample(step, text.decode(look.ids[i, :len(val[i])].tolist()),
-                       text.decode(look.ids[i, len(val[i]):look.lengths[i]].tolist()), score=look.score[i].item(),
-                       val_score=look.score.mean().item(), val_kl=look.kl())
-            if objective > best:
-                best, chosen = objective, (step, [p.detach().clone() for p in model.trainable()])
+            look(step)
         if stop:
             print(f"stopped: the KL is above --max_kl {cfg.max_kl:g}")
             break
 
     with torch.no_grad():
-        for p, kept in zip(model.trainable(), chosen[1]):
-            p.copy_(kept)
+        for p, best_p in zip(model.trainable(), kept):
+            p.copy_(best_p)
     policy.save(model, cfg)
-    return {"chosen_step": chosen[0], "val/rlhf_reward": best, **answer(model, text, cfg, ref)}
+    return {"chosen_step": chosen, "val/rlhf_reward": best, **answer(model, text, cfg, ref)}
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns), both masked: 1 is a perfect value function, 0 a constant."""
+    """1 - var(returns - values) / var(returns), both masked: 1 is a perfect value function, 0 a constant one."""
     def variance(x):
         return update.masked_mean((x - update.masked_mean(x, mask)) ** 2, mask)
-    return 1 - (variance(returns - values) / variance(returns)).item()
+    return 1 - (variance(returns - values) / variance(returns)).nan_to_num(1).item()

@@ -140,7 +140,7 @@ EXIT = {"n": 4, "epochs": 2, "batch_size": 16, "lr": 1e-3}
 @pytest.fixture
 def watched(monkeypatch):
     """What expert iteration samples, and what it trains on: lists of one entry a round."""
-    seen = {name: [] for name in ("by", "prompts", "rows", "scores", "seed", "from", "role", "kept", "after")}
+    seen = {name: [] for name in ("by", "prompts", "rows", "scores", "seed", "from", "kept", "after")}
     pool, train = expert_iteration.pool, sft.train
 
     def watch_pool(model, reward_model, prompts, text, cfg, n, seed):
@@ -151,7 +151,7 @@ def watched(monkeypatch):
         return rows, scores
 
     def watch_train(model, rows, cfg, log, show, start):
-        seen["from"].append(state(model)), seen["kept"].append(rows), seen["role"].append(model.role)
+        seen["from"].append(state(model)), seen["kept"].append(rows)
         metrics = train(model, rows, cfg, log, show, start)
         seen["after"].append(state(model))
         return metrics

@@ -334,8 +334,8 @@ def test_metrics_say_what_their_names_say(train, monkeypatch):
         assert step["objective/non_score_reward"] == pytest.approx(-.3 * k3, abs=1e-5)
         assert step["objective/scores"] == pytest.approx(roll.score.mean().item())
         assert step["objective/rlhf_reward"] == pytest.approx(roll.score.mean().item() - .3 * k3, abs=1e-5)
-        assert step["objective/entropy"] == pytest.approx(-roll.old_logp[roll.mask].sum().item() / 20, rel=1e-5)
-        assert step["response_length"] == roll.mask.sum().item() / 20
+        assert step["objective/entropy"] == pytest.approx(-roll.old_logp[roll.mask].sum().item() / 20)
+        assert step["response_length"] == pytest.approx(roll.mask.sum().item() / 20)
         assert step["val/num_eos_tokens"] == sum(roll.finished)
     assert abs(cfg.metrics[2]["objective/kl"] + cfg.metrics[2]["objective/non_score_reward"] / .3) > .01
 
