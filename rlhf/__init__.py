@@ -1,4 +1,6 @@
-"""Learning from feedback, a file for each idea. Reading order: sft, pairs, dpo; then policy, rollout, update.
+"""Learning from feedback, a file for each idea.
+
+Reading order: sft, pairs, dpo, reward, best_of_n, expert_iteration, ppo.
 
 A method is a file with NEEDS (what must have run before), Config (its knobs) and run(cfg) -> metrics. The kit is what
 methods share; every other file here is found by its name: add one, edit nothing.

@@ -20,14 +20,20 @@ def logps(policy, rows, cfg):
     return out
 
 
-def answer(policy, text, cfg, ref=None):
-    """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
+def questions(policy, text, cfg):
+    """The records of the eval split, and their prompts as token ids."""
     context = policy.gpt.config.max_position_embeddings
     room = context - cfg.max_new_tokens
     if room <= 0:
         raise InputError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in {context} tokens")
     records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
-    asked = [text.prompt(record)[-room:] for record in records]        # too long for the model: the end is what counts
+    return records, [text.prompt(record)[-room:] for record in records]    # too long for the model: the end counts
+
+
+@torch.no_grad()
+def answer(policy, text, cfg, ref=None):
+    """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
+    records, asked = questions(policy, text, cfg)
     rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, slots=cfg.slots)
     outputs = [text.decode(response) for _, response in rows]
     write_outputs(cfg, records, outputs)

@@ -31,7 +31,8 @@ ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpoi
 
 @dataclass
 class Config:
-    """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`."""
+    """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`, with
+    all weights trained, and BARN_LORA what is different with adapters."""
     model: str = "barn"                 # a Hugging Face folder, or barn: the small base that comes with the project
     data: str = "barn"                  # a file of Alpaca records, or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
@@ -51,6 +52,7 @@ class Config:
     checkpointing: bool = False         # recompute activations in the backward pass: slower, far less memory
 
     BARN: ClassVar[dict] = {}
+    BARN_LORA: ClassVar[dict] = {}
 
     def __post_init__(self):
         for f in fields(self):
@@ -99,7 +101,9 @@ def parse(cls, argv, prog):
 def build(cls, given):
     """A Config: defaults < preset < what was given."""
     preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else "24gb")
-    tuned = cls.BARN if preset == "barn" else {}
+    tuned = {}
+    if preset == "barn":
+        tuned = {**cls.BARN, **(cls.BARN_LORA if given.get("lora_rank") else {})}
     return cls(**{**PRESETS[preset], **tuned, **given, "preset": preset})
 
 

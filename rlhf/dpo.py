@@ -7,7 +7,6 @@ Left out: the loss variants (IPO, cDPO, ...): each is a file of a few lines that
 Questions a reader asks. Why does the loss start at log 2? Policy and reference are the same, so every margin is 0.
 Why does rewards/chosen go down? Only the margin is trained; probability may move to answers that nobody sampled.
 """
-import json
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from data import sets
 from data.text import Text
 from rlhf import config, policy, update
 from rlhf.answers import answer, logps
+from rlhf.pairs import load_pairs
 from rlhf.rollout import sample
 
 NEEDS = ("sft", "pairs")
@@ -32,24 +32,14 @@ class Config(config.Config):
     batch_size: int = 64                # pairs in an optimizer step
     sample_every: int = 50              # steps between samples
 
-    BARN = {"lr": 5e-4, "epochs": 2}
+    BARN = {"lr": 3e-4, "epochs": 2}
+    BARN_LORA = {"lr": 5e-4}
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """Log-probs of whole answers, (B,) each -> losses (B,), implicit rewards of chosen and rejected (B,) each."""
     rewards_chosen, rewards_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     return -F.logsigmoid(rewards_chosen - rewards_rejected), rewards_chosen.detach(), rewards_rejected.detach()
-
-
-def load_pairs(cfg, text):
-    """([(prompt, chosen)], [(prompt, rejected)]) as token ids. Sampled tokens are used as they were sampled."""
-    chosen, rejected = [], []
-    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
-        prompt = text.prompt(pair)
-        one, two = (prompt, pair["ids_1"]), (prompt, pair["ids_2"])
-        chosen.append(one if pair["preference"] == 1 else two)
-        rejected.append(two if pair["preference"] == 1 else one)
-    return chosen, rejected
 
 
 def run(cfg, loss_fn=dpo_loss):

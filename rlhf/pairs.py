@@ -21,7 +21,7 @@ class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
     flip: float = .25                   # share of the labels that are flipped at random
 
-    BARN = {"pairs_per_prompt": 2}
+    BARN = {"pairs_per_prompt": 3}
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,3 +59,14 @@ def run(cfg):
         raise InputError("no pair of different answers got a usable preference: raise --limit or --temperature")
     answered.write_text(json.dumps(pairs, indent=1))
     return {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
+
+
+def load_pairs(cfg, text):
+    """([(prompt, chosen)], [(prompt, rejected)]) as token ids. Sampled tokens are used as they were sampled."""
+    chosen, rejected = [], []
+    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
+        prompt = text.prompt(pair)
+        one, two = (prompt, pair["ids_1"]), (prompt, pair["ids_2"])
+        chosen.append(one if pair["preference"] == 1 else two)
+        rejected.append(two if pair["preference"] == 1 else one)
+    return chosen, rejected

@@ -134,13 +134,15 @@ def save(policy, cfg):
         weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.checkpoint)
 
 
-def load(cfg, stage):
-    """The frozen policy that `stage` of the same run has saved; with LoRA it is a role, named after the stage."""
+def load(cfg, stage, beside=None):
+    """The frozen policy that `stage` of the same run has saved.
+
+    With LoRA it is a role named after the stage, on the base of the policy `beside` it if there is one.
+    """
     folder = cfg.dir(stage) / "checkpoint"
     if not cfg.lora_rank:
-        gpt = load_base(dataclasses.replace(cfg, model=str(folder)))
-        return Policy(gpt)
-    policy = Policy(load_base(cfg), stage)
+        return Policy(load_base(dataclasses.replace(cfg, model=str(folder))))
+    policy = Policy(beside.gpt if beside else load_base(cfg), stage)
     tensors, config = weights.load_adapter(folder)
     policy.gpt.add_role(stage, config["r"], config["lora_alpha"])
     weights.assign(policy.gpt.adapter(stage), tensors, str(folder))

@@ -29,30 +29,33 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     device = policy.gpt.device
     u = torch.rand(len(prompts) * n, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = [None] * (len(prompts) * n)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), max(1, slots // n)):
-        group = order[start:start + max(1, slots // n)]
-        at = torch.tensor([i * n + j for i in group for j in range(n)], device=device)   # (B,): where rows go
-        responses = decode(policy, [prompts[i] for i in group], stops, u[at], temperature, n)
-        for i, response in zip(at.tolist(), responses):
-            rows[i] = (prompts[i // n], response)
+    width = min(n, slots)                               # rows that share one prefill
+    shares = [(i, range(i * n + j, i * n + min(j + width, n))) for i in range(len(prompts)) for j in range(0, n, width)]
+    shares.sort(key=lambda share: len(prompts[share[0]]))
+    for start in range(0, len(shares), slots // width):
+        group = shares[start:start + slots // width]
+        at = [row for _, share in group for row in share]                                # (B,): where rows go
+        responses = decode(policy, [prompts[i] for i, _ in group], [len(share) for _, share in group], stops, u[at],
+                           temperature)
+        for row, response in zip(at, responses):
+            rows[row] = (prompts[row // n], response)
     return rows
 
 
-def decode(policy, prompts, stops, u, temperature, n):
-    """One group of rows to the end: u (B, max_new_tokens) -> B = len(prompts) * n responses."""
+def decode(policy, prompts, copies, stops, u, temperature):
+    """One group of rows to the end: P prompts in copies (P,) rows each, B in all; u (B, tokens) -> B responses."""
     device, c = policy.gpt.device, policy.gpt.config
     B, max_new_tokens = u.shape
-    ids, _ = pack([(prompt, []) for prompt in prompts], device)                          # (B / n, P)
-    pos = torch.tensor([len(prompt) for prompt in prompts], device=device)               # (B / n,): next free column
+    ids, _ = pack([(prompt, []) for prompt in prompts], device)                          # (P, longest)
+    pos = torch.tensor([len(prompt) for prompt in prompts], device=device)               # (P,): next free column
     span = ids.shape[1]
     stop_ids = torch.tensor(stops, device=device)
 
     cache = KVCache(c, len(prompts), span + max_new_tokens, device, policy.gpt.head.dtype)
-    h = policy.hidden(ids, cache)[torch.arange(len(prompts), device=device), pos - 1]    # (B / n, D): last real token
-    copies = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache.keep(copies)                                                                   # one prefill serves n rows
-    h, pos = h[copies], pos[copies]
+    h = policy.hidden(ids, cache)[torch.arange(len(prompts), device=device), pos - 1]    # (P, D): last real token
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(copies, device=device))
+    cache.keep(rows)                                                                     # one prefill for all copies
+    h, pos = h[rows], pos[rows]
 
     written = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     length = torch.full((B,), max_new_tokens, device=device)

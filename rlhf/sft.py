@@ -23,10 +23,14 @@ class Config(config.Config):
     sample_every: int = 50              # steps between samples
 
     BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 32}
+    BARN_LORA = {"lr": 3e-3}
 
 
-def train(model, rows, cfg, log, show):
-    """Maximise the likelihood of the responses in rows [(prompt ids, response ids)]; show(step) prints a sample."""
+def train(model, rows, cfg, log, show, start=0):
+    """Maximise the likelihood of the responses in rows [(prompt ids, response ids)]; show(step) prints a sample.
+
+    The log counts steps from `start`.
+    """
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     steps = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(steps))
@@ -39,7 +43,7 @@ def train(model, rows, cfg, log, show):
             nll += loss.item()
         tokens = updater.denominator
         stats = updater.step()
-        log.step(step, {"loss": nll / tokens, **stats}, sum(lengths[i] for i in batch))
+        log.step(start + step, {"loss": nll / tokens, **stats}, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:
             show(step)
     return {"loss": nll / tokens}

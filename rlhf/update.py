@@ -41,7 +41,8 @@ class Updater:
     """AdamW with warm-up, cosine decay to a tenth and gradient clipping; a step that is not finite is never taken.
 
     add() takes a loss as (sum, denominator); the step divides by the denominator of all its micro-batches, so that
-    accumulation equals one big batch whatever the lengths.
+    accumulation equals one big batch whatever the lengths. Gradients of sums are large enough for fp16 activations
+    without loss scaling: a token's is of order 1, whatever the size of the batch.
     """
 
     def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1.):

@@ -1,0 +1,62 @@
+"""Expert iteration: best-of-n on new prompts, then supervised fine-tuning on the winners; and again, --rounds times.
+
+Anthony et al. 2017 (arXiv 1705.08439); in AlpacaFarm one round, best-of-16 on the unlabeled split, SFT from the SFT
+model with the SFT recipe (arXiv 2305.14387). Rounds after the first sample from the newest model (RAFT, Dong et al.
+2023, arXiv 2304.06767). Winners that did not end by themselves are dropped, or the model would unlearn how to stop.
+
+Memory: as best-of-n while sampling, as SFT while training.
+Questions a reader asks. Why is it weaker than best-of-n? It must put into its weights what best-of-n looks up anew for
+every prompt. Why start each round from the SFT model? The samples have improved; the starting point need not have.
+"""
+import math
+from dataclasses import dataclass
+
+from data import InputError, sets
+from data.text import Text
+from rlhf import policy, reward, sft, update
+from rlhf.answers import answer
+from rlhf.best_of_n import pool
+
+NEEDS = ("sft", "reward")
+
+
+@dataclass
+class Config(sft.Config):
+    rounds: int = 1                     # how often to sample and train
+    n: int = 16                         # answers to each prompt
+    prompts: int = 20_000               # prompts of the unlabeled split in a round
+
+    BARN = {**sft.Config.BARN, "prompts": 1000, "n": 8, "lr": 5e-4}
+    BARN_LORA = {"lr": 2e-3}
+
+
+def run(cfg):
+    text = Text(cfg.checkpoint)
+    splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
+    unlabeled = [text.prompt(record) for record in text.fitting(splits["unlabeled"], cfg.max_prompt_tokens)]
+    ref = policy.load(cfg, "sft")
+    reward_model = reward.load(cfg, ref)
+    model = ref
+    steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # of a round, at most
+    log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
+    for round in range(cfg.rounds):
+        # the best of n by the newest model
+        start = round * cfg.prompts % len(unlabeled)
+        prompts = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
+        rows, scores = pool(model, reward_model, prompts, text, cfg, cfg.n, cfg.seed + 10_007 * (round + 1))
+        winners = [rows[i * cfg.n + j] for i, j in enumerate(scores.argmax(1).tolist())]
+        kept = [(prompt, response) for prompt, response in winners if response[-1] in text.stops]
+        print(f"round {round + 1}/{cfg.rounds}: {len(kept)} of {len(winners)} winners ended by themselves; score "
+              f"{scores.max(1).values.mean():.3f}, of all answers {scores.mean():.3f}")
+
+        if not kept:
+            raise InputError("no winner ended by itself, so there is nothing to imitate: raise --max_new_tokens")
+
+        # imitate them
+        model = ref.copy(f"round{round + 1}")
+        metrics = sft.train(model, kept, cfg, log, lambda step: None, start=round * steps)
+        for (prompt, response), score in list(zip(winners, scores.max(1).values.tolist()))[:3]:
+            log.sample(round, text.decode(prompt), text.decode(response), score=score)
+
+    policy.save(model, cfg)
+    return {**metrics, **answer(model, text, cfg, ref)}

@@ -1,0 +1,193 @@
+"""The reward model: a scalar head on the SFT model, trained on preference pairs to give the better answer more.
+
+Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325, section 3.4): -log sigmoid(score(chosen) - score(rejected)). The
+score is read at the answer's last token, which is EOS unless the answer was cut off. Only differences are learned, so
+in the end the scores are shifted and scaled to mean 0 and deviation 1 over the SFT model's own answers.
+Left out: margins from graded labels, ensembles.
+
+Memory: full training holds one more model with its optimizer; with LoRA an adapter and D + 1 numbers.
+Questions a reader asks. Why does the loss start at log 2? The head starts at zero, so every score is 0. Why is an
+accuracy of 0.65 good? A quarter of the labels are wrong on purpose: nobody can agree with more than about 0.70 of them.
+"""
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import InputError, sets
+from data.barn.reward import true_reward
+from data.text import Text
+from data.weights import assign, read_safetensors, write_safetensors
+from rlhf import config, policy, update
+from rlhf.pairs import load_pairs
+from rlhf.rollout import sample
+
+NEEDS = ("sft", "pairs")
+
+
+@dataclass
+class Config(config.Config):
+    lr: float = 1e-4                    # peak learning rate
+    epochs: int = 1                     # passes over the pairs
+    batch_size: int = 64                # pairs in an optimizer step
+    weight_decay: float = 0.            # pull of the weights to zero
+    held_out: float = .05               # share of the pairs that is kept for validation
+    scale_answers: int = 1000           # fresh answers of the SFT model that scores are shifted and scaled by
+
+    BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
+    BARN_LORA = {"lr": 3e-3}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.held_out >= 1:
+            raise InputError(f"--held_out {self.held_out} leaves nothing to train on")
+
+
+@dataclass
+class Critic(policy.Policy):
+    """A model that gives numbers instead of tokens: the reward model, and PPO's value function."""
+    head: nn.Linear = None
+
+    def values(self, ids):
+        """(B, T): the head at every position, in fp32; position t has seen ids[:, :t+1]."""
+        return self.head(self.hidden(ids).float())[..., 0]
+
+    def trainable(self):
+        return super().trainable() + [p.requires_grad_() for p in self.head.parameters()]
+
+    def copy(self, role):
+        body = super().copy(role)
+        return Critic(body.gpt, body.role, copy.deepcopy(self.head))
+
+
+def fresh(body):
+    """A Critic on a policy's body, with a head that says 0 to everything."""
+    head = nn.Linear(body.gpt.config.hidden_size, 1, device=body.gpt.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    return Critic(body.gpt, body.role, head)
+
+
+def score(model, ids, mask):
+    """One number (B,) for each response: the head at its last token (ids (B, T), mask (B, T-1))."""
+    last = mask.shape[1] - mask.flip(1).int().argmax(1)                                  # (B,): column in ids
+    h = model.hidden(ids)[torch.arange(len(ids), device=ids.device), last]               # (B, D)
+    return model.head(h.float())[:, 0]
+
+
+@torch.no_grad()
+def scores(model, rows, cfg):
+    """score() of rows [(prompt ids, response ids)], (N,) in their order, without gradients."""
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    out = torch.empty(len(rows))
+    for indices in update.micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
+        out[indices] = score(model, *policy.pack([rows[i] for i in indices], model.gpt.device)).cpu()
+    return out
+
+
+def bradley_terry(chosen, rejected):
+    """Scores (B,) of the better and of the worse answers -> losses (B,)."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def calibration_error(margins, bins=10):
+    """How far confidence is from accuracy (Guo et al. 2017, eq. 3), from margins (N,) of chosen over rejected.
+
+    The model says with probability sigmoid(|margin|) which answer was preferred; it is right where margin > 0.
+    """
+    confidence, right = torch.sigmoid(margins.abs()), (margins > 0).float()
+    bin = ((confidence - .5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence - right)[bin == b].sum().abs() for b in range(bins)]
+    return (sum(gaps) / len(margins)).item()
+
+
+def correlation(x, y):
+    """Pearson's, of x and y (N,); 0 if one of them does not vary."""
+    return torch.corrcoef(torch.stack((x, y)))[0, 1].nan_to_num().item()
+
+
+def validate(model, chosen, rejected, cfg):
+    """Metrics on pairs that were not trained on."""
+    good, bad = scores(model, chosen, cfg), scores(model, rejected, cfg)
+    lengths = torch.tensor([float(len(response)) for _, response in chosen + rejected])
+    return {"eval_loss": bradley_terry(good, bad).mean().item(), "eval_accuracy": (good > bad).float().mean().item(),
+            "eval_margin": (good - bad).mean().item(), "eval_calibration_error": calibration_error(good - bad),
+            "length_correlation": correlation(torch.cat((good, bad)), lengths)}
+
+
+def normalise(model, rows, cfg):
+    """Fold mean 0 and deviation 1 over the scores of `rows` into the head."""
+    raw = scores(model, rows, cfg)
+    mean, std = raw.mean().item(), raw.std().item()
+    if not std > 1e-6 * max(1, abs(mean)):              # equal but for rounding
+        raise FloatingPointError("the reward model gives every answer the same score: there is nothing to learn from")
+    with torch.no_grad():
+        model.head.weight /= std
+        model.head.bias.copy_((model.head.bias - mean) / std)
+
+
+def save(model, cfg):
+    policy.save(model, cfg)
+    head = {f"score.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    write_safetensors(cfg.dir() / "checkpoint" / "head.safetensors", head)
+
+
+def load(cfg, beside):
+    """The reward model of the run, frozen; with LoRA on the same base as the policy `beside` it."""
+    model = fresh(policy.load(cfg, "reward", beside))
+    file = cfg.dir("reward") / "checkpoint" / "head.safetensors"
+    tensors, _ = read_safetensors(file)
+    assign({f"score.{name}": tensor for name, tensor in model.head.state_dict().items()}, tensors, str(file))
+    model.head.requires_grad_(False)
+    return model
+
+
+def run(cfg):
+    text = Text(cfg.checkpoint)
+    chosen, rejected = load_pairs(cfg, text)
+    held_out = round(cfg.held_out * len(chosen))
+    n = len(chosen) - held_out
+    sft = policy.load(cfg, "sft")
+    model = fresh(sft.copy("reward"))
+
+    lengths = [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]
+    steps = update.batches(n, cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps), weight_decay=cfg.weight_decay)
+    log = update.Log(cfg.dir(), len(steps), ("loss", "accuracy", "margin"))
+    for step, batch in enumerate(steps):
+        each = []
+        for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
+            rows = [chosen[i] for i in micro] + [rejected[i] for i in micro]
+            good, bad = score(model, *policy.pack(rows, model.gpt.device)).chunk(2)      # (b,), (b,)
+            losses = bradley_terry(good, bad)
+            updater.add(losses.sum(), len(micro))
+            each.append(torch.stack((losses, good, bad)).detach().cpu())
+        loss, good, bad = torch.cat(each, 1)                                             # (batch,) each
+        both = torch.cat((good, bad))
+        log.step(step, {"loss": loss.mean().item(), "accuracy": (good > bad).float().mean().item(),
+                        "margin": (good - bad).mean().item(), "mean_reward": both.mean().item(),
+                        "min_reward": both.min().item(), "max_reward": both.max().item(), **updater.step()},
+                 sum(lengths[i] for i in batch))
+
+    metrics = validate(model, chosen[n:], rejected[n:], cfg) if held_out else {}
+    val = text.fitting(sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"], cfg.max_prompt_tokens)
+    each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
+    rows = sample(sft, [text.prompt(record) for record in val], text.stops, cfg.max_new_tokens, cfg.temperature,
+                  cfg.seed + 2, each, cfg.slots)
+    normalise(model, rows, cfg)
+    save(model, cfg)
+    answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
+    for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
+        log.sample(len(steps), val[i // each]["instruction"], answer, score=value)
+    if cfg.data == "barn" and each > 1:                 # what no real world can tell
+        truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
+        metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))
+    return metrics
+
+
+def agreement(scores, truth):
+    """How often two answers to one prompt are ranked alike, over neighbours that differ in truth: (P, n) each."""
+    said, true = scores[:, 1:] - scores[:, :-1], truth[:, 1:] - truth[:, :-1]
+    return ((said > 0) == (true > 0))[true != 0].float().mean().item()

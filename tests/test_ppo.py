@@ -1,0 +1,541 @@
+"""PPO: its functions against brute force and enumeration, its loop on a toy reward, and the command."""
+import itertools
+import math
+import shutil
+
+import pytest
+import tiny
+import torch
+import toy
+from test_farm import farm, leaderboard, results
+from torch.nn.functional import pad
+
+import model
+from data import InputError, sets
+from rlhf import policy, ppo, reward, update
+from rlhf.ppo import KL, explained_variance, gae, policy_loss, shape_rewards, value_loss, whiten
+
+torch.set_num_threads(1)
+LENGTHS = [(2, 5), (1, 1), (4, 3), (1, 7)]              # (prompt, response), in tokens
+MASK = policy.pack([([1] * prompt, [2] * response) for prompt, response in LENGTHS])[1]
+
+
+def noise(*seeds):
+    """Tensors (B, T-1), also where the mask is 0: whatever is there must not matter."""
+    return [torch.randn(MASK.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+# --- rewards and advantages ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gamma, lam", [(1, .95), (.9, .8), (1, 1), (.9, 0)])
+def test_gae_is_the_sum_over_all_later_errors(gamma, lam):
+    """Schulman et al. 2016, eq. 16, as it is written: a double sum, row by row, over the response alone."""
+    rewards, values = noise(1, 2)
+    advantages, returns = gae(rewards, values, MASK, gamma, lam)
+    expected = torch.zeros(MASK.shape)
+    for row, (prompt, response) in enumerate(LENGTHS):
+        r, v = (x[row][MASK[row]].tolist() for x in (rewards, values))
+        delta = [r[t] + gamma * (v + [0])[t + 1] - v[t] for t in range(response)]
+        for t in range(response):
+            later = ((gamma * lam) ** k * delta[t + k] for k in range(response - t))
+            expected[row, prompt - 1 + t] = sum(later)
+    close(advantages, expected)
+    close(returns, (expected + values) * MASK)
+
+
+def test_without_discount_and_values_the_advantage_is_the_reward_to_go():
+    score, kl = torch.tensor([1., -2, 3, .5]), noise(1)[0]
+    rewards = shape_rewards(score, kl, MASK, .3)
+    advantages, returns = gae(rewards, torch.zeros(MASK.shape), MASK, 1, 1)
+    to_go = score[:, None] - .3 * (kl * MASK).flip(1).cumsum(1).flip(1)
+    close(advantages, to_go * MASK)
+    close(returns, to_go * MASK)
+
+
+def test_a_perfect_value_function_leaves_no_advantage():
+    rewards = noise(1)[0] * MASK
+    values = rewards.flip(1).cumsum(1).flip(1) + noise(2)[0] * ~MASK
+    advantages, returns = gae(rewards, values, MASK, 1, .95)
+    close(advantages, torch.zeros(MASK.shape))
+    close(returns, values * MASK)
+
+
+def test_the_score_is_paid_at_the_last_token_and_the_kl_at_each():
+    score, kl = torch.tensor([10., 20, 30, 40]), noise(1)[0]
+    rewards = shape_rewards(score, kl, MASK, .5)
+    assert (rewards[~MASK] == 0).all()
+    for row, (prompt, response) in enumerate(LENGTHS):
+        paid = (rewards + .5 * kl * MASK)[row]
+        assert paid[prompt + response - 2].item() == pytest.approx(score[row].item(), rel=1e-6)
+        assert (paid.abs() > 1e-5).sum() == 1
+    close(rewards.sum(1), score - .5 * (kl * MASK).sum(1))
+
+
+def test_whitening_by_masked_mean_and_deviation():
+    x = noise(1)[0] * 3 + 2
+    white = whiten(x, MASK)
+    assert white[MASK].mean().abs() < 1e-6
+    assert white[MASK].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert (white[~MASK] == 0).all()
+    close(whiten(x + 7, MASK), white), close(whiten(5 * x, MASK), white)
+    scaled = whiten(x, MASK, shift_mean=False)
+    close(scaled[MASK].mean(), x[MASK].mean())
+    close(scaled[MASK] - x[MASK].mean(), white[MASK])
+    assert (whiten(torch.ones(MASK.shape), MASK) == 0).all()            # and no NaN
+
+
+def test_padding_to_twice_the_length_changes_nothing():
+    """Neither an advantage, a return, a loss nor a metric."""
+    logp, old, values, old_values, kl = noise(1, 2, 3, 4, 5)
+    score, outcomes, T = torch.tensor([1., -2, 3, .5]), [], MASK.shape[1]
+    narrow = logp, old, values, old_values, kl, MASK
+    for lp, ol, v, ov, k, mask in (narrow, [pad(x, (0, T), value=0 if x is MASK else 9) for x in narrow]):
+        rewards = shape_rewards(score, k, mask, .1)
+        a, r = gae(whiten(rewards, mask, shift_mean=False), v, mask, .99, .95)
+        a = whiten(a, mask)
+        assert not any(x[:, T:].any() for x in (rewards, a, r))
+        outcomes.append([rewards[:, :T], a[:, :T], r[:, :T], *policy_loss(lp, ol, a, mask, .2),
+                         *value_loss(v, ov, r, mask, .2), torch.tensor(explained_variance(v, r, mask))])
+    for one, padded in zip(*outcomes):
+        close(one, padded, 1e-6)
+
+
+def test_explained_variance_is_1_for_a_perfect_and_0_for_a_constant_value_function():
+    returns = noise(1)[0]
+    garbage = noise(2)[0] * 100 * ~MASK
+    assert explained_variance(returns + garbage, returns, MASK) == pytest.approx(1)
+    assert explained_variance(garbage + 3, returns, MASK) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(-returns + garbage, returns, MASK) == pytest.approx(-3, rel=1e-5)
+
+
+# --- KL --------------------------------------------------------------------------------------------------
+
+LOGITS, REF = (torch.randn(6, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+
+
+def enumerated(name, logits, ref=REF):
+    """An estimator's mean over a policy of six tokens, and the KL."""
+    logp, ref = logits.log_softmax(0), ref.log_softmax(0)
+    p, d = logp.exp(), logp - ref
+    return (p * KL[name](d)).sum(), (p * d).sum()
+
+
+def test_k1_and_k3_are_unbiased_and_clamping_is_biased_upward():
+    for name, bias in (("k1", 0), ("k3", 0), ("clamped", 1)):
+        mean, kl = enumerated(name, LOGITS)
+        assert kl > .3 and (mean - kl > .05 if bias else (mean - kl).abs() < 1e-12), name
+
+
+def test_k2_is_right_to_second_order_only():
+    """A tenth of the distance makes about a tenth of the relative error."""
+    errors = []
+    for near in (1, .1, .01):
+        mean, kl = enumerated("k2", REF + near * (LOGITS - REF))
+        errors.append(((mean - kl) / kl).abs().item())
+    assert errors[0] > .05 and errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
+
+
+def test_k2_k3_and_clamped_are_never_negative_but_k1_may_be():
+    d = torch.linspace(-3, 3, 61).double()
+    assert all(KL[name](d).min() > -1e-12 for name in ("k2", "k3", "clamped")) and KL["k1"](d).min() == -3
+
+
+def test_only_k1_as_a_reward_has_the_gradient_of_the_true_kl():
+    """The gradient of the policy loss over all six answers of one token, each as often as it is sampled."""
+    mask, wrong = torch.ones(6, 1, dtype=torch.bool), {}
+    for name in KL:
+        logits = LOGITS.clone().requires_grad_()
+        true, = torch.autograd.grad(enumerated(name, logits)[1], logits)
+        logp = logits.log_softmax(0)[:, None]                                            # (6, 1)
+        kl = KL[name](logp.detach() - REF.log_softmax(0)[:, None])
+        rewards = shape_rewards(torch.zeros(6), kl, mask, kl_coef=1.)
+        advantages = gae(rewards, torch.zeros(6, 1), mask, 1, 1)[0] * logp.detach().exp()
+        mine, = torch.autograd.grad(policy_loss(logp, logp.detach(), advantages, mask, .2)[0], logits)
+        wrong[name] = ((mine - true).norm() / true.norm()).item()
+    assert wrong.pop("k1") < 1e-6 and min(wrong.values()) > .2, wrong
+
+
+# --- losses ----------------------------------------------------------------------------------------------
+
+def row(*numbers):
+    return torch.tensor([numbers], requires_grad=True)
+
+
+ONES = torch.ones(1, 5, dtype=torch.bool)
+
+
+def test_policy_loss_by_hand():
+    """Ratios 1.5 and .5 of good and bad tokens: only a step too far in the direction wanted is held back."""
+    ratio, advantage = row(1.5, .5, 1.5, .5, 1.), torch.tensor([[2., 2, -2, -2, 3]])
+    loss, held = policy_loss(ratio.log(), torch.zeros(1, 5), advantage, ONES, .2)
+    assert loss.item() == pytest.approx(-2 * 1.2 - 2 * .5 + 2 * 1.5 + 2 * .8 - 3) and held == 2
+    gradient, = torch.autograd.grad(loss, ratio)
+    assert gradient[0].tolist() == pytest.approx([0, -2, 2, 0, -3])     # raise good tokens, lower bad ones
+
+
+def test_value_loss_by_hand():
+    """Old value 2, return 3: half the square of the value's error, or of the value held near the old one."""
+    values = row(2.1, 2.7, 1.5, 5., 3.)
+    loss, held = value_loss(values, torch.full((1, 5), 2.), torch.full((1, 5), 3.), ONES, .2)
+    assert loss.item() == pytest.approx(.5 * (.9 ** 2 + .8 ** 2 + 1.5 ** 2 + 2 ** 2 + .8 ** 2)) and held == 2
+    gradient, = torch.autograd.grad(loss, values)
+    assert gradient[0].tolist() == pytest.approx([-.9, 0, -1.5, 2, 0], abs=1e-6)
+
+
+def test_nothing_outside_the_mask_has_a_gradient():
+    logp, old, values, old_values, a, r = noise(1, 2, 3, 4, 5, 6)
+    logp.requires_grad_(), values.requires_grad_()
+    (policy_loss(logp, old, a, MASK, .2)[0] + value_loss(values, old_values, r, MASK, .2)[0]).backward()
+    assert not logp.grad[~MASK].any() and not values.grad[~MASK].any()
+    assert logp.grad[MASK].any() and values.grad[MASK].any()
+
+
+def test_log_probs_far_apart_outside_the_mask_make_no_nan():
+    """exp overflows at 89 nats: 0 * inf would be NaN."""
+    logp = (1000. * ~MASK).requires_grad_()
+    loss, _ = policy_loss(logp, torch.zeros(MASK.shape), torch.ones(MASK.shape), MASK, .2)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all()
+
+
+# --- the loop, on a tiny model ---------------------------------------------------------------------------
+
+kinds = pytest.mark.parametrize("kind", toy.KINDS)
+USUAL = {"steps": 3, "rollout_batch": 20, "batch_size": 10, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Run folders whose stages sft and reward are done, for both kinds of training."""
+    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+
+
+@pytest.fixture
+def train(folders, tmp_path):
+    """PPO on a copy of such a folder -> its settings (with .result, .metrics: of run and of each step)."""
+    counter = itertools.count()
+
+    def trained(kind, **changes):
+        folder = tmp_path / f"{kind}{next(counter)}"
+        shutil.copytree(folders[kind], folder)
+        cfg = toy.settings(folder, kind, ppo.Config, **{                # base and data stay where they are
+            "model": str(folders[kind] / "base"), "data": str(folders[kind] / "data.json")} | USUAL | changes)
+        cfg.result = ppo.run(cfg)
+        cfg.metrics = toy.lines(cfg)
+        return cfg
+    return trained
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def weights(cfg):
+    return flat(toy.saved(cfg).values())
+
+
+def start(folders, kind, **changes):
+    """(settings, prompts of the unlabeled split, the four roles at the start of a run)."""
+    cfg = toy.settings(folders[kind], kind, ppo.Config, **changes)
+    ref = policy.load(cfg, "sft")
+    reward_model = reward.load(cfg, ref)
+    return cfg, tiny.texts([3, 1, 6, 2, 5, 4] * 4, 500), (ref.copy("policy"), ref, reward_model,
+                                                          reward_model.copy("value"))
+
+
+@kinds
+@pytest.mark.parametrize("temperature", [1., 2.])
+def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature, folders):
+    cfg, prompts, roles = start(folders, kind, temperature=temperature, micro_batch_tokens=30)
+    toy.moved(roles[3].trainable(), 9)                          # so that it is not the reward model any more
+    roll = ppo.rollout(prompts, toy.STOPS, *roles, cfg, seed=3)
+    assert 0 < sum(roll.finished) < len(prompts)
+    for i, prompt in enumerate(prompts):
+        response = roll.ids[i, len(prompt):roll.lengths[i]].tolist()
+        assert roll.ids[i, :len(prompt)].tolist() == prompt
+        assert roll.finished[i] == (response[-1] in toy.STOPS)
+        ids, mask = policy.pack([(prompt, response)])
+        t = mask.shape[1]
+        with torch.no_grad():
+            close(roll.old_logp[i, :t], policy.token_logps(roles[0], ids, mask, temperature)[0])
+            close(roll.ref_logp[i, :t], policy.token_logps(roles[1], ids, mask, temperature)[0])
+            states = [roles[3].values(ids[:, :k])[0, -1].item() for k in range(len(prompt), t + 1)]
+            own = reward.score(roles[2], ids, mask)[0] - cfg.missing_eos_penalty * (not roll.finished[i])
+        assert roll.values[i, len(prompt) - 1:t].tolist() == pytest.approx(states, abs=1e-5)
+        assert torch.equal(roll.mask[i, :t], mask[0]) and not roll.mask[i, t:].any()
+        assert not any(x[i][~roll.mask[i]].any() for x in (roll.old_logp, roll.ref_logp, roll.values))
+        close(roll.score[i], own)
+    assert roll.kl() == 0                                       # the policy is still the reference
+
+
+def test_an_answer_that_did_not_end_scores_exactly_the_penalty_lower(folders):
+    rolls = []
+    for penalty in (0., 1.5):
+        cfg, prompts, roles = start(folders, "full", missing_eos_penalty=penalty)
+        rolls.append(ppo.rollout(prompts, toy.STOPS, *roles, cfg, seed=0))
+    free, charged = rolls
+    unfinished = ~torch.tensor(free.finished)
+    assert 0 < unfinished.sum() < len(prompts) and torch.equal(charged.score, free.score - 1.5 * unfinished)
+
+
+@kinds
+@pytest.mark.parametrize("temperature", [1., 2.])
+def test_the_first_ratio_is_1_and_nothing_is_clipped(kind, temperature, train, monkeypatch):
+    """Whatever shares the micro-batch: it is the forward pass after sampling, at the same temperature."""
+    seen, tokens, real, add = [], [], ppo.policy_loss, update.Updater.add
+    monkeypatch.setattr(update.Updater, "add", lambda self, loss, n: tokens.append(n) or add(self, loss, n))
+    monkeypatch.setattr(ppo, "policy_loss", lambda logp, old, a, mask, cliprange: seen.append(
+        ((logp - old) * mask).detach().abs().max().item()) or real(logp, old, a, mask, cliprange))
+    cfg = train(kind, temperature=temperature, steps=1, num_ppo_epochs=1, batch_size=20,
+                micro_batch_tokens=40)
+    first = cfg.metrics[0]
+    assert sum(tokens) == pytest.approx(20 * first["response_length"])  # the loss is a mean over tokens
+    assert len(seen) > 3 and max(seen) < 2e-5
+    assert first["policy/clipfrac_avg"] == 0 and first["objective/kl"] == 0
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-6) and first["policy/approxkl_avg"] < 1e-10
+
+
+@kinds
+def test_padding_to_twice_the_length_changes_no_metric_of_a_run(kind, train, monkeypatch):
+    plain, real = train(kind), policy.pack
+
+    def wide(rows, device="cpu"):
+        ids, mask = real(rows, device)
+        return pad(ids, (0, ids.shape[1]), value=5), pad(mask, (0, ids.shape[1]))
+    monkeypatch.setattr(policy, "pack", wide)
+    padded = train(kind)
+    for a, b in zip(plain.metrics, padded.metrics, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    close(weights(padded), weights(plain), 1e-4)
+
+
+@kinds
+def test_neither_micro_batches_nor_checkpointing_change_a_metric_of_a_run(kind, train):
+    all_at_once = train(kind, micro_batch_tokens=10_000)
+    one = train(kind, micro_batch_tokens=1, checkpointing=True)
+    for a, b in zip(one.metrics, all_at_once.metrics, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+    close(weights(one), weights(all_at_once), 1e-4)
+
+
+def test_metrics_say_what_their_names_say(train, monkeypatch):
+    """TRL's names. The KL that is shown is unbiased, whatever the estimator that is paid for."""
+    rolls, real = [], ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda *args: rolls.append(real(*args)) or rolls[-1])
+    cfg = train("full", kl_estimator="k3", kl_coef=.3, lr=1e-2)
+    for roll, step in zip(rolls, cfg.metrics):
+        d = [(roll.old_logp - roll.ref_logp)[i, mask] for i, mask in enumerate(roll.mask)]
+        assert step["objective/kl"] == pytest.approx(sum(x.sum().item() for x in d) / 20, abs=1e-5)
+        k3 = sum(((-x).exp() - 1 + x).sum().item() for x in d) / 20
+        assert step["objective/non_score_reward"] == pytest.approx(-.3 * k3, abs=1e-5)
+        assert step["objective/scores"] == pytest.approx(roll.score.mean().item())
+        assert step["objective/rlhf_reward"] == pytest.approx(roll.score.mean().item() - .3 * k3, abs=1e-5)
+        assert step["objective/entropy"] == pytest.approx(-roll.old_logp[roll.mask].sum().item() / 20)
+        assert step["response_length"] == pytest.approx(roll.mask.sum().item() / 20)
+        assert step["val/num_eos_tokens"] == sum(roll.finished)
+    assert abs(cfg.metrics[2]["objective/kl"] + cfg.metrics[2]["objective/non_score_reward"] / .3) > .01
+
+
+def test_every_rollout_is_whole_and_every_prompt_comes_once_a_pass(train, monkeypatch):
+    """Also where the 80 prompts end within a rollout. So the schedule ends where it should: at a tenth."""
+    asked, real = [], ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda prompts, *rest: asked.append(prompts) or real(prompts, *rest))
+    cfg = train("full", steps=5, rollout_batch=24, batch_size=8, eval_every=5)
+    assert [len(prompts) for prompts in asked] == [24] * 5 + [8]        # the last are val's
+    unlabeled = [toy.text(cfg).prompt(record) for record in sets.load(cfg.data)["unlabeled"]]
+    assert sorted(sum(asked, [])[:80]) == sorted(unlabeled)
+    assert cfg.metrics[-1]["lr"] == pytest.approx(cfg.lr / 10, rel=.1)
+
+
+@kinds
+def test_reference_and_reward_model_stay_bit_for_bit_as_they_are(kind, train, monkeypatch):
+    """And with adapters, so does the base, of which all four share the very same tensors."""
+    kept, real = [], ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda prompts, stops, *rest: kept.append(rest[:4])
+                        or real(prompts, stops, *rest))
+    cfg = train(kind, lr=1e-2)
+    model, ref, reward_model, value = kept[-1]
+    fresh = policy.load(cfg, "sft")
+    judge = reward.load(cfg, fresh)
+    ids = tiny.ids(4, 9)
+    for role, original in ((ref, fresh), (reward_model, judge)):
+        assert torch.equal(role.hidden(ids), original.hidden(ids))
+        for name, w in original.gpt.state_dict().items():
+            if ".lora_" not in name or f".{role.role}" in name:
+                assert torch.equal(role.gpt.state_dict()[name], w), name
+    assert torch.equal(reward_model.head.weight, judge.head.weight)
+    for role, original in ((model, fresh), (value, judge)):
+        assert (role.hidden(ids) - original.hidden(ids)).abs().max() > 1e-2
+    assert (value.head.weight - judge.head.weight).abs().max() > 1e-3
+    assert len({id(role.gpt) for role in kept[-1]}) == (1 if kind == "lora" else 4)
+    if kind == "full":
+        assert all(p.grad is None for role in (ref, reward_model) for p in role.gpt.parameters())
+
+
+def test_four_roles_of_a_7b_model_cost_a_twentieth_more_than_one():
+    """Llama-2-7B's shape, base in bf16, adapters of rank 16 and heads in fp32: parameters and bytes."""
+    with torch.device("meta"):
+        base = model.GPT(model.GPTConfig(32000, 4096, 11008, 32, 32)).to(torch.bfloat16)
+    alone = [sum(p.numel() * size for p in base.parameters()) for size in (1, 2)]
+    base.add_role("sft", 16, 32)
+    ref = policy.Policy(base.requires_grad_(False), "sft")
+    critic = reward.fresh(ref.copy("reward"))
+    roles = ref.copy("policy"), ref, critic, critic.copy("value")
+    assert all(role.gpt is base for role in roles) and len({role.role for role in roles}) == 4
+    everything = [*base.parameters(), *critic.head.parameters(), *roles[3].head.parameters()]
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+               for p in (*roles[0].trainable(), *roles[3].trainable()))
+    together = [sum(p.numel() for p in everything), sum(p.numel() * p.element_size() for p in everything)]
+    assert alone[0] > 6.7e9 and alone[1] == 2 * alone[0]
+    assert 1.02 < together[0] / alone[0] < 1.03 and 1.04 < together[1] / alone[1] < 1.05
+
+
+# --- the loop, on a toy reward ---------------------------------------------------------------------------
+
+TOY = {"lr": 1e-2, "steps": 10, "rollout_batch": 40, "batch_size": 20, "init_value": "sft", "kl_coef": 0.,
+       "missing_eos_penalty": 0., "eval_every": 10}
+
+
+@kinds
+def test_it_learns_to_say_more_of_what_is_rewarded(kind, train, monkeypatch):
+    monkeypatch.setattr(reward, "score", toy.thirties)
+    cfg = train(kind, **TOY)
+    scores = [step["objective/scores"] for step in cfg.metrics]
+    assert scores[0] < .7 and min(scores[-3:]) > 1.3
+    assert cfg.result["val/rlhf_reward"] > 1
+
+
+def test_the_lower_its_price_the_further_the_policy_goes(train, monkeypatch):
+    monkeypatch.setattr(reward, "score", toy.thirties)
+    free, dear = (train("full", **TOY | {"kl_coef": kl_coef}).metrics for kl_coef in (0., 1.))
+    assert free[0]["objective/kl"] == dear[0]["objective/kl"] == 0
+    far, near = (sum(step["objective/kl"] for step in steps[-3:]) / 3 for steps in (free, dear))
+    assert far > 1.5 * near > 0
+
+
+def test_adaptive_kl_moves_kl_coef_towards_its_target_within_a_clip(train, monkeypatch):
+    """Ziegler et al. 2019, 2.2: a fifth of the relative error at most, a tenth of it is taken."""
+    measured, real = iter((12, 6.6, 6, 5.4, 0, -3)), ppo.rollout
+
+    def rollout(prompts, *rest):
+        roll = real(prompts, *rest)
+        if len(prompts) != 8:                                           # a rollout, not a look at val
+            kl = next(measured)
+            roll.kl = lambda: kl
+        return roll
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    cfg = train("full", adaptive_kl=6., steps=6, rollout_batch=10)
+    coefs = [step["objective/kl_coef"] for step in cfg.metrics]
+    assert coefs[0] == .05
+    assert [b / a for a, b in itertools.pairwise(coefs)] == pytest.approx([1.02, 1.01, 1, .99, .98])
+
+
+def test_max_kl_stops_and_saves(train):
+    cfg = train("full", max_kl=.05, steps=20, lr=1e-2)
+    kls = [step["objective/kl"] for step in cfg.metrics]
+    assert 1 < len(kls) < 20 and kls[-1] > .05 >= max(kls[:-1])
+    assert cfg.result["chosen_step"] == len(kls) - 1 and weights(cfg).isfinite().all()
+
+
+@kinds
+@pytest.mark.parametrize("best", [0, 1, 3])
+def test_the_policy_that_did_best_on_val_is_saved(kind, best, train, monkeypatch):
+    """The score at one look is made the highest; what is saved is the policy of that look alone."""
+    looks, real = [], ppo.rollout
+
+    def rollout(prompts, stops, model, *rest):
+        roll = real(prompts, stops, model, *rest)
+        if len(prompts) == 8:                                           # val; a rollout has 20
+            looks.append(flat(model.trainable()).detach().sort().values)
+            roll.score += 100 * (len(looks) - 1 == best)
+        return roll
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    cfg = train(kind, steps=4, eval_every=1)
+    assert len(looks) == 4 and cfg.result["chosen_step"] == best and cfg.result["val/rlhf_reward"] > 50
+    written = weights(cfg).sort().values                                # files and modules differ in order
+    assert [torch.equal(look, written) for look in looks] == [look == best for look in range(4)]
+
+
+def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train, monkeypatch):
+    """The learning rate is far too high: the policy gets worse, and an early one is kept."""
+    monkeypatch.setattr(reward, "score", toy.thirties)
+    cfg = train("full", **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})
+    looks = [shown["val_score"] - shown["val_kl"] for shown in toy.lines(cfg, "samples.jsonl")]
+    assert len(looks) == 6 and max(looks) > looks[-1] + 1
+    assert cfg.result["chosen_step"] == looks.index(max(looks))
+    assert cfg.result["val/rlhf_reward"] == pytest.approx(max(looks))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("whose", ["reward model", "value function"])
+def test_a_number_that_is_not_finite_stops_the_run_unsaved(whose, at, train, monkeypatch, tmp_path):
+    """In the first rollout, in the first look at val, in the next rollout and in the last look."""
+    calls, owner, name = itertools.count(1), *((reward, "score") if whose == "reward model"
+                                               else (reward.Critic, "values"))
+    real = getattr(owner, name)
+
+    def spoilt(*args):
+        x = real(*args)
+        if not torch.is_grad_enabled() and next(calls) == at:
+            x[0] = math.nan                                             # of one answer alone
+        return x
+    monkeypatch.setattr(owner, name, spoilt)
+    with pytest.raises(FloatingPointError, match=whose):
+        train("full", steps=2, eval_every=1, micro_batch_tokens=10_000)
+    assert not [*tmp_path.glob("*/run/ppo/checkpoint"), *tmp_path.glob("*/run/ppo/outputs.json")]
+
+
+OPTIONS = {"kl_estimator": ["k2", "k3", "clamped"], "whiten_rewards": [True], "adaptive_kl": [.01],
+           "init_value": ["sft"], "gamma": [.9], "lam": [.5], "cliprange": [.001], "cliprange_value": [.001],
+           "vf_coef": [1.], "missing_eos_penalty": [0.], "num_ppo_epochs": [1], "kl_coef": [.5],
+           "batch_size": [20]}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name in OPTIONS for value in OPTIONS[name]])
+def test_every_option_changes_the_policy(name, value, train, plain):
+    other = train("full", eval_every=3, **{name: value})
+    assert (weights(other) - plain).abs().max() > 1e-6
+
+
+@pytest.fixture(scope="module")
+def plain(folders):
+    cfg = toy.settings(folders["full"], "full", ppo.Config, **USUAL)
+    ppo.run(cfg)
+    return weights(cfg)
+
+
+@pytest.mark.parametrize("name", ["kl_estimator", "init_value"])
+def test_a_choice_that_does_not_exist_is_refused(name):
+    with pytest.raises(InputError, match=name):
+        ppo.Config(**{name: "k4"})
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+SMALL = ("--limit", "16", "--max_new_tokens", "8", "--reward.scale_answers", "32")
+OWN = {"ppo": ("--steps", "2", "--rollout_batch", "16", "--batch_size", "8"), "best_of_n": ("--n", "3"),
+       "expert_iteration": ("--n", "3")}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_three_methods_share_their_stages_and_one_seed_makes_the_same_bytes(rank, tmp_path):
+    for out in "ab":
+        printed = ""
+        for method, own in OWN.items():
+            result = farm("--method", method, *SMALL, *own, "--lora_rank", rank, "--out", tmp_path / out)
+            assert result.code == 0 and not result.err, result.err
+            printed += result.out
+        for stage in ("sft", "pairs", "reward"):
+            assert printed.count(f"== {stage}: finished, reused") == 2
+        assert leaderboard(tmp_path / out).keys() == {"sft", *OWN}
+    a, b = (results(tmp_path / out) for out in "ab")
+    assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
+    heads = [name for name in a if name.endswith("head.safetensors")]
+    kind = "adapter_model" if rank else "model"
+    trained = {f"{stage}/checkpoint/{kind}.safetensors" for stage in ("sft", "reward", *OWN)}
+    assert heads == ["reward/checkpoint/head.safetensors"] and trained - a.keys() == {
+        f"best_of_n/checkpoint/{kind}.safetensors"}                     # which trains nothing

@@ -1,0 +1,84 @@
+"""A run folder around a tiny random model: what earlier stages would have left there, without their training.
+
+61 words, of which eight end an answer; w0 among them has the id that rows are padded with.
+"""
+import json
+
+import tiny
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data.text import Text
+from data.weights import load_adapter, load_weights, save_pretrained
+from rlhf import policy, reward, sft
+
+STOPS = list(range(8))
+KINDS = {"full": 0, "lora": 4}
+
+
+def base(folder):
+    """A checkpoint with a word-level tokenizer, whose prompts are the instruction and nothing else."""
+    source = folder / "tokenizer"
+    source.mkdir(parents=True)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w60"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(source / "tokenizer.json"))
+    template = {"eos_token": "w0", "chat_template": "{{ messages[0].content }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(template))
+    shape = {**tiny.SHAPE, "model_type": "llama", "eos_token_id": STOPS}
+    save_pretrained(folder / "base", tiny.gpt().weights(), shape, source)
+
+
+def sentence(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def settings(folder, kind, cls, **changes):
+    """The settings of one stage of the run in `folder`; its folder is there."""
+    common = {"model": str(folder / "base"), "data": str(folder / "data.json"), "out": str(folder / "run"),
+              "device": "cpu", "lora_rank": KINDS[kind], "max_new_tokens": 6, "slots": 64}
+    cfg = cls(**common | changes)
+    cfg.dir().mkdir(parents=True, exist_ok=True)
+    return cfg
+
+
+def run_folder(folder, kind):
+    """The base, data (80 prompts unlabeled, 8 each in val and eval), and the stages sft and reward."""
+    base(folder)
+    records = [{"instruction": sentence(ids), "output": sentence(ids[:1])}
+               for ids in tiny.texts([1 + i % 7 for i in range(176)])]
+    (folder / "data.json").write_text(json.dumps(records))
+    cfg = settings(folder, kind, sft.Config)
+    model = policy.fresh(cfg, "sft")
+    moved(model.trainable(), 1)
+    policy.save(model, cfg)
+    critic = reward.fresh(model.copy("reward"))
+    moved(critic.trainable(), 2)
+    reward.save(critic, settings(folder, kind, reward.Config))
+    return folder
+
+
+@torch.no_grad()
+def moved(params, seed):
+    r = torch.Generator().manual_seed(seed)
+    for p in params:
+        p += torch.randn(p.shape, generator=r) * .1
+
+
+def text(cfg):
+    return Text(cfg.checkpoint)
+
+
+def saved(cfg):
+    """The tensors of the checkpoint that a stage has written."""
+    folder = cfg.dir() / "checkpoint"
+    return load_adapter(folder)[0] if cfg.lora_rank else load_weights(folder)
+
+
+def lines(cfg, name="metrics.jsonl"):
+    return [json.loads(line) for line in (cfg.dir() / name).read_text().splitlines()]
+
+
+def thirties(model, ids, mask):
+    """In place of reward.score: how many words of an answer are one of w30 to w39."""
+    return ((ids[:, 1:] // 10 == 3) & mask).sum(1).float()
