@@ -4,6 +4,7 @@ Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta ((log pi/ref)(
 Log-probs are sums over the answer, EOS included. The reference never changes, so its log-probs are computed once.
 Left out: the loss variants (IPO, cDPO, ...): each is a file of a few lines that imports this one.
 
+Memory: the policy with its optimizer, and the reference without: with LoRA two adapters on one frozen base.
 Questions a reader asks. Why does the loss start at log 2? Policy and reference are the same, so every margin is 0.
 Why does rewards/chosen go down? Only the margin is trained; probability may move to answers that nobody sampled.
 """

@@ -2,6 +2,10 @@
 
 Loss: the mean over all answer tokens, EOS included, of -log p(token); prompts are not learned.
 AlpacaFarm (arXiv 2305.14387) trains SFT10k this way. Left out: packing several examples into a row.
+
+Memory: one model with its optimizer; with LoRA a frozen base and one adapter.
+Questions a reader asks. Why is the loss a mean over tokens, not over answers? So that micro-batches add up to one big
+batch exactly; long answers weigh more. Why is EOS in it? A model that never learned to stop never will.
 """
 import math
 from dataclasses import dataclass
