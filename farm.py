@@ -1,7 +1,7 @@
 """Learning from simulated human feedback, on one machine.
 
     python farm.py --method dpo                       all that dpo needs, then dpo, then the leaderboard
-    python farm.py --method dpo --help                every knob
+    python farm.py --method dpo --help                its knobs
     python farm.py --method dpo --beta 0.2 --sft.epochs 3 --out runs/mine
 
 A method is a file in rlhf/. Stages that it needs run first; finished ones are reused. Everything is written to --out.
@@ -85,7 +85,9 @@ def stage(name, cfg, binding, ids):
         shutil.rmtree(folder)
     print(f"== {name}: {module.__doc__.splitlines()[0]}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**config.provenance(cfg), "needs": needs, "id": id}, indent=1))
+    part = folder / "config.part"                   # a kill must not leave half a config.json
+    part.write_text(json.dumps({**config.provenance(cfg), "needs": needs, "id": id}, indent=1))
+    part.replace(folder / "config.json")
     start = time.perf_counter()
     metrics = module.run(cfg)
     seconds = time.perf_counter() - start
@@ -129,7 +131,7 @@ def main(argv):
     if stray := given.keys() - set(stages):
         raise InputError(f"{args.method} does not need {', '.join(stray)}, so its flags would change nothing")
     for name, flags in given.items():
-        if name != args.method and (whole := flags.keys() & {"out", "model", "lora_rank"}):
+        if name != args.method and (whole := flags.keys() & config.WHOLE_RUN):
             raise InputError(f"--{name}.{min(whole)} makes no sense: all stages of a run share it")
     common = {f.name for f in fields(config.Config)}
     shared = {k: v for k, v in given[args.method].items() if k in common}

@@ -1,6 +1,6 @@
 """Best-of-n: sample n answers, give the one that the reward model likes best. No training: the method is all sampling.
 
-Stiennon et al. 2020 (arXiv 2009.01325); AlpacaFarm's strongest method under human feedback (arXiv 2305.14387). Its
+Stiennon et al. 2020 (arXiv 2009.01325); one of AlpacaFarm's methods (arXiv 2305.14387). Its
 KL to the SFT model is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879). One pool of answers gives
 the whole curve over n: how good the best of k is on average, for every k up to n, by the scores and (in the offline
 world) by the true reward, beside a random one of the k as control. The curve is in curve.json.

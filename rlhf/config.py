@@ -25,6 +25,7 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "slots": 64, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "slots": 256, "checkpointing": True},
 }
+WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "preset", "lora_rank", "lora_alpha", "temperature"}
 MAY_BE_ZERO = {"seed", "limit", "lora_rank"}
 ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing"}   # no part of what is computed
 
