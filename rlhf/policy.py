@@ -56,6 +56,11 @@ def pack(rows, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
+def last_token(mask):
+    """(B,): the index in mask (B, T-1) of each response's last token; in ids it stands one further."""
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+
+
 class ChunkedLogProb(torch.autograd.Function):
     """log softmax(h W' / temperature)[target], a chunk of rows at a time: N x V never exists, forward or backward.
 

@@ -76,16 +76,18 @@ KL = {  # J. Schulman, "Approximating KL divergence" (2020), with d = log pi - l
 def shape_rewards(score, kl, mask, kl_coef):
     """score (B,), kl (B, T-1) per token -> rewards (B, T-1): the penalty everywhere, the score at the last token."""
     rewards = -kl_coef * kl * mask
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                              # (B,)
-    rewards[torch.arange(len(score), device=score.device), last] += score
+    rewards[torch.arange(len(score), device=score.device), policy.last_token(mask)] += score
     return rewards
+
+
+def variance(x, mask):
+    return update.masked_mean((x - update.masked_mean(x, mask)) ** 2, mask)
 
 
 def whiten(x, mask, shift_mean=True):
     """x with masked deviation 1, and masked mean 0 if shift_mean."""
     mean = update.masked_mean(x, mask)
-    std = update.masked_mean((x - mean) ** 2, mask).sqrt()
-    white = (x - mean) / (std + 1e-8)
+    white = (x - mean) / (variance(x, mask).sqrt() + 1e-8)
     return (white if shift_mean else white + mean) * mask
 
 
@@ -244,6 +246,4 @@ def run(cfg):
 
 def explained_variance(values, returns, mask):
     """1 - var(returns - values) / var(returns), both masked: 1 is a perfect value function, 0 a constant one."""
-    def variance(x):
-        return update.masked_mean((x - update.masked_mean(x, mask)) ** 2, mask)
-    return 1 - (variance(returns - values) / variance(returns)).nan_to_num(1).item()
+    return 1 - (variance(returns - values, mask) / variance(returns, mask)).nan_to_num(1).item()

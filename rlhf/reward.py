@@ -72,8 +72,8 @@ def fresh(body):
 
 def score(model, ids, mask):
     """One number (B,) for each response: the head at its last token (ids (B, T), mask (B, T-1))."""
-    last = mask.shape[1] - mask.flip(1).int().argmax(1)                                  # (B,): column in ids
-    h = model.hidden(ids)[torch.arange(len(ids), device=ids.device), last]               # (B, D)
+    at = policy.last_token(mask) + 1                                                     # (B,): column in ids
+    h = model.hidden(ids)[torch.arange(len(ids), device=ids.device), at]                 # (B, D)
     return model.head(h.float())[:, 0]
 
 
