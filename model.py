@@ -1,15 +1,19 @@
 """A Llama-style decoder whose parameters are named as in the Hugging Face checkpoint, with LoRA adapters worn by role.
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head; a KV cache in which every row
-has its own position; gradient checkpointing per block. Left out: dropout, other families, quantisation.
+has its own position; gradient checkpointing per block; linear layers in int8. Left out: dropout, other families.
 
-Rows are right-padded: causal attention never looks right, so neither a padding mask nor position ids are needed.
+Rows are right-padded: causal attention never looks right, so neither a padding mask nor position ids are needed. All
+layers but attention treat every token alone, so tokens may come as rows (B, T) or in any other shape; how they see each
+other is a function: `causal` for rows, a Packing for rows without their padding, a KVCache for rows that go on.
 Letters: B batch, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, r LoRA rank.
 """
 import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -68,8 +72,24 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        y = x.float()                                                                    # low precision would overflow
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)                   # sums in fp32, whatever x is
+
+
+class Int8Product(torch.autograd.Function):
+    """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
+
+    W is made 16-bit once more in the backward pass: autograd would keep that copy of every layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, scale):
+        ctx.save_for_backward(W, scale)
+        return x @ (W.to(x.dtype) * scale).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        W, scale = ctx.saved_tensors
+        return grad @ (W.to(grad.dtype) * scale), None, None
 
 
 class LoRALinear(nn.Linear):
@@ -78,6 +98,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, in_features, out_features, bias):
         super().__init__(in_features, out_features, bias)
         self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.register_buffer("int8_scale", None, persistent=False)                       # (out, 1) once W is int8
+        self.merged, self.cast = None, None     # see settle()
 
     def add_role(self, role, rank, alpha):
         A = torch.empty(rank, self.in_features, device=self.weight.device)               # fp32 whatever W is
@@ -88,67 +110,129 @@ class LoRALinear(nn.Linear):
     def delta(self, role):
         return self.scale[role] * self.lora_B[role] @ self.lora_A[role]                  # (out, in)
 
+    def settle(self, role):
+        """Do once what each call would do again: add the adapter to a copy of W, or where rounding would lose it
+        there (a bf16 sum drops most of it), cast A and B."""
+        if self.weight.dtype == torch.float32:
+            self.merged = self.weight.detach() + self.delta(role).detach()
+        else:
+            dtype = self.weight.dtype if self.int8_scale is None else self.int8_scale.dtype
+            self.cast = [ab[role].detach().to(dtype) for ab in (self.lora_A, self.lora_B)]
+
+    def quantise(self):
+        """Keep W as int8 with a scale per row: half of 16 bits, rounded to 1/254 of the row's largest weight."""
+        W = self.weight.data
+        self.int8_scale = (W.abs().amax(1, keepdim=True) / 127).clamp(min=1e-7)          # fp16 knows nothing smaller
+        W = (W.float() / self.int8_scale.float()).round().clamp(-127, 127)
+        self.weight = nn.Parameter(W.to(torch.int8), requires_grad=False)
+
     def forward(self, x, role=None):
-        y = super().forward(x)
-        if role is not None:
-            A, B = self.lora_A[role], self.lora_B[role]
-            y = y + (self.scale[role] * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
-        return y
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.bias)
+        if self.int8_scale is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = Int8Product.apply(x.flatten(0, -2), self.weight, self.int8_scale).view(*x.shape[:-1], -1)
+            y = y if self.bias is None else y + self.bias
+        if role is None:
+            return y
+        A, B = self.cast or (self.lora_A[role].to(x.dtype), self.lora_B[role].to(x.dtype))
+        low = F.linear(x, A)                                                             # (..., r)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.T, alpha=self.scale[role]).view(y.shape)
+
+
+# -- how tokens see each other: q (..., H, hd), k and v (..., K, hd) -> (..., H, hd) ---------------------------------
+
+def causal(q, k, v):
+    """Rows (B, T, heads, hd) from their first token on: each token sees those before it and itself."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, heads, T, hd)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class Packing:
+    """Rows (B, T) as N tokens: without their padding, and with a prompt that several rows share only once.
+
+    `at` (B, T) is the token that stands at each place of the rows (any, where there is padding); `source` (N,) is one
+    place, in the rows laid end to end, of each token.
+    """
+
+    def __init__(self, at, source):
+        self.at, self.source = at, source
+
+    def __call__(self, q, k, v):
+        """Linear layers have met N tokens; attention meets the rows."""
+        q, k, v = (F.embedding(self.at, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))     # (B, T, ...)
+        return causal(q, k, v).flatten(0, 1)[self.source]                                # (N, H, hd)
 
 
 class KVCache:
-    """Keys and values of every layer, (B, K, S, hd) each; row b is filled up to its own position."""
+    """Keys and values of every layer, (slots, K, S, hd) each; a slot holds a row, filled up to the row's position."""
 
-    def __init__(self, config, rows, length, device, dtype):
-        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+    def __init__(self, config, slots, length, device, dtype):
+        shape = (slots, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
+        self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
 
-    def write(self, layer, k, v, pos):
-        """Store k, v (B, K, T, hd) at columns pos .. pos+T-1 of each row; pos None means 0 for all."""
-        if pos is None:
-            self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :k.shape[2]] = k, v
-        else:
-            rows = torch.arange(len(pos), device=pos.device)[:, None]                    # (B, 1)
-            at = pos[:, None] + torch.arange(k.shape[2], device=pos.device)              # (B, T)
-            self.k[layer][rows, :, at] = k.transpose(1, 2)
-            self.v[layer][rows, :, at] = v.transpose(1, 2)
+    def begin(self, slots, source):
+        """Rows (P, T) begin here: row source[i] in slot slots[i], from column 0. One function for each layer."""
+        def attend(keys, values, q, k, v):
+            keys[slots, :, :k.shape[1]] = k.transpose(1, 2)[source]
+            values[slots, :, :v.shape[1]] = v.transpose(1, 2)[source]
+            return causal(q, k, v)
+        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
 
-    def keep(self, rows):
-        """Drop every row but these (a mask or indices)."""
-        for layer in range(len(self.k)):                # one at a time: never the old and the new cache as a whole
-            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
+    def go_on(self, pos, span):
+        """One token more for the rows in the first B slots, at columns pos (B,) < span: only the first `span` columns
+        are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
+        _, K, S, hd = self.k[0].shape
+        B = len(pos)
+        row = torch.arange(B * K, device=pos.device).view(B, K)
+        at = (row * S + pos[:, None]).flatten()                                          # (B * K,)
+        seen = torch.arange(span, device=pos.device) <= pos[:, None]                     # (B, span)
+        bias = torch.zeros(seen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill(~seen, -torch.inf)
+        bias = bias[:, None, None]                                                       # (B, 1, 1, span)
 
+        def attend(keys, values, q, k, v):
+            keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
+            values.view(-1, hd).index_copy_(0, at, v.reshape(-1, hd))
+            # query heads of one kv head become query rows: the cache is read once and never repeated
+            folded = q.reshape(B, K, -1, hd)                                             # (B, K, H/K, hd)
+            k, v = keys[:B, :, :span], values[:B, :, :span]                              # (B, K, span, hd)
+            if self.fused:
+                y = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(-1, -1, folded.shape[2], -1))
+            else:
+                y = (folded @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
+            return y.reshape(q.shape)
+        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
+
+    def move(self, source, slots):
+        """Copy the rows of some slots into others."""
+        for x in (*self.k, *self.v):
+            x[slots] = x[source]
+
+
+# -- the decoder ---------------------------------------------------------------------------------------------------
 
 def rotate(x, cos, sin):
-    """Rotary embedding (Su et al. 2021), halves convention of HF: x (B, heads, T, hd), cos and sin (..., T, hd/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary embedding (Su et al. 2021), halves convention of HF: x (..., heads, hd), cos and sin (..., 1, hd), the
+    first half of sin negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
-        self.K, self.hd, self.layer = c.num_key_value_heads, c.head_dim, layer
+        self.hd = c.head_dim
         self.q_proj = LoRALinear(c.hidden_size, c.num_attention_heads * c.head_dim, c.attention_bias)
         self.k_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
         self.v_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
         self.o_proj = LoRALinear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
 
-    def forward(self, x, rope, role, cache=None, pos=None, span=None, seen=None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x, role).view(B, T, -1, self.hd).transpose(1, 2)                 # (B, heads, T, hd)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            cache.write(self.layer, k, v, pos)
-        if pos is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != self.K)
-        else:  # query heads of one kv head become query rows: the cache is read once and never repeated
-            q = q.reshape(B, self.K, -1, self.hd)                                        # (B, K, H/K * T, hd)
-            k, v = cache.k[self.layer][:, :, :span], cache.v[self.layer][:, :, :span]    # (B, K, S, hd)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).reshape(B, -1, T, self.hd)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), role)                    # (B, T, D)
+    def forward(self, x, rope, role, attend):
+        q, k, v = (proj(x, role).unflatten(-1, (-1, self.hd)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = attend(rotate(q, *rope), rotate(k, *rope), v)                                # (..., H, hd)
+        return self.o_proj(y.flatten(-2), role)                                          # (..., D)
 
 
 class MLP(nn.Module):
@@ -163,23 +247,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, layer)
+        self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, role, *cached):
-        x = x + self.self_attn(self.input_layernorm(x), rope, role, *cached)
+    def forward(self, x, rope, role, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, role, attend)
         return x + self.mlp(self.post_attention_layernorm(x), role)
+
+
+def run_block(block, *args):
+    return block(*args)
 
 
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -191,6 +279,7 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
         self.role = None                        # which adapter is on; None is the raw base
         self.checkpointing = False              # recompute each block's activations in the backward pass
+        self.train_block = run_block            # what calls a block when gradients are on
 
     @property
     def head(self):
@@ -209,6 +298,29 @@ class GPT(nn.Module):
             yield self
         finally:
             self.role = before
+
+    @contextmanager
+    def settled(self, role):
+        """Inside a with block that learns nothing, wear an adapter in the form that is fastest."""
+        adapted = [] if role is None else [linear for _, linear in self.linears()]
+        for linear in adapted:
+            linear.settle(role)
+        try:
+            with self.wear(role):
+                yield self
+        finally:
+            for linear in adapted:
+                linear.merged = linear.cast = None
+
+    def compile_blocks(self):
+        """Compile the blocks for training: minutes once, then faster. One function serves all blocks and shapes.
+        Sampling is left as it is: there a CUDA graph has done away with what a compiler could save."""
+        self.train_block = torch.compile(run_block, dynamic=True)
+
+    def quantise(self):
+        """Keep the frozen linear layers in int8 (not the embedding, not the head)."""
+        for _, linear in self.linears():
+            linear.quantise()
 
     def linears(self):
         """(path, layer) of every linear layer that a role adapts, in the checkpoint's order."""
@@ -238,33 +350,25 @@ class GPT(nn.Module):
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + linear.delta(role).detach()
         return weights
 
-    def hidden(self, ids, cache=None, pos=None, span=None):
-        """Final hidden states (B, T, D) of ids (B, T).
-
-        cache alone: the rows begin here, and their keys and values are stored from column 0.
-        cache and pos (B,): row b goes on at column pos[b]; `span` columns of the cache are read (all by default).
-        """
-        B, T = ids.shape
+    def hidden(self, ids, pos=None, attends=repeat(causal)):
+        """Final hidden states (..., D) of ids (...), at positions `pos` of the same shape (default: ids are rows (B, T)
+        from their beginning), that see each other through `attends`, a function for each layer."""
         c = self.config
-        assert pos is None or cache is not None, "a position without a cache has no past to attend to"
-        at = torch.arange(T, device=ids.device)                                          # (T,)
-        seen = None
-        if pos is not None:
-            at = pos[:, None] + at                                                       # (B, T)
-            span = span or cache.k[0].shape[2]
-            seen = torch.arange(span, device=ids.device) <= at[:, None, :, None]         # (B, 1, T, S)
-            seen = seen.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1)  # (B, 1, H/K * T, S)
-            at = at[:, None]                                                             # (B, 1, T), for all heads
+        if pos is None:
+            pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
         freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=ids.device) / c.head_dim)
-        angle = at[..., None] * freq                                                     # (..., T, hd/2)
-        x = self.model.embed_tokens(ids)                                                 # (B, T, D)
-        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for block in self.model.layers:
-            if self.checkpointing and cache is None and torch.is_grad_enabled():
+        angle = pos[..., None, None] * freq                                              # (..., 1, hd/2)
+        x = self.model.embed_tokens(ids)                                                 # (..., D)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                     # (..., 1, hd)
+        for block, attend in zip(self.model.layers, attends):
+            if not torch.is_grad_enabled():
+                x = block(x, rope, self.role, attend)
+            elif self.checkpointing:
                 # the role travels as an argument: the recomputation happens when the context manager has long exited
-                x = checkpoint(block, x, rope, self.role, use_reentrant=False)
+                x = checkpoint(self.train_block, block, x, rope, self.role, attend, use_reentrant=False)
             else:
-                x = block(x, rope, self.role, cache, pos, span, seen)
+                x = self.train_block(block, x, rope, self.role, attend)
         return self.model.norm(x)
 
     def forward(self, ids):

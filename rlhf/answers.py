@@ -34,7 +34,7 @@ def questions(policy, text, cfg):
 def answer(policy, text, cfg, ref=None):
     """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
     records, asked = questions(policy, text, cfg)
-    rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, slots=cfg.slots)
+    rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, 1, cfg.slots, cfg.graph)
     outputs = [text.decode(response) for _, response in rows]
     write_outputs(cfg, records, outputs)
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),

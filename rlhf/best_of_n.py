@@ -57,7 +57,7 @@ def log_binomial(n, k):
 
 def pool(model, reward_model, prompts, text, cfg, n, seed):
     """n answers to each prompt: rows [(prompt ids, response ids)] and their scores (P, n)."""
-    rows = sample(model, prompts, text.stops, cfg.max_new_tokens, cfg.temperature, seed, n, cfg.slots)
+    rows = sample(model, prompts, text.stops, cfg.max_new_tokens, cfg.temperature, seed, n, cfg.slots, cfg.graph)
     return rows, reward.scores(reward_model, rows, cfg).view(len(prompts), n)
 
 

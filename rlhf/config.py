@@ -21,13 +21,14 @@ BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
 # What fits the machine: memory and lengths. `barn` goes on with the numbers that each method tuned there.
 PRESETS = {
-    "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1024, "slots": 256},
-    "24gb": {"micro_batch_tokens": 4096, "slots": 64, "checkpointing": True},
-    "80gb": {"micro_batch_tokens": 16384, "slots": 256, "checkpointing": True},
+    "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1024},
+    "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
+    "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
-WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "preset", "lora_rank", "lora_alpha", "temperature"}
-MAY_BE_ZERO = {"seed", "limit", "lora_rank"}
-ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing"}   # no part of what is computed
+WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "preset", "lora_rank", "lora_alpha", "temperature", "int8"}
+MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots"}
+ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing", "graph", "compile",
+             "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
 
 
 @dataclass
@@ -49,8 +50,11 @@ class Config:
     max_prompt_tokens: int = 192        # longer prompts are left out of training
     max_new_tokens: int = 300           # longest answer
     micro_batch_tokens: int = 4096      # tokens, padding included, in one forward and backward pass
-    slots: int = 64                     # answers that are sampled at the same time
+    slots: int = 0                      # answers that are sampled at the same time; 0: as many as fit
     checkpointing: bool = False         # recompute activations in the backward pass: slower, far less memory
+    graph: bool = True                  # on a GPU, replay a captured decoding step
+    compile: bool = False               # compile the blocks for training: minutes once, then faster
+    int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
 
     BARN: ClassVar[dict] = {}
     BARN_LORA: ClassVar[dict] = {}
@@ -62,6 +66,8 @@ class Config:
                 raise InputError(f"--{f.name} {value} makes no sense: it is a number from {least} up")
         if self.temperature == 0:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
+        if self.int8 and not self.lora_rank:
+            raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
         if self.device not in ("", "cpu", "cuda"):
             raise InputError(f"--device {self.device!r} is not known: choose cpu or cuda")
 
@@ -96,7 +102,7 @@ def parse(cls, argv, prog):
             kind["choices"] = list(PRESETS)
         names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])          # a flag is the variable's name
         parser.add_argument(*names, help=f"{help[f.name]} [{default}]".replace("%", "%%"), **kind)
-    return vars(parser.parse_args(argv))
+    return vars(parser.parse_args([re.sub("^--no_", "--no-", flag) for flag in argv]))
 
 
 def build(cls, given):

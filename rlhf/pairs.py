@@ -35,7 +35,7 @@ def sample_pairs(cfg):
     records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["preference"]
     records = text.fitting(records, cfg.max_prompt_tokens)
     rows = sample(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text.stops,
-                  cfg.max_new_tokens, cfg.temperature, cfg.seed + 1, 2 * cfg.pairs_per_prompt, cfg.slots)
+                  cfg.max_new_tokens, cfg.temperature, cfg.seed + 1, 2 * cfg.pairs_per_prompt, cfg.slots, cfg.graph)
     pairs = []
     for i, record in enumerate(records):
         for j in range(cfg.pairs_per_prompt):
@@ -70,3 +70,8 @@ def load_pairs(cfg, text):
         chosen.append(one if pair["preference"] == 1 else two)
         rejected.append(two if pair["preference"] == 1 else one)
     return chosen, rejected
+
+
+def pair_lengths(chosen, rejected):
+    """Tokens that each pair takes as two rows of one batch: a list (N,)."""
+    return [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]

@@ -6,11 +6,13 @@ The alignment rule of the whole project: rows are right-padded prompt + response
 import copy
 import dataclasses
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
 import model
 from data import InputError, text, weights
+from model import Packing
 
 
 @dataclass
@@ -19,9 +21,10 @@ class Policy:
     gpt: model.GPT
     role: str | None = None
 
-    def hidden(self, ids, cache=None, pos=None, span=None):
+    def hidden(self, ids, *how):
+        """GPT.hidden() of this role."""
         with self.gpt.wear(self.role):
-            return self.gpt.hidden(ids, cache, pos, span)
+            return self.gpt.hidden(ids, *how)
 
     def trainable(self):
         """The parameters that learning may move, fp32 and with gradients switched on."""
@@ -64,43 +67,81 @@ def last_token(mask):
 class ChunkedLogProb(torch.autograd.Function):
     """log softmax(h W' / temperature)[target], a chunk of rows at a time: N x V never exists, forward or backward.
 
-    h (N, D), W (V, D), targets (N,) -> (N,) in fp32.
+    h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient of a log-prob with respect to h is known up to its
+    factor when it is computed: (W[target] - sum_v p_v W_v) / temperature. A frozen head therefore needs its logits
+    once; one that learns needs them again in the backward pass, unless one chunk was enough and is still there.
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, temperature, chunk):
-        logp, norm = (torch.empty(len(h), device=h.device) for _ in range(2))            # (N,), fp32
+        logp = torch.empty(len(h), device=h.device)                                      # (N,), fp32
+        learns, frozen = ctx.needs_input_grad[0], not ctx.needs_input_grad[1]
+        dh, kept = torch.empty_like(h) if learns else None, (None, None)
         for i in range(0, len(h), chunk):
-            rows = slice(i, i + chunk)
-            logits = (h[rows] @ W.T).float().div_(temperature)                           # (chunk, V)
-            norm[rows] = logits.logsumexp(-1)
-            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
-        ctx.save_for_backward(h, W, targets, norm)
+            rows, target = slice(i, i + chunk), targets[i:i + chunk]
+            p, total, logp[rows] = softmax(h[rows], W, target, temperature)
+            if learns:
+                dh[rows] = (W[target] - p.to(W.dtype) @ W / total).div_(temperature)
+                kept = (p, total) if len(h) <= chunk and not frozen else kept
+        ctx.save_for_backward(dh, *(() if frozen else (h, W, targets, *kept)))
         ctx.temperature, ctx.chunk = temperature, chunk
         return logp
 
     @staticmethod
     def backward(ctx, grad):
-        h, W, targets, norm = ctx.saved_tensors
-        dh = torch.empty_like(h)
-        dW = torch.zeros(W.shape, device=W.device) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(h), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            g = grad[rows, None]                                                         # (chunk, 1)
-            d = (h[rows] @ W.T).float().div_(ctx.temperature).sub_(norm[rows, None]).exp_().mul_(-g)
-            d.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature)              # (chunk, V): g (1[target] - p)
-            dh[rows] = d.to(W.dtype) @ W
-            if dW is not None:
+        dh, *learning = ctx.saved_tensors
+        dW = None
+        if learning:
+            h, W, targets, *kept = learning
+            dW = torch.zeros(W.shape, device=W.device)
+            for i in range(0, len(h), ctx.chunk):
+                rows, target = slice(i, i + ctx.chunk), targets[i:i + ctx.chunk]
+                p, total = kept if kept[0] is not None else softmax(h[rows], W, target, ctx.temperature)[:2]
+                g = grad[rows, None] / ctx.temperature                                   # (chunk, 1)
+                d = p.mul_(-g / total).scatter_add_(1, target[:, None], g)               # (chunk, V): g (1[target] - p)
                 dW += d.T @ h[rows].float()
-        return dh, None if dW is None else dW.to(W.dtype), None, None, None
+            dW = dW.to(W.dtype)
+        return dh * grad[:, None].to(dh.dtype), dW, None, None, None
 
 
-def token_logps(policy, ids, mask, temperature=1.0, chunk=1024):
-    """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere; the same temperature as when sampling."""
-    mask = mask.bool()
-    h = policy.hidden(ids[:, :-1])[mask]                                                 # (N, D)
-    logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:][mask], temperature, chunk)
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)         # (B, T-1)
+def softmax(h, W, targets, temperature):
+    """Of h (n, D) and W (V, D), with few passes over n x V numbers: e^(logit - the largest) (n, V), their sum (n, 1),
+    and the log-probs (n,) of the targets (n,)."""
+    logits = (h @ W.T).float().div_(temperature)                                         # (n, V)
+    at_target, largest = logits.gather(1, targets[:, None]), logits.amax(-1, keepdim=True)
+    p = logits.sub_(largest).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p, total, (at_target - largest - total.log())[:, 0]
+
+
+def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
+    """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere; the same temperature as when sampling.
+
+    shared 2: the second half of the rows answers the prompts of the first half, and these are computed only once.
+    """
+    where = mask.flatten().nonzero()[:, 0]              # (N,), before all else: this waits for the GPU
+    h = encode(policy, ids[:, :-1], mask, where, shared)                                 # (N, D)
+    logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk)
+    return torch.zeros(mask.numel(), device=ids.device).index_copy(0, where, logp).view(mask.shape)  # (B, T-1)
+
+
+def encode(policy, ids, mask, where, shared=1):
+    """Hidden states (N, D) at the places `where` (N,) of the rows ids (B, T) laid end to end.
+
+    shared > 1: rows b, b + B / shared, ... have one prompt, which is computed once; padding is not computed at all.
+    The prompt ends where mask (B, T) begins, and the row where it ends.
+    """
+    if shared == 1:
+        return policy.hidden(ids).flatten(0, 1)[where]
+    B, T = ids.shape
+    t = torch.arange(T, device=ids.device)
+    prompt = t <= mask.int().argmax(1)[:, None]                                          # (B, T)
+    own = (t <= last_token(mask)[:, None]) & ~prompt
+    own[:B // shared] |= prompt[:B // shared]
+    source = own.flatten().nonzero()[:, 0]                                               # (tokens,)
+    at = own.flatten().cumsum(0).view(B, T) - 1
+    at = torch.where(prompt, at[:B // shared].repeat(shared, 1), at)                     # (B, T)
+    return policy.hidden(ids.flatten()[source], source % T, repeat(Packing(at, source)))[at.flatten()[where]]
 
 
 # -- on disk -------------------------------------------------------------------------------------------------------
@@ -113,7 +154,12 @@ def load_base(cfg):
     dtype = torch.float32                               # bf16 is 70 times slower on CPUs, and full training needs fp32
     if device == "cuda" and cfg.lora_rank:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    gpt = model.load(cfg.checkpoint, device, dtype)
+    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype)
+    if cfg.int8:
+        gpt.quantise()                                  # before it goes to a card that may not hold it otherwise
+        gpt.to(device)
+    if cfg.compile:
+        gpt.compile_blocks()
     gpt.checkpointing = cfg.checkpointing
     return gpt
 

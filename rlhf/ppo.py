@@ -138,7 +138,7 @@ class Rollout:
 @torch.no_grad()
 def rollout(prompts, stops, model, ref, reward_model, value, cfg, seed):
     """Sample an answer to each prompt, and look at it with every role; FloatingPointError if a number is not finite."""
-    rows = sample(model, prompts, stops, cfg.max_new_tokens, cfg.temperature, seed, slots=cfg.slots)
+    rows = sample(model, prompts, stops, cfg.max_new_tokens, cfg.temperature, seed, 1, cfg.slots, cfg.graph)
     ids, mask = policy.pack(rows, model.gpt.device)
     old_logp, ref_logp, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
     score = torch.zeros(len(rows), device=ids.device)
@@ -156,6 +156,29 @@ def rollout(prompts, stops, model, ref, reward_model, value, cfg, seed):
         if not x.isfinite().all():
             raise FloatingPointError(f"the {name} gave a number that is not finite: the run stopped and saved nothing")
     return Rollout(ids, mask, old_logp, ref_logp, values, score, lengths, finished)
+
+
+def learn(model, value, updater, roll, advantages, returns, cfg, seed):
+    """Passes over a rollout in batches, an optimizer step for each. Returns what to log: means over tokens."""
+    sums, spoken = 0., roll.mask.sum(1).tolist()                                         # tokens of each answer
+    for batch in update.batches(len(spoken), cfg.batch_size, cfg.num_ppo_epochs, seed):
+        for micro in update.micro_batches(batch, roll.lengths, cfg.micro_batch_tokens):
+            t = max(roll.lengths[i] for i in micro)
+            ids, m = roll.ids[micro, :t], roll.mask[micro, :t - 1]
+            old, v, a, r = (x[micro, :t - 1] for x in (roll.old_logp, roll.values, advantages, returns))
+            logp = policy.token_logps(model, ids, m, cfg.temperature)                    # (b, t-1)
+            pg, pg_clipped = policy_loss(logp, old, a, m, cfg.cliprange)
+            updater.add(pg, sum(spoken[i] for i in micro))
+            values = value.values(ids[:, :-1])                                           # (b, t-1)
+            vf, vf_clipped = value_loss(values, v, r, m, cfg.cliprange_value)
+            updater.add(cfg.vf_coef * vf, 0)            # after the policy's backward pass: never both activations at once
+            ratio = (logp - old).exp()
+            each = (pg, vf, pg_clipped, vf_clipped, ((logp - old) ** 2 / 2).sum(), (ratio * m).sum(), m.sum())
+            sums = sums + torch.stack(each).detach()
+        stats = updater.step()
+    names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg",
+             "val/ratio")
+    return {**dict(zip(names, (sums[:-1] / sums[-1]).tolist())), **stats}
 
 
 def run(cfg):
@@ -194,7 +217,7 @@ def run(cfg):
         # sample answers and score them
         asked = [prompts[i] for i in order[step * cfg.rollout_batch:][:cfg.rollout_batch]]
         roll = rollout(asked, text.stops, *roles, cfg, cfg.seed * 100_003 + step)
-        mask, lengths, n = roll.mask, roll.lengths, len(roll.lengths)
+        mask = roll.mask
 
         # rewards and advantages
         kl = KL[cfg.kl_estimator](roll.old_logp - roll.ref_logp) * mask                  # (B, T-1)
@@ -204,30 +227,14 @@ def run(cfg):
         advantages = whiten(advantages, mask)
 
         # a few epochs of clipped updates
-        sums = torch.zeros(7)
-        for batch in update.batches(n, cfg.batch_size, cfg.num_ppo_epochs, cfg.seed + step):
-            for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
-                t = max(lengths[i] for i in micro)
-                m, old, v, a, r = (x[micro, :t - 1] for x in (mask, roll.old_logp, roll.values, advantages, returns))
-                logp = policy.token_logps(model, roll.ids[micro, :t], m, cfg.temperature)            # (b, t-1)
-                pg, pg_clipped = policy_loss(logp, old, a, m, cfg.cliprange)
-                vf, vf_clipped = value_loss(value.values(roll.ids[micro, :t - 1]), v, r, m, cfg.cliprange_value)
-                updater.add(pg + cfg.vf_coef * vf, m.sum().item())
-                ratio = (logp - old).exp()
-                each = (pg, vf, pg_clipped, vf_clipped, (ratio * m).sum(), ((logp - old) ** 2 / 2).sum(), m.sum())
-                sums += torch.stack(each).detach().cpu()
-            stats = updater.step()
-
-        pg, vf, pg_clipped, vf_clipped, ratio, approxkl = (sums[:-1] / sums[-1]).tolist()
+        learned = learn(model, value, updater, roll, advantages, returns, cfg, cfg.seed + step)
         log.step(step, {
             "objective/kl": roll.kl(), "objective/scores": roll.score.mean().item(), "objective/kl_coef": kl_coef,
             "objective/non_score_reward": -kl_coef * kl.sum(1).mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
-            "objective/entropy": -roll.old_logp.sum(1).mean().item(),
-            "loss/policy_avg": pg, "loss/value_avg": vf, "policy/clipfrac_avg": pg_clipped,
-            "policy/approxkl_avg": approxkl, "val/clipfrac_avg": vf_clipped, "val/ratio": ratio,
-            "val/num_eos_tokens": sum(roll.finished), "response_length": (mask.sum() / n).item(),
-            "explained_variance": explained_variance(roll.values, returns, mask), **stats}, sum(lengths))
+            "objective/entropy": -roll.old_logp.sum(1).mean().item(), **learned,
+            "val/num_eos_tokens": sum(roll.finished), "response_length": (mask.sum() / len(asked)).item(),
+            "explained_variance": explained_variance(roll.values, returns, mask)}, sum(roll.lengths))
         if cfg.adaptive_kl:
             kl_coef *= 1 + .1 * max(-.2, min(.2, roll.kl() / cfg.adaptive_kl - 1))
         stop = cfg.max_kl and roll.kl() > cfg.max_kl

@@ -22,7 +22,7 @@ from data.barn.reward import true_reward
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, policy, update
-from rlhf.pairs import load_pairs
+from rlhf.pairs import load_pairs, pair_lengths
 from rlhf.rollout import sample
 
 NEEDS = ("sft", "pairs")
@@ -70,11 +70,15 @@ def fresh(body):
     return Critic(body.gpt, body.role, head)
 
 
-def score(model, ids, mask):
-    """One number (B,) for each response: the head at its last token (ids (B, T), mask (B, T-1))."""
+def score(model, ids, mask, shared=1):
+    """One number (B,) for each response: the head at its last token (ids (B, T), mask (B, T-1)).
+
+    shared 2: the second half of the rows answers the prompts of the first half, and these are computed only once.
+    """
     at = policy.last_token(mask) + 1                                                     # (B,): column in ids
-    h = model.hidden(ids)[torch.arange(len(ids), device=ids.device), at]                 # (B, D)
-    return model.head(h.float())[:, 0]
+    where = torch.arange(len(ids), device=ids.device) * ids.shape[1] + at
+    read = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))                                     # (B, T): the last token too
+    return model.head(policy.encode(model, ids, read, where, shared).float())[:, 0]
 
 
 @torch.no_grad()
@@ -152,7 +156,7 @@ def run(cfg):
     sft = policy.load(cfg, "sft")
     model = fresh(sft.copy("reward"))
 
-    lengths = [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]
+    lengths = pair_lengths(chosen, rejected)
     steps = update.batches(n, cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(steps), weight_decay=cfg.weight_decay)
     log = update.Log(cfg.dir(), len(steps), ("loss", "accuracy", "margin"))
@@ -160,11 +164,11 @@ def run(cfg):
         each = []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             rows = [chosen[i] for i in micro] + [rejected[i] for i in micro]
-            good, bad = score(model, *policy.pack(rows, model.gpt.device)).chunk(2)      # (b,), (b,)
+            good, bad = score(model, *policy.pack(rows, model.gpt.device), shared=2).chunk(2)        # (b,), (b,)
             losses = bradley_terry(good, bad)
             updater.add(losses.sum(), len(micro))
-            each.append(torch.stack((losses, good, bad)).detach().cpu())
-        loss, good, bad = torch.cat(each, 1)                                             # (batch,) each
+            each.append(torch.stack((losses, good, bad)).detach())
+        loss, good, bad = torch.cat(each, 1).cpu()                                       # (batch,) each
         both = torch.cat((good, bad))
         log.step(step, {"loss": loss.mean().item(), "accuracy": (good > bad).float().mean().item(),
                         "margin": (good - bad).mean().item(), "mean_reward": both.mean().item(),
@@ -175,7 +179,7 @@ def run(cfg):
     val = text.fitting(sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"], cfg.max_prompt_tokens)
     each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
     rows = sample(sft, [text.prompt(record) for record in val], text.stops, cfg.max_new_tokens, cfg.temperature,
-                  cfg.seed + 2, each, cfg.slots)
+                  cfg.seed + 2, each, cfg.slots, cfg.graph)
     normalise(model, rows, cfg)
     save(model, cfg)
     answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)

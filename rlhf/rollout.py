@@ -1,14 +1,25 @@
-"""[kit] Sampling answers: one prefill per prompt, then a token per step for all rows of a static cache.
+"""[kit] Sampling answers: a fixed number of slots, each of which writes one answer and then takes the next prompt.
 
-Rows are right-padded and each has its own position, finished rows are dropped. Every row draws from its own stream of
-random numbers, so an answer does not depend on which rows share its batch. Pure temperature sampling: no top-k, no
-top-p, because learners compare log-probs with the distribution that was sampled from.
+A slot whose answer has ended is refilled from the prompts that wait; when none waits, the rows that go on move together
+and the rest is dropped. n answers to a prompt share one prefill. Nothing in a step waits for the GPU; only every few
+steps does the host look which rows have ended. On CUDA a step is captured as a graph once and replayed: launching its
+thousand small kernels one by one would take longer than running them (perf: a step of a 7B model reads 15 GB).
+
+Every row draws from its own stream of random numbers, so an answer does not depend on slots or on the rows beside it.
+Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled from.
 """
+from collections import deque
+
 import torch
 import torch.nn.functional as F
 
 from model import KVCache
 from rlhf.policy import pack
+from rlhf.update import micro_batches
+
+LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; each wastes half of that a row
+PREFILL = 8192                          # tokens of prompts in one pass
+MOST = {"cpu": 128, "cuda": 512}        # slots beyond which a step gets slower as fast as it gets wider
 
 
 def draw(logits, u, temperature):
@@ -20,63 +31,162 @@ def draw(logits, u, temperature):
     return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
+def fitting(gpt, length):
+    """How many rows of `length` tokens the device has room for now: their cache, their logits in fp32 three times."""
+    if gpt.device.type == "cpu":
+        return MOST["cpu"]
+    c = gpt.config
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * gpt.head.itemsize + 16 * c.vocab_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(MOST["cuda"], int(.8 * free / row)))
+
+
 @torch.no_grad()
-def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=256):
+def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True):
     """n answers to each prompt (a list of token ids), in order: [(prompt ids, response ids)], n rows a prompt.
 
-    A response ends with the id in `stops` that ended it, or after max_new_tokens without one.
+    A response ends with the id in `stops` that ended it, or after max_new_tokens (one number, or one for each row)
+    without one. slots 0: as many as fit. graph: on CUDA, replay a captured step.
     """
-    device = policy.gpt.device
-    u = torch.rand(len(prompts) * n, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    rows = [None] * (len(prompts) * n)
-    width = min(n, slots)                               # rows that share one prefill
-    shares = [(i, range(i * n + j, i * n + min(j + width, n))) for i in range(len(prompts)) for j in range(0, n, width)]
-    shares.sort(key=lambda share: len(prompts[share[0]]))
-    for start in range(0, len(shares), slots // width):
-        group = shares[start:start + slots // width]
-        at = [row for _, share in group for row in share]                                # (B,): where rows go
-        responses = decode(policy, [prompts[i] for i, _ in group], [len(share) for _, share in group], stops, u[at],
-                           temperature)
-        for row, response in zip(at, responses):
-            rows[row] = (prompts[row // n], response)
-    return rows
+    limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
+    length = max(map(len, prompts)) + max(limits)
+    slots = min(slots or fitting(policy.gpt, length), len(limits))
+    share = min(n, slots)                               # rows that share one prefill
+    waiting = deque(sorted(((prompt, range(i * n + j, i * n + min(j + share, n)))
+                            for i, prompt in enumerate(prompts) for j in range(0, n, share)),
+                           key=lambda waits: len(waits[0])))
+    engine = Engine(policy.gpt, slots, length, stops, limits, temperature, seed, graph)
+    with policy.gpt.settled(policy.role):
+        while waiting or engine.busy():
+            engine.fill(waiting)
+            if not waiting:
+                engine.compact()
+            engine.advance()
+    return [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
 
 
-def decode(policy, prompts, copies, stops, u, temperature):
-    """One group of rows to the end: P prompts in copies (P,) rows each, B in all; u (B, tokens) -> B responses."""
-    device, c = policy.gpt.device, policy.gpt.config
-    B, max_new_tokens = u.shape
-    ids, _ = pack([(prompt, []) for prompt in prompts], device)                          # (P, longest)
-    pos = torch.tensor([len(prompt) for prompt in prompts], device=device)               # (P,): next free column
-    span = ids.shape[1]
-    stop_ids = torch.tensor(stops, device=device)
+class Engine:
+    """Slots, and what the rows in them have written so far.
 
-    cache = KVCache(c, len(prompts), span + max_new_tokens, device, policy.gpt.head.dtype)
-    h = policy.hidden(ids, cache)[torch.arange(len(prompts), device=device), pos - 1]    # (P, D): last real token
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(copies, device=device))
-    cache.keep(rows)                                                                     # one prefill for all copies
-    h, pos = h[rows], pos[rows]
+    What a step reads and writes stays at fixed addresses, as a graph needs it. Per slot: the `token` to read next, its
+    column `pos` in the cache, the `row` of `written` to write to and the place `at` there. Slots that are idle write
+    into one more row, which nobody reads.
+    """
 
-    written = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    length = torch.full((B,), max_new_tokens, device=device)
-    alive = torch.arange(B, device=device)                                               # the rows still in the cache
-    done = torch.zeros(B, dtype=torch.bool, device=device)                               # ended, but not yet dropped
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        finite &= h.isfinite().all()
-        token = draw(F.linear(h, policy.gpt.head), u[alive, t], temperature)             # (rows,)
-        written[alive, t] = token
-        ended = torch.isin(token, stop_ids) & ~done
-        length[alive[ended]] = t + 1
-        done |= ended
-        if done.all() or t + 1 == max_new_tokens:
-            break
-        if done.float().mean() > .1:                                                     # drop rows, but not one by one
-            cache.keep(~done)
-            alive, token, pos, done = alive[~done], token[~done], pos[~done], done[~done]
-        span += 1
-        h = policy.hidden(token[:, None], cache, pos, span)[:, 0]                        # (rows, D)
-        pos = pos + 1
-    if not finite:
-        raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 overflowed")
-    return [row[:end] for row, end in zip(written.tolist(), length.tolist())]
+    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph):
+        self.gpt, self.limits, self.temperature = gpt, limits, temperature
+        device, N = gpt.device, len(limits)
+        self.look, self.graphs, self.pool = LOOK[device.type], {} if graph and gpt.head.is_cuda else None, None
+        self.length = length + 2 * self.look            # rows overshoot a little before they are seen to have ended
+        if gpt.head.is_cuda:
+            self.length += -self.length % 128
+        self.cache = KVCache(gpt.config, slots, self.length, device, gpt.head.dtype)
+        self.stops = torch.tensor(stops, device=device)
+        self.u = torch.zeros(N + 1, max(limits) + 2 * self.look)                         # (N + 1, tokens)
+        self.u[:N, :max(limits)] = torch.rand(N, max(limits), generator=torch.Generator().manual_seed(seed))
+        self.u = self.u.to(device)
+        self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
+        self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.rows = [None] * slots                      # the row in each slot that is in use; None: idle
+        self.free = list(range(slots))                  # idle slots, the one that has waited longest first
+        self.start, self.age = [0] * slots, [0] * slots                                  # tokens of prompt, and written
+        self.ends = [None] * N
+
+    def busy(self):
+        return [slot for slot, row in enumerate(self.rows) if row is not None]
+
+    def fill(self, waiting):
+        """Put waiting prompts into idle slots: all but their last token is read here, that one by the next step."""
+        if not waiting or self.busy() and len(self.free) < max(len(waiting[0][1]), len(self.rows) // 8):
+            return                                      # a pass over few prompts takes as long as one over many
+        prompts, taken = [], []
+        while waiting and len(waiting[0][1]) <= len(self.free):
+            prompt, rows = waiting.popleft()
+            for row in rows:
+                slot = self.free.pop(0)
+                self.rows[slot], self.start[slot], self.age[slot] = row, len(prompt), 0
+                taken.append((slot, row, len(prompts)))
+            prompts.append(prompt)
+        for micro in micro_batches(range(len(prompts)), [len(prompt) for prompt in prompts], PREFILL):
+            ids, _ = pack([(prompts[i], []) for i in micro], self.gpt.device)            # (P, longest)
+            place = {i: p for p, i in enumerate(micro)}
+            slots, rows, source = torch.tensor([(slot, row, place[i]) for slot, row, i in taken if i in place],
+                                               device=self.gpt.device).unbind(1)         # (rows,) each
+            if ids.shape[1] > 1:
+                self.gpt.hidden(ids[:, :-1], attends=self.cache.begin(slots, source))
+            last = torch.tensor([len(prompts[i]) - 1 for i in micro], device=self.gpt.device)
+            self.token[slots] = ids.gather(1, last[:, None])[source, 0]
+            self.pos[slots], self.row[slots], self.at[slots] = last[source], rows, 0
+
+    def step(self, width, span):
+        """One token for each of the first `width` slots; `span` columns of the cache are read."""
+        token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
+        h = self.gpt.hidden(token, pos, self.cache.go_on(pos, span))                     # (B, D)
+        self.finite &= (h.isfinite().all(1) | (row == len(self.limits))).all()
+        token.copy_(draw(F.linear(h, self.gpt.head), self.u[row, at], self.temperature))
+        self.written[row, at] = token
+        pos += 1
+        at += 1
+
+    def replay(self, width, span):
+        """step() as a graph, captured when it is first needed for these sizes."""
+        if (width, span) in self.graphs:
+            return self.graphs[width, span].replay()
+        self.step(width, span)                          # for real: it also warms up what capturing must not meet cold
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(width, span)
+        self.graphs[width, span], self.pool = graph, graph.pool()
+
+    def advance(self):
+        """A few steps, then a look at which rows have ended: the only place that waits for the GPU."""
+        busy, width = self.busy(), len(self.rows)
+        steps = min(self.look, max(self.limits[self.rows[slot]] - self.age[slot] for slot in busy))
+        span = max(self.start[slot] + self.age[slot] for slot in busy) + steps - 1
+        if self.token.is_cuda:
+            span += -span % 128                         # few graphs, and columns aligned as the kernel wants them
+        for _ in range(steps):
+            self.step(width, span) if self.graphs is None else self.replay(width, span)
+
+        row, at = self.row[:width, None], self.at[:width, None]
+        recent = self.written[row, at - steps + torch.arange(steps, device=at.device)]   # (B, steps)
+        hit = (recent[..., None] == self.stops).any(-1)                                  # (B, steps)
+        first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
+        *first, finite = torch.cat((first, self.finite[None])).tolist()
+        if not finite:
+            raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
+                                     "overflowed")
+        ended = []
+        for slot in busy:
+            row, self.age[slot] = self.rows[slot], self.age[slot] + steps
+            end = self.age[slot] - steps + first[slot] + 1
+            if first[slot] < steps or end > self.limits[row]:
+                self.ends[row] = min(end, self.limits[row])
+                self.rows[slot] = None
+                ended.append(slot)
+        if ended:
+            self.free += ended
+            self.row[ended] = len(self.limits)
+            self.pos[ended] = self.at[ended] = 0
+
+    def compact(self):
+        """Move the rows that go on into the first slots, and let the others go."""
+        busy = self.busy()
+        width = len(busy) if self.graphs is None else 1 << (len(busy) - 1).bit_length()  # few graphs: powers of two
+        if width > .875 * len(self.rows):
+            return
+        source = [slot for slot in busy if slot >= width]
+        holes = [slot for slot in range(width) if self.rows[slot] is None][:len(source)]
+        if source:
+            self.cache.move(source, holes)
+            for x in (self.token, self.pos, self.row, self.at):
+                x[holes] = x[source]
+        for x in (self.rows, self.start, self.age):
+            for slot, hole in zip(source, holes):
+                x[hole] = x[slot]
+            del x[width:]
+        self.free = [slot for slot in range(width) if self.rows[slot] is None]
+
+    def responses(self):
+        return [row[:end] for row, end in zip(self.written.tolist(), self.ends)]

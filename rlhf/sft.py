@@ -10,6 +10,8 @@ batch exactly; long answers weigh more. Why is EOS in it? A model that never lea
 import math
 from dataclasses import dataclass
 
+import torch
+
 from data import sets
 from data.text import Text
 from rlhf import config, policy, update
@@ -39,18 +41,17 @@ def train(model, rows, cfg, log, show, start=0):
     steps = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(steps))
     for step, batch in enumerate(steps):
-        nll = 0.
+        nll = torch.zeros((), device=model.gpt.device)
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             ids, mask = policy.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
             loss = -policy.token_logps(model, ids, mask).sum()
-            updater.add(loss, mask.sum().item())
-            nll += loss.item()
-        tokens = updater.denominator
-        stats = updater.step()
-        log.step(start + step, {"loss": nll / tokens, **stats}, sum(lengths[i] for i in batch))
+            updater.add(loss, sum(len(rows[i][1]) for i in micro))
+            nll += loss.detach()
+        mean = nll.item() / updater.denominator
+        log.step(start + step, {"loss": mean, **updater.step()}, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:
             show(step)
-    return {"loss": nll / tokens}
+    return {"loss": mean}
 
 
 def run(cfg):
@@ -64,7 +65,7 @@ def run(cfg):
     def show(step):
         record = splits["val"][step % len(splits["val"])]
         (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens,
-                                 cfg.temperature, cfg.seed + step)
+                                 cfg.temperature, cfg.seed + step, graph=cfg.graph)
         log.sample(step, record["instruction"], text.decode(response))
 
     metrics = train(model, rows, cfg, log, show)

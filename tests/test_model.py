@@ -90,67 +90,55 @@ def test_a_real_config_of_the_hub_is_understood():
 
 # --- the cache ---------------------------------------------------------------------------------------------
 
-def dirty_cache(gpt, rows, length, readable):
+def dirty_cache(gpt, slots, length, readable):
     """A cache with old junk in the columns that may be read, and NaN in those beyond them."""
-    cache = KVCache(gpt.config, rows, length, "cpu", torch.float32)
+    cache = KVCache(gpt.config, slots, length, "cpu", torch.float32)
     for x in (*cache.k, *cache.v):
         x[:, :, :readable], x[:, :, readable:] = 100, torch.nan
     return cache
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])                 # as on CPUs, as on CUDA
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_a_cache_and_a_token_a_step_equal_one_pass(heads):
-    gpt, ids = tiny.gpt(num_key_value_heads=heads), tiny.ids(3, 12)
-    cache, whole = dirty_cache(gpt, 3, 12, 12), gpt.hidden(ids)
-    steps = [gpt.hidden(ids[:, :5], cache)]
-    for t in range(5, 12):
-        steps.append(gpt.hidden(ids[:, t:t + 1], cache, torch.full((3,), t)))
-    close(torch.cat(steps, 1), whole)
-
-
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("T", [1, 3])
-def test_rows_of_one_cache_go_on_at_their_own_positions(T, heads):
-    """Ragged prompts, T tokens a step, a span shorter than the cache: each row equals the row alone."""
-    gpt, ids, lengths = tiny.gpt(num_key_value_heads=heads), tiny.ids(3, 16), [2, 7, 4]
-    cache, prompts = dirty_cache(gpt, 3, 20, 7 + 3 * T), ids[:, :7].clone()
-    for row, length in enumerate(lengths):
+def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
+    """Ragged prompts that begin in slots of any order, one of them twice, and go on in fewer and fewer columns and
+    slots: each row equals the row alone."""
+    gpt, ids, lengths = tiny.gpt(num_key_value_heads=heads), tiny.ids(4, 12), [2, 7, 4, 7]
+    slots, source = torch.tensor([2, 0, 3, 1]), torch.tensor([0, 1, 2, 1])
+    cache, prompts = dirty_cache(gpt, 5, 12, 7 + 3), ids[:3, :7].clone()
+    cache.fused = fused
+    for row, length in enumerate(lengths[:3]):
         prompts[row, length:] = 0                                                    # the right padding
-    prefill = gpt.hidden(prompts, cache)
-    for row, length in enumerate(lengths):
-        close(prefill[row, :length], gpt.hidden(ids[row:row + 1, :length])[0])
-    pos = torch.tensor(lengths)
-    for step in range(3):
-        new = torch.stack([ids[row, at:at + T] for row, at in enumerate(pos.tolist())])
-        h = gpt.hidden(new, cache, pos, span=7 + (step + 1) * T)
-        pos = pos + T
-        for row, end in enumerate(pos.tolist()):
-            close(h[row], gpt.hidden(ids[row:row + 1, :end])[0, -T:])
+    prefill = gpt.hidden(prompts, attends=cache.begin(slots, source))
+    rows = {slot: ids[i, :lengths[i]] for slot, i in zip(slots.tolist(), source.tolist())}
+    for i, length in enumerate(lengths[:3]):
+        close(prefill[i, :length], gpt.hidden(ids[i:i + 1, :length])[0])
+    for step, width in enumerate((4, 4, 2)):
+        new = ids[:width, 8 + step]
+        pos = torch.tensor([len(rows[slot]) for slot in range(width)])
+        h = gpt.hidden(new, pos, cache.go_on(pos, span=7 + step + 1))
+        for slot in range(width):
+            rows[slot] = torch.cat((rows[slot], new[slot:slot + 1]))
+            close(h[slot], gpt.hidden(rows[slot][None])[0, -1])
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([True, False, True]), torch.tensor([2, 0, 2])])
-def test_rows_of_a_cache_can_be_dropped_and_copied(rows):
+@torch.no_grad()
+def test_a_row_that_is_moved_to_another_slot_goes_on_there():
     gpt, ids = tiny.gpt(), tiny.ids(3, 6)
-    cache = dirty_cache(gpt, 3, 8, 8)
-    gpt.hidden(ids[:, :5], cache)
-    cache.keep(rows)
-    kept = ids[rows]
-    close(gpt.hidden(kept[:, 5:], cache, torch.full((len(kept),), 5)), gpt.hidden(kept)[:, 5:])
+    cache, pos = dirty_cache(gpt, 3, 8, 8), torch.full((2,), 5)
+    gpt.hidden(ids[:, :5], attends=cache.begin(torch.arange(3), torch.arange(3)))
+    cache.move([2], [0])
+    close(gpt.hidden(ids[[2, 1], 5], pos, cache.go_on(pos, 6)), gpt.hidden(ids[[2, 1]])[:, 5])
 
 
-def test_a_cache_is_used_with_checkpointing_on_too():
-    gpt, ids = tiny.gpt(), tiny.ids(2, 6)
-    gpt.checkpointing, cache = True, dirty_cache(gpt, 2, 6, 6)
-    steps = gpt.hidden(ids[:, :5], cache), gpt.hidden(ids[:, 5:], cache, torch.tensor([5, 5]))
-    close(torch.cat(steps, 1), gpt.hidden(ids))
-
-
+@torch.no_grad()
 def test_attention_kernels_may_lay_out_their_result_as_they_like(monkeypatch):
     """CUDA's memory-efficient kernel (a mask selects it) returns a transposed view of (B, T, heads, hd)."""
     def efficient(*args, kernel=F.scaled_dot_product_attention, **options):
         return kernel(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
     monkeypatch.setattr(F, "scaled_dot_product_attention", efficient)
-    test_rows_of_one_cache_go_on_at_their_own_positions(3, 2)
+    test_rows_of_one_cache_go_on_at_their_own_positions(2, True)
 
 
 def test_right_padding_changes_nothing_for_real_tokens():

@@ -71,7 +71,7 @@ def test_micro_batches_of_unequal_rows_equal_one_big_batch(kind):
     (one, loss_one), (some, _), (big, loss_big) = results
     assert (big - torch.cat([p.flatten() for p in tiny.policy(kind).trainable()])).abs().max() > 5e-4
     assert loss_big[2] < loss_big[0] and loss_one == pytest.approx(loss_big, rel=1e-5)
-    assert (one - big).abs().max() < 1e-6 and (some - big).abs().max() < 1e-6
+    assert (one - big).abs().max() < 3e-6 and (some - big).abs().max() < 3e-6        # a hundredth of one step
 
 
 def test_the_first_loss_is_the_mean_over_answer_tokens():
