@@ -99,7 +99,6 @@ class LoRALinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
         self.register_buffer("int8_scale", None, persistent=False)                       # (out, 1) once W is int8
-        self.merged, self.cast = None, None     # see settle()
 
     def add_role(self, role, rank, alpha):
         A = torch.empty(rank, self.in_features, device=self.weight.device)               # fp32 whatever W is
@@ -110,15 +109,6 @@ class LoRALinear(nn.Linear):
     def delta(self, role):
         return self.scale[role] * self.lora_B[role] @ self.lora_A[role]                  # (out, in)
 
-    def settle(self, role):
-        """Do once what each call would do again: add the adapter to a copy of W, or where rounding would lose it
-        there (a bf16 sum drops most of it), cast A and B."""
-        if self.weight.dtype == torch.float32:
-            self.merged = self.weight.detach() + self.delta(role).detach()
-        else:
-            dtype = self.weight.dtype if self.int8_scale is None else self.int8_scale.dtype
-            self.cast = [ab[role].detach().to(dtype) for ab in (self.lora_A, self.lora_B)]
-
     def quantise(self):
         """Keep W as int8 with a scale per row: half of 16 bits, rounded to 1/254 of the row's largest weight."""
         W = self.weight.data
@@ -127,18 +117,67 @@ class LoRALinear(nn.Linear):
         self.weight = nn.Parameter(W.to(torch.int8), requires_grad=False)
 
     def forward(self, x, role=None):
-        if self.merged is not None:
-            return F.linear(x, self.merged, self.bias)
-        if self.int8_scale is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = Int8Product.apply(x.flatten(0, -2), self.weight, self.int8_scale).view(*x.shape[:-1], -1)
-            y = y if self.bias is None else y + self.bias
+        y = product(x, self.weight, self.bias, self.int8_scale)
         if role is None:
             return y
-        A, B = self.cast or (self.lora_A[role].to(x.dtype), self.lora_B[role].to(x.dtype))
-        low = F.linear(x, A)                                                             # (..., r)
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.T, alpha=self.scale[role]).view(y.shape)
+        low = F.linear(x, self.lora_A[role].to(x.dtype))                                 # (..., r)
+        return plus(y, low, self.lora_B[role].to(x.dtype), self.scale[role])
+
+
+def product(x, W, bias, int8_scale):
+    """W x + bias."""
+    if int8_scale is None:
+        return F.linear(x, W, bias)
+    y = Int8Product.apply(x.flatten(0, -2), W, int8_scale).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def plus(y, x, W, scale):
+    """y + scale W x in one kernel."""
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), W.T, alpha=scale).view(y.shape)
+
+
+class Together:
+    """LoRALinears that read the same input. For sampling they are one product; training keeps them apart, so that
+    parameters stay what they are in the checkpoint."""
+
+    def __init__(self, *linears):
+        self.linears, self.settled = linears, None
+
+    def __call__(self, x, role):
+        """(..., in) -> the output (..., out) of each."""
+        if self.settled is None:
+            return [linear(x, role) for linear in self.linears]
+        W, bias, int8_scale, A, B, sizes = self.settled
+        y = product(x, W, bias, int8_scale)
+        y = y if A is None else plus(y, F.linear(x, A), B, 1.)
+        return y.split_with_sizes(sizes, -1)
+
+    def adjoin(self):
+        """Lay the weights behind each other in memory, where one product can read them all without a copy."""
+        rows = torch.cat([linear.weight.data for linear in self.linears])
+        for linear, W in zip(self.linears, rows.split([linear.out_features for linear in self.linears])):
+            linear.weight.data = W
+
+    def settle(self, role):
+        """Do once what each token would do again: put weights together, and the adapter into them; or beside them, as
+        A and B, where rounding would lose it (a bf16 sum drops most of it)."""
+        first, *rest = (linear.weight.detach() for linear in self.linears)
+        W, stored = first, first.untyped_storage().data_ptr()
+        if rest and all(w.untyped_storage().data_ptr() == stored for w in rest):         # adjoined
+            W = first.as_strided((sum(map(len, (first, *rest))), first.shape[1]), first.stride())
+        elif rest:
+            W = torch.cat((first, *rest))
+        bias, scale = (None if x[0] is None else torch.cat(x) for x in (
+            [linear.bias for linear in self.linears], [linear.int8_scale for linear in self.linears]))
+        A = B = None
+        if role is not None and W.dtype == torch.float32:
+            W = W + torch.cat([linear.delta(role) for linear in self.linears])
+        elif role is not None:
+            dtype = W.dtype if scale is None else scale.dtype
+            A = torch.cat([linear.lora_A[role] for linear in self.linears]).to(dtype)    # (r + r + ..., in)
+            B = torch.block_diag(*(linear.scale[role] * linear.lora_B[role] for linear in self.linears)).to(dtype)
+        self.settled = W, bias, scale, A, B, [linear.out_features for linear in self.linears]
 
 
 # -- how tokens see each other: q (..., H, hd), k and v (..., K, hd) -> (..., H, hd) ---------------------------------
@@ -172,6 +211,8 @@ class KVCache:
         shape = (slots, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
+        self.rows = torch.arange(slots * shape[1], device=device).view(slots, -1) * length               # (slots, K)
+        self.columns = torch.arange(length, device=device)                                               # (S,)
         self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
 
     def begin(self, slots, source):
@@ -185,13 +226,10 @@ class KVCache:
     def go_on(self, pos, span):
         """One token more for the rows in the first B slots, at columns pos (B,) < span: only the first `span` columns
         are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
-        _, K, S, hd = self.k[0].shape
-        B = len(pos)
-        row = torch.arange(B * K, device=pos.device).view(B, K)
-        at = (row * S + pos[:, None]).flatten()                                          # (B * K,)
-        seen = torch.arange(span, device=pos.device) <= pos[:, None]                     # (B, span)
-        bias = torch.zeros(seen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill(~seen, -torch.inf)
-        bias = bias[:, None, None]                                                       # (B, 1, 1, span)
+        B, (_, K, _, hd) = len(pos), self.k[0].shape
+        at = (self.rows[:B] + pos[:, None]).flatten()                                    # (B * K,)
+        unseen = (self.columns[:span] > pos[:, None])[:, None, None]                     # (B, 1, 1, span)
+        bias = torch.zeros(unseen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(unseen, -torch.inf)
 
         def attend(keys, values, q, k, v):
             keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
@@ -216,7 +254,7 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotary embedding (Su et al. 2021), halves convention of HF: x (..., heads, hd), cos and sin (..., 1, hd), the
-    first half of sin negated."""
+    first half of sin for the negative angle."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -228,11 +266,21 @@ class Attention(nn.Module):
         self.k_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
         self.v_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
         self.o_proj = LoRALinear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
+        self.qkv, self.out = Together(self.q_proj, self.k_proj, self.v_proj), Together(self.o_proj)
 
-    def forward(self, x, rope, role, attend):
-        q, k, v = (proj(x, role).unflatten(-1, (-1, self.hd)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = attend(rotate(q, *rope), rotate(k, *rope), v)                                # (..., H, hd)
-        return self.o_proj(y.flatten(-2), role)                                          # (..., D)
+    def heads(self, x, rope, role):
+        q, k, v = (y.unflatten(-1, (-1, self.hd)) for y in self.qkv(x, role))            # (..., heads, hd)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def forward(self, x, rope, role, attend, where):
+        y = attend(*self.heads(x, rope, role)).flatten(-2)                               # (..., H * hd)
+        y, = self.out(y if where is None else places(y, where), role)                    # (..., D) or (N, D)
+        return y
+
+
+def places(x, where):
+    """Of x (..., D) those at the places `where` (N,), counted over all tokens: (N, D)."""
+    return x.flatten(0, -2).index_select(0, where)
 
 
 class MLP(nn.Module):
@@ -241,9 +289,12 @@ class MLP(nn.Module):
         self.gate_proj = LoRALinear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.up_proj = LoRALinear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.down_proj = LoRALinear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        self.gate_up, self.down = Together(self.gate_proj, self.up_proj), Together(self.down_proj)
 
     def forward(self, x, role):
-        return self.down_proj(F.silu(self.gate_proj(x, role)) * self.up_proj(x, role), role)
+        gate, up = self.gate_up(x, role)                                                 # (..., F)
+        y, = self.down(F.silu(gate) * up, role)                                          # (..., D)
+        return y
 
 
 class Block(nn.Module):
@@ -254,8 +305,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, role, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, role, attend)
+    def forward(self, x, rope, role, attend, where=None):
+        y = self.self_attn(self.input_layernorm(x), rope, role, attend, where)
+        x = y + (x if where is None else places(x, where))
         return x + self.mlp(self.post_attention_layernorm(x), role)
 
 
@@ -280,6 +332,7 @@ class GPT(nn.Module):
         self.role = None                        # which adapter is on; None is the raw base
         self.checkpointing = False              # recompute each block's activations in the backward pass
         self.train_block = run_block            # what calls a block when gradients are on
+        self.freq = None                        # rotary frequencies, once they are needed
 
     @property
     def head(self):
@@ -302,15 +355,23 @@ class GPT(nn.Module):
     @contextmanager
     def settled(self, role):
         """Inside a with block that learns nothing, wear an adapter in the form that is fastest."""
-        adapted = [] if role is None else [linear for _, linear in self.linears()]
-        for linear in adapted:
-            linear.settle(role)
+        for together in self.togethers():
+            together.settle(role)
         try:
             with self.wear(role):
                 yield self
         finally:
-            for linear in adapted:
-                linear.merged = linear.cast = None
+            for together in self.togethers():
+                together.settled = None
+
+    def togethers(self):
+        return [each for block in self.model.layers for each in (
+            block.self_attn.qkv, block.self_attn.out, block.mlp.gate_up, block.mlp.down)]
+
+    def adjoin(self):
+        """Lay weights so in memory that settled() need not copy them; moving or copying a model undoes it."""
+        for together in self.togethers():
+            together.adjoin()
 
     def compile_blocks(self):
         """Compile the blocks for training: minutes once, then faster. One function serves all blocks and shapes.
@@ -350,25 +411,37 @@ class GPT(nn.Module):
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + linear.delta(role).detach()
         return weights
 
-    def hidden(self, ids, pos=None, attends=repeat(causal)):
-        """Final hidden states (..., D) of ids (...), at positions `pos` of the same shape (default: ids are rows (B, T)
-        from their beginning), that see each other through `attends`, a function for each layer."""
-        c = self.config
+    def embed(self, ids, pos=None):
+        """Ids (...) at positions `pos` of the same shape (default: rows (B, T) from their beginning) -> their
+        embeddings (..., D), and what rotate() needs."""
         if pos is None:
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
-        freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=ids.device) / c.head_dim)
-        angle = pos[..., None, None] * freq                                              # (..., 1, hd/2)
+        if self.freq is None or self.freq.device != ids.device:
+            hd = self.config.head_dim
+            freq = self.config.rope_theta ** (-torch.arange(0, hd, 2, device=ids.device) / hd)
+            self.freq = torch.cat((-freq, freq))                                         # (hd,)
+        angle = pos[..., None, None] * self.freq                                         # (..., 1, hd)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                     # (..., 1, hd)
-        for block, attend in zip(self.model.layers, attends):
+        return x, (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+
+    def hidden(self, ids, pos=None, attends=None, where=None):
+        """Final hidden states (..., D) of ids (...), at positions `pos` as in embed(), that see each other through
+        `attends`, a function for each layer (default: causal).
+
+        where (N,): only the states at these places, counted over all ids, are wanted: (N, D). After its attention the
+        last block has no use for the others.
+        """
+        x, rope = self.embed(ids, pos)
+        *blocks, last = self.model.layers
+        for block, attend in zip((*blocks, last), attends or repeat(causal)):
+            # the role travels as an argument: the recomputation happens when the context manager has long exited
+            args = block, x, rope, self.role, attend, where if block is last else None
             if not torch.is_grad_enabled():
-                x = block(x, rope, self.role, attend)
+                x = run_block(*args)
             elif self.checkpointing:
-                # the role travels as an argument: the recomputation happens when the context manager has long exited
-                x = checkpoint(self.train_block, block, x, rope, self.role, attend, use_reentrant=False)
+                x = checkpoint(self.train_block, *args, use_reentrant=False)
             else:
-                x = self.train_block(block, x, rope, self.role, attend)
+                x = self.train_block(*args)
         return self.model.norm(x)
 
     def forward(self, ids):
@@ -393,4 +466,5 @@ def load(folder, device="cpu", dtype=torch.float32):
         if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("model.embed_tokens.weight", torch.empty(0))):
             raise WeightsError(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
     assign(gpt.weights(), loaded, str(folder))
+    gpt.adjoin()
     return gpt.requires_grad_(False)

@@ -21,10 +21,10 @@ class Policy:
     gpt: model.GPT
     role: str | None = None
 
-    def hidden(self, ids, *how):
+    def hidden(self, ids, pos=None, attends=None, where=None):
         """GPT.hidden() of this role."""
         with self.gpt.wear(self.role):
-            return self.gpt.hidden(ids, *how)
+            return self.gpt.hidden(ids, pos, attends, where)
 
     def trainable(self):
         """The parameters that learning may move, fp32 and with gradients switched on."""
@@ -35,7 +35,9 @@ class Policy:
     def copy(self, role):
         """The same policy, to be moved on its own: a new role on the same base, or a second full model."""
         if self.role is None:
-            return Policy(copy.deepcopy(self.gpt))
+            gpt = copy.deepcopy(self.gpt)
+            gpt.adjoin()
+            return Policy(gpt)
         self.gpt.add_role(role, *self.size(), start=self.role)
         return Policy(self.gpt, role)
 
@@ -122,7 +124,12 @@ def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
     where = mask.flatten().nonzero()[:, 0]              # (N,), before all else: this waits for the GPU
     h = encode(policy, ids[:, :-1], mask, where, shared)                                 # (N, D)
     logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk)
-    return torch.zeros(mask.numel(), device=ids.device).index_copy(0, where, logp).view(mask.shape)  # (B, T-1)
+    return spread(logp, where, mask.shape)                                               # (B, T-1)
+
+
+def spread(x, where, shape):
+    """Zeros of this shape, with x (N,) at the places `where` (N,), counted over all."""
+    return torch.zeros(shape.numel(), device=x.device).index_copy(0, where, x).view(shape)
 
 
 def encode(policy, ids, mask, where, shared=1):
@@ -132,7 +139,7 @@ def encode(policy, ids, mask, where, shared=1):
     The prompt ends where mask (B, T) begins, and the row where it ends.
     """
     if shared == 1:
-        return policy.hidden(ids).flatten(0, 1)[where]
+        return policy.hidden(ids, where=where)
     B, T = ids.shape
     t = torch.arange(T, device=ids.device)
     prompt = t <= mask.int().argmax(1)[:, None]                                          # (B, T)
@@ -141,7 +148,7 @@ def encode(policy, ids, mask, where, shared=1):
     source = own.flatten().nonzero()[:, 0]                                               # (tokens,)
     at = own.flatten().cumsum(0).view(B, T) - 1
     at = torch.where(prompt, at[:B // shared].repeat(shared, 1), at)                     # (B, T)
-    return policy.hidden(ids.flatten()[source], source % T, repeat(Packing(at, source)))[at.flatten()[where]]
+    return policy.hidden(ids.flatten()[source], source % T, repeat(Packing(at, source)), at.flatten()[where])
 
 
 # -- on disk -------------------------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def load_base(cfg):
     gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype)
     if cfg.int8:
         gpt.quantise()                                  # before it goes to a card that may not hold it otherwise
-        gpt.to(device)
+        gpt.to(device).adjoin()
     if cfg.compile:
         gpt.compile_blocks()
     gpt.checkpointing = cfg.checkpointing

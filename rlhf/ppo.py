@@ -148,7 +148,7 @@ def rollout(prompts, stops, model, ref, reward_model, value, cfg, seed):
         i, m = ids[micro, :t], mask[micro, :t - 1]
         old_logp[micro, :t - 1] = policy.token_logps(model, i, m, cfg.temperature)
         ref_logp[micro, :t - 1] = policy.token_logps(ref, i, m, cfg.temperature)
-        values[micro, :t - 1] = value.values(i[:, :-1]) * m
+        values[micro, :t - 1] = value.values(i, m)
         score[micro] = reward.score(reward_model, i, m)
     finished = [response[-1] in stops for _, response in rows]
     score -= cfg.missing_eos_penalty * ~torch.tensor(finished, device=ids.device)
@@ -169,7 +169,7 @@ def learn(model, value, updater, roll, advantages, returns, cfg, seed):
             logp = policy.token_logps(model, ids, m, cfg.temperature)                    # (b, t-1)
             pg, pg_clipped = policy_loss(logp, old, a, m, cfg.cliprange)
             updater.add(pg, sum(spoken[i] for i in micro))
-            values = value.values(ids[:, :-1])                                           # (b, t-1)
+            values = value.values(ids, m)                                                # (b, t-1)
             vf, vf_clipped = value_loss(values, v, r, m, cfg.cliprange_value)
             updater.add(cfg.vf_coef * vf, 0)            # after the policy's backward pass: never both activations at once
             ratio = (logp - old).exp()

@@ -51,9 +51,10 @@ class Critic(policy.Policy):
     """A model that gives numbers instead of tokens: the reward model, and PPO's value function."""
     head: nn.Linear = None
 
-    def values(self, ids):
-        """(B, T): the head at every position, in fp32; position t has seen ids[:, :t+1]."""
-        return self.head(self.hidden(ids).float())[..., 0]
+    def values(self, ids, mask):
+        """(B, T-1): the head where the mask is 1, in fp32, 0 elsewhere; index t has seen ids[:, :t+1] of ids (B, T)."""
+        where = mask.flatten().nonzero()[:, 0]                                           # (N,)
+        return policy.spread(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
 
     def trainable(self):
         return super().trainable() + [p.requires_grad_() for p in self.head.parameters()]

@@ -87,7 +87,8 @@ class Engine:
         self.u = self.u.to(device)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.sum = torch.zeros((), device=device)
+        self.nowhere = torch.zeros(0, dtype=torch.long, device=device)                   # of a prompt only the cache counts
         self.rows = [None] * slots                      # the row in each slot that is in use; None: idle
         self.free = list(range(slots))                  # idle slots, the one that has waited longest first
         self.start, self.age = [0] * slots, [0] * slots                                  # tokens of prompt, and written
@@ -114,7 +115,7 @@ class Engine:
             slots, rows, source = torch.tensor([(slot, row, place[i]) for slot, row, i in taken if i in place],
                                                device=self.gpt.device).unbind(1)         # (rows,) each
             if ids.shape[1] > 1:
-                self.gpt.hidden(ids[:, :-1], attends=self.cache.begin(slots, source))
+                self.gpt.hidden(ids[:, :-1], None, self.cache.begin(slots, source), where=self.nowhere)
             last = torch.tensor([len(prompts[i]) - 1 for i in micro], device=self.gpt.device)
             self.token[slots] = ids.gather(1, last[:, None])[source, 0]
             self.pos[slots], self.row[slots], self.at[slots] = last[source], rows, 0
@@ -123,7 +124,7 @@ class Engine:
         """One token for each of the first `width` slots; `span` columns of the cache are read."""
         token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
         h = self.gpt.hidden(token, pos, self.cache.go_on(pos, span))                     # (B, D)
-        self.finite &= (h.isfinite().all(1) | (row == len(self.limits))).all()
+        self.sum += h.sum(dtype=torch.float32)          # neither NaN nor infinity ever leaves a sum
         token.copy_(draw(F.linear(h, self.gpt.head), self.u[row, at], self.temperature))
         self.written[row, at] = token
         pos += 1
@@ -153,7 +154,7 @@ class Engine:
         recent = self.written[row, at - steps + torch.arange(steps, device=at.device)]   # (B, steps)
         hit = (recent[..., None] == self.stops).any(-1)                                  # (B, steps)
         first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
-        *first, finite = torch.cat((first, self.finite[None])).tolist()
+        *first, finite = torch.cat((first, self.sum.isfinite()[None])).tolist()
         if not finite:
             raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
                                      "overflowed")

@@ -8,7 +8,7 @@ import torch
 import toy
 
 import model
-from data import InputError
+from data import InputError, sets
 from rlhf import best_of_n, expert_iteration, policy, reward, sft
 from rlhf.answers import answer
 from rlhf.best_of_n import best_of_k, kl_bound
@@ -123,13 +123,15 @@ def test_neither_answers_nor_choices_depend_on_slots_and_micro_batches(folders):
 def test_a_prompt_goes_through_the_model_once_for_all_its_answers(slots, folders, monkeypatch):
     prefilled, real = [], model.GPT.hidden
 
-    def hidden(self, ids, cache=None, pos=None, span=None):
-        if cache is not None and pos is None:
-            prefilled.append(len(ids))
-        return real(self, ids, cache, pos, span)
+    def hidden(self, ids, pos=None, attends=None, where=None):
+        if where is not None and not len(where):        # nothing is wanted but what goes into the cache
+            prefilled.extend(ids.tolist())
+        return real(self, ids, pos, attends, where)
     monkeypatch.setattr(model.GPT, "hidden", hidden)
-    ran(folders, "lora", best_of_n, n=4, slots=slots)
-    assert sum(prefilled) == 8 and len(prefilled) == -(-8 // (slots // 4))
+    cfg, _ = ran(folders, "lora", best_of_n, n=4, slots=slots)
+    prompts = [toy.text(cfg).prompt(record)[:-1] for record in sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]]
+    assert len(prefilled) == 8 == len(prompts)
+    assert all(any(row[:len(prompt)] == prompt for row in prefilled) for prompt in prompts)
 
 
 # --- expert iteration ------------------------------------------------------------------------------------

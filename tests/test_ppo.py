@@ -263,7 +263,8 @@ def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature
         with torch.no_grad():
             close(roll.old_logp[i, :t], policy.token_logps(roles[0], ids, mask, temperature)[0])
             close(roll.ref_logp[i, :t], policy.token_logps(roles[1], ids, mask, temperature)[0])
-            states = [roles[3].values(ids[:, :k])[0, -1].item() for k in range(len(prompt), t + 1)]
+            states = [roles[3].values(ids[:, :k + 1], torch.ones(1, k, dtype=torch.bool))[0, -1].item()
+                      for k in range(len(prompt), t + 1)]                           # each from the text before it
             own = reward.score(roles[2], ids, mask)[0] - cfg.missing_eos_penalty * (not roll.finished[i])
         assert roll.values[i, len(prompt) - 1:t].tolist() == pytest.approx(states, abs=1e-5)
         assert torch.equal(roll.mask[i, :t], mask[0]) and not roll.mask[i, t:].any()

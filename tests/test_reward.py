@@ -45,7 +45,8 @@ def test_a_score_is_the_head_at_the_last_response_token(kind):
         with model.gpt.wear(model.role):
             h = model.gpt.hidden(torch.tensor([prompt + response]))[0, -1]
         close(read[row], model.head.weight[0] @ h + model.head.bias[0])
-        close(read[row], model.values(ids)[row, len(prompt + response) - 1])
+        states = model.values(pad(ids, (0, 1)), torch.ones_like(ids, dtype=torch.bool))    # as if one more followed
+        close(read[row], states[row, len(prompt + response) - 1])
 
 
 @kinds

@@ -1,0 +1,480 @@
+"""How fast, in how much memory, and how far from what the hardware could do: random weights, real shapes and lengths.
+
+    python bench.py                                     everything, on a tiny model
+    python bench.py rollout ppo --preset 7b             some of it, at LLaMA-7B's shape
+    python bench.py dpo --preset m --against trl        beside TRL, if it is installed
+    python bench.py h200 --out benchmarks/h200.json     all that is worth knowing of a big GPU, in nine minutes
+    python bench.py cpu --against hf trl                the ratios that hold on any machine, in ten minutes
+
+A line: what was run, useful tokens a second, seconds (median and least of --repeat after a warm-up; on a CPU CPU-seconds of
+one thread), per cent of the floor, peak memory above the resident weights, and how many times as long other ways take.
+The floor is the time that the arithmetic and the memory traffic of the useful tokens would take at the speeds that
+this machine reaches with one large product and one large copy. The last line is everything as one JSON document.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")            # read when torch loads
+
+import torch  # noqa: E402
+
+import model  # noqa: E402
+from benchmarks import peers  # noqa: E402
+from benchmarks.plans import CPU, H200, LENGTHS, SHAPES  # noqa: E402
+from data.weights import write_safetensors  # noqa: E402
+from rlhf import dpo, policy, ppo, reward, rollout, sft, update  # noqa: E402
+from rlhf.pairs import pair_lengths  # noqa: E402
+
+# -- what is run: models and lengths -------------------------------------------------------------------------------
+
+def random_policy(args):
+    """A model of the wanted shape with random weights, made on the device, and a role for LoRA."""
+    V, D, mlp, L, H, K, tied = SHAPES[args.preset]
+    config = model.GPTConfig(V, D, mlp, L, H, K, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        gpt = model.GPT(config)
+    gpt = gpt.to(args.dtype).to_empty(device=args.device).requires_grad_(False)
+    generator = torch.Generator(args.device).manual_seed(0)
+    for name, p in gpt.named_parameters():
+        p.fill_(1) if "norm" in name else p.normal_(0, .02, generator=generator)
+    if args.int8:
+        gpt.quantise()
+    gpt.adjoin()
+    if args.compile:
+        gpt.compile_blocks()
+    gpt.checkpointing = args.checkpointing
+    if not args.lora_rank:
+        return policy.Policy(gpt)
+    gpt.add_role("sft", args.lora_rank, 2 * args.lora_rank)
+    for p in gpt.adapter("sft").values():
+        p.data.normal_(0, .01, generator=generator)
+    return policy.Policy(gpt.requires_grad_(False), "sft")
+
+
+def lengths(n, longest, kind, seed):
+    """n lengths up to `longest`: log-normal, as AlpacaFarm's answers are (SFT: alpaca, after PPO: rlhf), or fixed."""
+    median, high = LENGTHS[kind]
+    r, sigma = random.Random(seed), math.log(high / median) / 1.2816
+    return [min(longest, max(1, round(longest * median * math.exp(sigma * r.gauss(0, 1))))) for _ in range(n)]
+
+
+def texts(args, sizes, seed):
+    r, V = random.Random(seed), SHAPES[args.preset][0]
+    return [[r.randrange(1, V) for _ in range(size)] for size in sizes]
+
+
+def workload(args, n, kind=None):
+    """n prompts, and for each an answer; `kind` overrides the lengths of both."""
+    prompts = lengths(n, args.prompt, kind or args.prompt_lengths, 1)
+    return texts(args, prompts, 2), texts(args, lengths(n, args.new, kind or args.lengths, 3), 4)
+
+
+def settings(args, cls, **more):
+    return cls(lora_rank=args.lora_rank, micro_batch_tokens=args.micro_batch_tokens, slots=args.slots,
+               graph=args.graph, max_new_tokens=args.new, **more)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+def clock(device):
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def held(device, peak=False):
+    """Bytes in use now, or at the highest point since the last reset(): of the GPU, or of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():                             # not Linux: only a peak of all time is known
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    field = "VmHWM:" if peak else "VmRSS:"
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+
+def reset(device):
+    """Forget the peak, give back what is free."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def timed(args, runs):
+    """{name: (median seconds, least seconds, peak bytes above what was held before)} of runs {name: function}.
+
+    One warm-up each, then in turn, so that a machine whose speed drifts is as kind to one as to the other.
+    """
+    seconds, peaks = {name: [] for name in runs}, {}
+    for turn in range(args.warmup + args.repeat):
+        for name, run in runs.items():
+            gc.collect()
+            if turn == 0:                               # only once: memory that was given back has to be found again
+                reset(args.device)
+                before = held(args.device)
+            start = clock(args.device)
+            run()
+            seconds[name].append(clock(args.device) - start)
+            if turn == 0:
+                peaks[name] = held(args.device, peak=True) - before
+    return {name: (statistics.median(s[args.warmup:]), min(s[args.warmup:]), peaks[name])
+            for name, s in seconds.items()}
+
+
+def ceilings(args):
+    """What this machine reaches: TFLOP/s of one large matrix product, GB/s of one large copy (reads and writes)."""
+    n, size = (8192, 2 ** 30) if args.device == "cuda" else (1024, 2 ** 26)
+    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
+    x, y = (torch.empty(size, device=args.device) for _ in range(2))
+    several = argparse.Namespace(**vars(args) | {"repeat": 5, "warmup": 1})
+    took = timed(several, {"product": lambda: [a @ b for _ in range(5)], "copy": lambda: [y.copy_(x) for _ in range(5)]})
+    top = {"tflops": 5 * 2 * n ** 3 / took["product"][1] / 1e12, "gbps": 5 * 8 * size / took["copy"][1] / 1e9}
+    print(f"this machine reaches {top['tflops']:.3g} TFLOP/s and {top['gbps']:.4g} GB/s", flush=True)
+    return top
+
+
+def line(args, name, tokens, floor, took):
+    """Print and keep one result: ours against the floor, the others against ours."""
+    median, least, peak = took["ours"]
+    result = {"bench": name, "preset": args.preset, "lengths": args.lengths, "lora_rank": args.lora_rank,
+              "int8": args.int8, "compile": args.compile, "tokens": tokens, "seconds": median, "seconds_min": least,
+              "tokens_per_s": tokens / median, "floor_s": floor, "percent_of_floor": 100 * floor / median,
+              "peak_gb": peak / 1e9, "others": {
+                  other: {"seconds": s, "seconds_min": low, "ratio": s / median, "ratio_min": low / least,
+                          "peak_gb": p / 1e9} for other, (s, low, p) in took.items() if other != "ours"}}
+    args.results.append(result)
+    beside = "".join(f" | {other} {o['ratio']:.2f}x time, {o['peak_gb'] / max(1e-3, result['peak_gb']):.1f}x memory"
+                     for other, o in result["others"].items())
+    print(f"{name:<28} {args.preset:>6} | {result['tokens_per_s']:>9,.0f} tok/s | {median:.3f} s ({least:.3f}) | "
+          f"{result['percent_of_floor']:3.0f} % of floor | +{result['peak_gb']:.2f} GB{beside}", flush=True)
+
+
+# -- floors --------------------------------------------------------------------------------------------------------
+
+def size(args):
+    """Weights in the linear layers, in the head; numbers of the cache a token; attention's factor."""
+    V, D, mlp, L, H, K, _ = SHAPES[args.preset]
+    hd = D // H
+    return L * (2 * D * H * hd + 2 * D * K * hd + 3 * D * mlp), D * V, 2 * L * K * hd, 4 * L * H * hd
+
+
+def pass_flops(args, rows, spoken, passes, head_passes):
+    """FLOPs of rows (prompt and answer tokens) through the model: every token through the linear layers and over the
+    tokens before it, `spoken` tokens through the head."""
+    linear, head, _, attention = size(args)
+    return sum(passes * (2 * linear * t + attention * t * t / 2) for t in rows) + head_passes * 2 * head * spoken
+
+
+def backward(args):
+    """How many forward passes a training step costs: gradients of activations, of weights unless frozen, and the
+    blocks once more with checkpointing; and of the head, which is frozen with LoRA."""
+    return (2 if args.lora_rank else 3) + args.checkpointing, 2 if args.lora_rank else 3
+
+
+def decode_floor(args, prompts, caps):
+    """Seconds for the useful tokens: every step reads the weights once, and each row its cache, or computes longer."""
+    linear, head, kv, attention = size(args)
+    top, bytes = args.ceilings, torch.empty(0, dtype=args.dtype).itemsize
+    slots = min(len(caps), args.slots or rollout.MOST[args.device])
+    steps = sum(caps) / slots
+    context = sum((len(p) + c / 2) * c for p, c in zip(prompts, caps)) / sum(caps)
+    read = (linear * (1 if args.int8 else bytes) + head * bytes + slots * kv * bytes * context) / (1e9 * top["gbps"])
+    compute = slots * (2 * (linear + head) + attention * context) / (1e12 * top["tflops"])
+    return steps * max(read, compute) + pass_flops(args, map(len, prompts), 0, 1, 0) / (1e12 * top["tflops"])
+
+
+# -- the benches ---------------------------------------------------------------------------------------------------
+
+def bench_rollout(args):
+    """Sampling; naive: batches of equal size, each padded and decoded to its longest answer, no graph."""
+    n, (_, answers) = args.n, workload(args, args.rows)
+    prompts, caps = workload(args, args.rows // n)[0], [len(answer) for answer in answers]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    ours = random_policy(args)
+    slots = min(args.rows, args.slots or rollout.fitting(ours.gpt, args.prompt + args.new))
+
+    def naive():
+        for i in range(0, args.rows, slots):
+            batch = caps[i:i + slots]
+            rollout.sample(ours, repeated[i:i + slots], [-1], [max(batch)] * len(batch), graph=False)
+
+    runs = {"ours": lambda: rollout.sample(ours, prompts, [-1], caps, n=n, slots=args.slots, graph=args.graph)}
+    if "naive" in args.against:
+        runs["naive"] = naive
+    if "hf" in args.against:
+        runs["hf"] = peers.generate(ours.gpt, prompts, caps, slots, n, args.lora_rank)
+    name = f"rollout {args.rows}x({args.prompt}+{args.new})" + (f" n={n}" if n > 1 else "")
+    line(args, name, sum(caps), decode_floor(args, repeated, caps), timed(args, runs))
+
+
+def bench_logprob(args):
+    """Token log-probs and their gradient; naive: all logits at once, log_softmax, autograd."""
+    V, D = SHAPES[args.preset][:2]
+    N = args.micro_batch_tokens // 2
+    h = torch.randn(N, D, device=args.device, dtype=args.dtype, requires_grad=True)
+    W = torch.randn(V, D, device=args.device, dtype=args.dtype)
+    targets = torch.randint(V, (N,), device=args.device)
+
+    def naive():
+        logits = (h @ W.T).float()
+        logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+
+    took = timed(args, {"ours": lambda: policy.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward(),
+                        **({"naive": naive} if "naive" in args.against else {})})
+    line(args, f"logprob {N}x{V}", N, 2 * 2 * N * D * V / (1e12 * args.ceilings["tflops"]), took)
+
+
+def bench_sft(args):
+    """One optimizer step; naive: every row padded to the cap."""
+    rows = list(zip(*workload(args, args.rows)))
+    ours = random_policy(args)
+    log, cfg = SimpleNamespace(step=lambda *_: None), settings(args, sft.Config, epochs=1, batch_size=args.rows)
+    runs = {"ours": lambda: sft.train(ours, rows, cfg, log, lambda _: None)}
+    if "naive" in args.against:
+        padded = list(zip(*workload(args, args.rows, "fixed")))
+        runs["naive"] = lambda: sft.train(ours, padded, cfg, log, lambda _: None)
+    if "trl" in args.against:
+        runs["trl"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank)
+    spoken, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
+    floor = pass_flops(args, tokens, spoken, *backward(args)) / (1e12 * args.ceilings["tflops"])
+    line(args, f"sft {args.rows} rows", sum(tokens), floor, timed(args, runs))
+
+
+def bench_dpo(args):
+    """One optimizer step; the reference is cached, as in a run of more than one epoch most of it is, or computed in
+    the step; naive: every row padded to the cap, the prompt and the reference computed each time."""
+    def pairs(kind):
+        prompts, chosen = workload(args, args.rows, kind)
+        rejected = texts(args, lengths(args.rows, args.new, kind or args.lengths, 5), 6)
+        return list(zip(prompts, chosen)), list(zip(prompts, rejected))
+
+    ref = random_policy(args)
+    ours, cfg = ref.copy("policy"), settings(args, dpo.Config, shared_prompt=args.shared_prompt)
+    updater = update.Updater(ours.trainable(), 1e-5, 1000)
+
+    def step(chosen, rejected, known, cfg):
+        dpo.learn(ours, updater, chosen, rejected, known, cfg)
+
+    chosen, rejected = pairs(None)
+    known = dpo.reference(ref, chosen, rejected, cfg)
+    runs = {"ours": lambda: step(chosen, rejected, known if args.cached else dpo.reference(ref, chosen, rejected, cfg),
+                                 cfg)}
+    if "naive" in args.against:
+        plain, padded = settings(args, dpo.Config, shared_prompt=False), pairs("fixed")
+        runs["naive"] = lambda: step(*padded, dpo.reference(ref, *padded, plain), plain)
+    if "trl" in args.against:
+        triples = [(p, c, r) for (p, c), (_, r) in zip(chosen, rejected)]
+        runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)
+    tokens = [t for pair in zip(chosen, rejected) for t in (len(pair[0][0]) + len(pair[0][1]), len(pair[1][1]))]
+    spoken = sum(len(r) for _, r in chosen + rejected)
+    floor = pass_flops(args, tokens, spoken, *backward(args)) / (1e12 * args.ceilings["tflops"])
+    name = f"dpo {args.rows} pairs" + ", cached ref" * args.cached + ", prompt twice" * (not args.shared_prompt)
+    line(args, name, sum(pair_lengths(chosen, rejected)), floor, timed(args, runs))
+
+
+def ppo_roles(args):
+    """Policy, reference, reward model, value function, and the optimizer of two of them."""
+    ref = random_policy(args)
+    reward_model = reward.fresh(ref.copy("reward"))
+    reward_model.head.weight.data.normal_(0, .02)
+    ours, value = ref.copy("policy"), reward_model.copy("value")
+    return ours, ref, reward_model, value, update.Updater(ours.trainable() + value.trainable(), 1e-5, 10_000)
+
+
+def ppo_step(args, roles, prompts, caps, cfg):
+    """What ppo.run does in a step, with answers of prescribed lengths. Seconds of rollout and scoring, and of updates."""
+    ours, ref, reward_model, value, updater = roles
+    start = clock(args.device)
+    cfg.max_new_tokens = caps
+    roll = ppo.rollout(prompts, [-1], ours, ref, reward_model, value, cfg, 0)
+    middle = clock(args.device)
+    kl = (roll.old_logp - roll.ref_logp) * roll.mask
+    rewards = ppo.shape_rewards(roll.score, kl, roll.mask, cfg.kl_coef)
+    advantages, returns = ppo.gae(rewards, roll.values, roll.mask, cfg.gamma, cfg.lam)
+    ppo.learn(ours, value, updater, roll, ppo.whiten(advantages, roll.mask), returns, cfg, 0)
+    return middle - start, clock(args.device) - middle
+
+
+def bench_ppo(args):
+    """A step of PPO with two epochs; naive: prompts and answers padded to the cap, as AlpacaFarm pads them."""
+    prompts, answers = workload(args, args.rows)
+    caps, roles = [len(answer) for answer in answers], ppo_roles(args)
+    cfg = settings(args, ppo.Config, batch_size=args.batch or args.rows)
+    parts, warm = [], args.rows // 16                   # a step on a big model is too long to be its own warm-up
+    if not args.warmup:
+        ppo_step(args, roles, prompts[:warm], caps[:warm], cfg)
+    runs = {"ours": lambda: parts.append(ppo_step(args, roles, prompts, caps, cfg))}
+    if "naive" in args.against:
+        padded, _ = workload(args, args.rows, "fixed")
+        runs["naive"] = lambda: ppo_step(args, roles, padded, [args.new] * args.rows, cfg)
+    if "trl" in args.against:
+        runs["trl"] = peers.ppo(roles[0].gpt, prompts, caps, cfg.batch_size, 2, 1e-5)
+    tokens, (times, head) = [len(p) + c for p, c in zip(prompts, caps)], backward(args)
+    flops = pass_flops(args, tokens, 0, 4 + 2 * 2 * times, 0) + pass_flops(args, [], sum(caps), 0, 2 + 2 * head)
+    floor = decode_floor(args, prompts, caps) + flops / (1e12 * args.ceilings["tflops"])
+    line(args, f"ppo {args.rows}x({args.prompt}+{args.new})", sum(tokens), floor, timed(args, runs))
+    args.results[-1] |= dict(zip(("rollout_and_scoring_s", "updates_s"), parts[-1]))
+
+
+def bench_memory(args):
+    """Peak of a PPO step with all four roles, on few rows but as long as they get: base, adapters and optimizer, rest."""
+    reset(args.device)
+    empty, roles = held(args.device), ppo_roles(args)
+    base = sum(w.numel() * w.element_size() for w in roles[0].gpt.weights().values())
+    cfg = settings(args, ppo.Config, batch_size=args.rows)
+    prompts, _ = workload(args, args.rows, "fixed")
+    start = clock(args.device)
+    ppo_step(args, roles, prompts, [args.new] * args.rows, cfg)
+    seconds, peak = clock(args.device) - start, held(args.device, peak=True) - empty
+    args.results.append({"bench": "memory", "preset": args.preset, "lora_rank": args.lora_rank, "int8": args.int8,
+                         "rows": args.rows, "slots": args.slots, "micro_batch_tokens": args.micro_batch_tokens,
+                         "base_gb": base / 1e9, "peak_gb": peak / 1e9, "peak_gib": peak / 2 ** 30, "seconds": seconds})
+    print(f"memory of PPO's four roles   {args.preset:>6} | base {base / 1e9:.2f} GB | peak {peak / 1e9:.2f} GB "
+          f"({peak / 2 ** 30:.2f} GiB), {args.slots} slots, {args.micro_batch_tokens} tokens a micro-batch", flush=True)
+
+
+def bench_load(args):
+    """Loading a checkpoint in two shards from the page cache, and the peak of memory over its size."""
+    ours = random_policy(args)
+    weights = {name: w.cpu() for name, w in ours.gpt.weights().items()}
+    bytes = sum(w.numel() * w.element_size() for w in weights.values())
+    with tempfile.TemporaryDirectory() as folder:
+        folder, names = Path(folder), list(weights)
+        shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        for file, part in shards.items():
+            write_safetensors(folder / file, {name: weights[name] for name in part})
+        index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **asdict(ours.gpt.config)}))
+        del ours, weights
+        took = timed(args, {"ours": lambda: model.load(folder, args.device, args.dtype)})
+    line(args, f"load {bytes / 1e9:.3f} GB", bytes // 2, bytes / (1e9 * args.ceilings["gbps"]), took)
+    args.results[-1] |= {"gb_per_s": bytes / 1e9 / took["ours"][0], "peak_over_size": took["ours"][2] / bytes}
+
+
+BENCHES = {"rollout": bench_rollout, "logprob": bench_logprob, "sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo,
+           "memory": bench_memory, "load": bench_load}
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+def arguments(argv):
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("benches", nargs="*", default=["all"], help=f"{', '.join(BENCHES)}, all, h200, cpu")
+    add("--preset", default="tiny", choices=SHAPES)
+    add("--against", nargs="+", default=["naive"], choices=("naive", "hf", "trl", "nothing"), help="what to run beside")
+    add("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16", "float16"))
+    add("--lora_rank", type=int, default=16 if cuda else 0, help="0 trains all weights")
+    add("--lengths", default="alpaca", choices=LENGTHS, help="of the answers")
+    add("--prompt_lengths", default="fixed", choices=LENGTHS)
+    add("--prompt", type=int, default=192 if cuda else 32, help="longest prompt")
+    add("--new", type=int, default=300 if cuda else 96, help="longest answer")
+    add("--rows", type=int, default=128 if cuda else 64, help="answers, demonstrations or pairs")
+    add("--n", type=int, default=1, help="answers to a prompt")
+    add("--batch", type=int, default=0, help="PPO's optimizer step (0: all rows)")
+    add("--slots", type=int, default=0, help="rows that are sampled at a time (0: as many as fit)")
+    add("--micro_batch_tokens", type=int, default=4096)
+    add("--cached", action=argparse.BooleanOptionalAction, default=True, help="DPO's reference")
+    add("--shared_prompt", action=argparse.BooleanOptionalAction, default=True, help="DPO's prompt computed once")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=cuda)
+    add("--graph", action=argparse.BooleanOptionalAction, default=True)
+    add("--compile", action="store_true")
+    add("--int8", action="store_true")
+    add("--warmup", type=int, default=1)
+    add("--repeat", type=int, default=1 if cuda else 5)
+    add("--seconds", type=float, default=500, help="h200 and cpu begin nothing new after so long")
+    add("--out", help="write the JSON document to this file too")
+    args = parser.parse_args([flag.replace("--no_", "--no-") for flag in argv])
+    if wrong := set(args.benches) - {*BENCHES, "all", "h200", "cpu"}:
+        parser.error(f"unknown: {', '.join(sorted(wrong))}; choose from {', '.join(BENCHES)}, all, h200, cpu")
+    return args
+
+
+def installed(name):
+    """Whether `--against name` is possible here; TRL has had no PPO since 1.16."""
+    return name == "naive" or find_spec({"hf": "transformers"}.get(name, name)) is not None
+
+
+def measure(args, plan):
+    """Run a list of benches; what fails is kept as a result that says so, for the rest is worth having."""
+    began = time.perf_counter()
+    for name, changes in plan:
+        one = argparse.Namespace(**{**vars(args), **changes})
+        one.against = [other for other in changes.get("against", args.against) if installed(other)]
+        if time.perf_counter() - began > args.seconds:
+            args.results.append({"bench": name, **changes, "error": "no time was left"})
+            continue
+        try:
+            BENCHES[name](one)
+        except Exception as error:
+            args.results.append({"bench": name, **changes, "error": f"{type(error).__name__}: {error}"[:400]})
+            traceback.print_exc()
+        reset(args.device)
+
+
+def cuda_tests():
+    """The exactness of what only runs on a GPU; the last line of pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    print(said.stdout, said.stderr, flush=True)
+    return (said.stdout + said.stderr).strip().splitlines()[-1]
+
+
+def main(argv):
+    args = arguments(argv)
+    args.dtype, args.results = getattr(torch, args.dtype), []
+    cuda = args.device == "cuda"
+    if not cuda:
+        torch.set_num_threads(1)
+    document = {"machine": torch.cuda.get_device_name() if cuda else processor(), "device": args.device,
+                "dtype": str(args.dtype), "python": platform.python_version(), "torch": torch.__version__,
+                "against": {name: version(name) for name in ("transformers", "trl") if find_spec(name)}}
+    if "h200" in args.benches:
+        document["tests"] = cuda_tests()
+    args.ceilings = document["ceilings"] = ceilings(args)
+    for name in args.benches:
+        plan = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}.get(name, [(name, {})])
+        measure(args, plan)
+    text = json.dumps({**document, "results": args.results})
+    if args.out:
+        Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
+    print(text)
+
+
+def processor():
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, one thread"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,180 @@
+"""The same work done by Transformers and TRL, for bench.py --against hf and trl; nothing else needs this file.
+
+Each function takes our GPT and returns run(), which does the work once: a rollout, or one optimizer step of the peer's
+own trainer on the ids it was given. Models, data and optimizer are ready before, so a caller times the work alone.
+Off in TRL, as we have none of it: text and tokenizing, checkpoints, reports, progress bars. Off on both sides: dropout,
+recomputation. Left on, as users of TRL have no choice: the metrics of every step (entropy, accuracy, mean logits).
+
+Sources: github.com/huggingface/transformers (models/llama, generation, trainer.py) and github.com/huggingface/trl
+(trl/trainer, trl/experimental/ppo); written against transformers 5.23, and TRL 1.16 or for PPO 1.10.
+"""
+import contextlib
+import dataclasses
+import functools
+import gc
+import io
+import tempfile
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from model import TARGETS
+
+EOS = 0                                 # ends an answer; a prompt may hold it
+
+
+def lora(rank):
+    """Our adapters as PEFT describes them, on all linear layers; None for full fine-tuning."""
+    if rank:
+        from peft import LoraConfig
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+
+
+def twin(gpt, lora_rank=0):
+    """A LlamaForCausalLM with a copy of our base, in its precision and place; with a fresh PEFT adapter if asked."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    config = dataclasses.asdict(gpt.config)
+    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    config = LlamaConfig(**config, rope_parameters=rope, bos_token_id=None, eos_token_id=None)
+    with gpt.device:
+        llama = AutoModelForCausalLM.from_config(config, dtype=gpt.head.dtype)
+    llama.load_state_dict({**gpt.weights(), "lm_head.weight": gpt.head})
+    if lora_rank:
+        from peft import get_peft_model
+        llama = get_peft_model(llama, lora(lora_rank))
+    return llama
+
+
+def ends_at(ends, gpt):
+    """For `generate`: row i ends when it is ends[i] tokens long, padding and prompt included, and not before."""
+    ends = torch.tensor(ends, device=gpt.device)[:, None]                                # (B, 1)
+    more = torch.arange(gpt.config.vocab_size, device=gpt.device) != EOS                 # (V,)
+    return [lambda ids, scores: scores.masked_fill_((ends <= ids.shape[1] + 1) == more, -torch.inf)]
+
+
+def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, temperature=1.):
+    """Sampling with `generate`: n answers to each prompt, row i has caps[i] tokens; run() returns the lengths.
+
+    Batches of `slots` rows in the given order, padded on the left, each decoded until its longest answer ends; if all
+    caps are equal, nothing has to be forced.
+    """
+    llama, size, same, batches = twin(gpt, lora_rank).eval(), max(1, slots // n), len(set(caps)) == 1, []
+    for start in range(0, len(prompts), size):
+        rows, new = [torch.tensor(p) for p in prompts[start:start + size]], caps[start * n:(start + size) * n]
+        ids = pad_sequence(rows, True, EOS, "left").to(gpt.device)                       # (P, T)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(gpt.device)
+        stop = {} if same else {"eos_token_id": EOS, "logits_processor": ends_at([ids.shape[1] + c for c in new], gpt)}
+        batches.append({"input_ids": ids, "attention_mask": mask, "max_new_tokens": max(new), "pad_token_id": EOS,
+                        "num_return_sequences": n, "do_sample": temperature > 0, "temperature": temperature or 1.,
+                        "top_k": 0, "top_p": 1., **stop})
+
+    def run():
+        lengths = []
+        for batch in batches:
+            new = llama.generate(**batch)[:, batch["input_ids"].shape[1]:]               # (P n, longest), EOS-padded
+            lengths += [new.shape[1]] * len(new) if same else ((new != EOS).sum(1) + 1).tolist()
+        return lengths
+    return run
+
+
+@contextlib.contextmanager
+def settings(gpt, lr):
+    """Common to all trainers: fp32 throughout, or on a low-precision base TRL's default, autocast. Silent inside."""
+    sink = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield {"output_dir": folder, "learning_rate": lr, "lr_scheduler_type": "constant", "adam_beta2": .98,
+               "optim": "adamw_torch_fused", "max_grad_norm": 1., "gradient_checkpointing": False,
+               "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+               "bf16": gpt.head.dtype == torch.bfloat16, "fp16": gpt.head.dtype == torch.float16,
+               "use_cpu": gpt.device.type == "cpu"}
+
+
+def tokenizer(pad):
+    """TRL wants one for its special ids, though no text passes it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({str(i): i for i in (EOS, pad)}, unk_token=str(EOS)))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(EOS), pad_token=str(pad), padding_side="left")
+
+
+def stepper(trainer, rows):
+    """run() collates a batch and takes a step as Trainer.train does, less callbacks and schedule; returns the loss."""
+    trainer.create_optimizer()
+    model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def run():
+        (inputs,), tokens = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+        loss = trainer.training_step(model, inputs, tokens)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm).item()
+        trainer.optimizer.step()
+        model.zero_grad()
+        return loss.item()
+    return run
+
+
+def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False):
+    """TRL's DPOTrainer on pairs [(prompt, chosen, rejected)]; its reference is a copy, or with LoRA the bare base."""
+    import trl
+    from datasets import Dataset
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):        # would tokenize, and has no switch as SFTTrainer has
+            return dataset
+
+    data = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair)) for pair in pairs])
+    ref = None if lora_rank or precompute_ref else twin(gpt)
+    with settings(gpt, lr) as common:
+        args = trl.DPOConfig(**common, beta=beta, max_length=None, precompute_ref_log_probs=precompute_ref)
+        trainer = Trainer(twin(gpt), ref, args, None, data, None, tokenizer(EOS), peft_config=lora(lora_rank))
+    return stepper(trainer, list(trainer.train_dataset))
+
+
+def sft(gpt, rows, lr, lora_rank=0):
+    """TRL's SFTTrainer on rows [(prompt, response)], learning the response only."""
+    import trl
+    from datasets import Dataset
+    rows = [{"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows]
+    with settings(gpt, lr) as common:
+        args = trl.SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = trl.SFTTrainer(twin(gpt), args, train_dataset=Dataset.from_list(rows),
+                                 processing_class=tokenizer(EOS), peft_config=lora(lora_rank))
+    return stepper(trainer, rows)
+
+
+def ppo(gpt, prompts, caps, mini_batch, epochs, lr):
+    """An iteration of TRL's PPOTrainer: caps[i] new tokens in row i, then `epochs` passes; run() returns its metrics.
+
+    Policy, reference, reward model and value function are four models of one size. TRL 1.16 has no PPO any more.
+    A forced EOS counts as certain when sampled, so with unequal caps the metrics (KL, ratio) are off.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    batch, parts, same = len(prompts), len(prompts) // mini_batch, len(set(caps)) == 1
+    policy, ref = twin(gpt), twin(gpt)
+    ref.config.num_labels = 1
+    with gpt.device:
+        reward, value = (AutoModelForSequenceClassification.from_config(ref.config, dtype=ref.dtype) for _ in range(2))
+    for scorer in (reward, value):
+        scorer.model.load_state_dict(ref.model.state_dict())
+    if not same:
+        ends = ends_at([max(len(prompt) for prompt in prompts) + cap for cap in caps], gpt)
+        policy.generate = functools.partial(policy.generate, logits_processor=ends, pad_token_id=EOS)
+    with settings(gpt, lr) as common:
+        args = PPOConfig(**common, total_episodes=batch, per_device_train_batch_size=mini_batch, num_mini_batches=parts,
+                         gradient_accumulation_steps=parts, num_ppo_epochs=epochs, response_length=max(caps),
+                         local_rollout_forward_batch_size=batch, stop_token=None if same else "eos", temperature=1.,
+                         num_sample_generations=0)
+        # whatever equals the padding id is padding to PPO, so that must be an id that is never sampled
+        trainer = PPOTrainer(args, tokenizer(gpt.config.vocab_size), policy, ref, reward,
+                             Dataset.from_list([{"input_ids": prompt} for prompt in prompts]), value)
+    trainer.accelerator.gradient_accumulation_steps = 1         # TRL sets `parts`, but each mini-batch is a step
+
+    def run():
+        gc.freeze()         # TRL collects garbage twice, and would look at every object of every imported library
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        gc.unfreeze()
+        return trainer.state.log_history[-1]
+    return run

@@ -1,0 +1,46 @@
+"""What bench.py measures: the shapes of models, how long answers are, and the lists behind `h200` and `cpu`."""
+
+SHAPES = {  # vocabulary, width, MLP, layers, heads, kv heads, tied head: as in the checkpoints of that size
+    "tiny": (1280, 128, 320, 2, 8, 4, True),            # the offline world's
+    "s": (256, 64, 256, 2, 2, 2, False),
+    "m": (1024, 256, 768, 4, 4, 4, False),
+    "32k": (32000, 128, 384, 2, 2, 2, False),           # all vocabulary
+    "0.5b": (151936, 896, 4864, 24, 14, 2, True),       # Qwen2.5
+    "1.5b": (151936, 1536, 8960, 28, 12, 2, True),
+    "7b": (32000, 4096, 11008, 32, 32, 32, False),      # LLaMA, AlpacaFarm's
+    "qwen7b": (152064, 3584, 18944, 28, 28, 4, False),
+    "8b": (128256, 4096, 14336, 32, 32, 8, False),      # Llama 3
+}
+LENGTHS = {"fixed": (1., 1.), "alpaca": (.153, .41), "rlhf": (.5, .95)}     # of the cap: median, ninth decile
+
+BIG = {"lora_rank": 16, "lengths": "rlhf", "prompt_lengths": "rlhf"}
+H200 = [  # what is worth most comes first: the minutes may be over before the list is
+    ("rollout", {"preset": "7b", "lengths": "fixed", "rows": 128, "slots": 128, "against": ["naive", "hf"]}),
+    ("ppo", {**BIG, "preset": "7b", "rows": 512, "batch": 256, "warmup": 0}),
+    ("rollout", {"preset": "qwen7b", "lengths": "fixed", "rows": 128, "slots": 128}),
+    ("rollout", {**BIG, "preset": "7b", "rows": 512}),
+    ("memory", {"preset": "8b", "rows": 32, "slots": 32, "micro_batch_tokens": 2048}),
+    ("memory", {"preset": "7b", "rows": 16, "slots": 8, "micro_batch_tokens": 2048}),
+    ("memory", {"preset": "7b", "rows": 16, "slots": 8, "micro_batch_tokens": 2048, "int8": True}),
+    ("sft", {"preset": "7b", "lengths": "fixed", "rows": 32}),
+    ("dpo", {**BIG, "preset": "7b", "lengths": "alpaca", "rows": 32, "against": ["naive", "trl"]}),
+    ("rollout", {"preset": "1.5b", "lengths": "fixed", "rows": 128, "slots": 128, "new": 128,
+                 "against": ["naive", "hf"]}),
+    ("rollout", {"preset": "0.5b", "lengths": "fixed", "rows": 128, "slots": 128, "new": 128,
+                 "against": ["naive", "hf"]}),
+    ("rollout", {"preset": "1.5b", "lengths": "alpaca", "rows": 512, "slots": 128, "against": ["hf"]}),
+    ("logprob", {"preset": "1.5b", "micro_batch_tokens": 16384, "against": ["naive"]}),
+    ("memory", {"preset": "1.5b", "rows": 64, "slots": 64}),
+    ("ppo", {**BIG, "preset": "1.5b", "rows": 512, "batch": 256, "warmup": 0}),
+    ("load", {"preset": "1.5b"}),
+    ("sft", {"preset": "7b", "lengths": "fixed", "rows": 32, "compile": True}),
+]
+EQUAL, ALPACA = {"lengths": "fixed", "prompt": 16, "new": 48}, {"lengths": "alpaca", "prompt": 32, "new": 96}
+PAIRS = {"lengths": "fixed", "prompt": 48, "new": 48, "rows": 8}
+CPU = [(bench, {"preset": preset, **changes}) for preset in ("s", "m") for bench, changes in (
+    ("rollout", {**ALPACA, "rows": 64}), ("rollout", {**EQUAL, "rows": 64}),
+    ("rollout", {"lengths": "fixed", "prompt": 128, "new": 64, "rows": 64, "n": 16}),
+    ("sft", {**ALPACA, "rows": 32}), ("dpo", {**PAIRS, "cached": False}), ("dpo", PAIRS),
+    ("ppo", {**EQUAL, "rows": 32}), ("ppo", {**ALPACA, "rows": 32}))]
+CPU += [("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
+        ("logprob", {"preset": "32k"}), ("load", {"preset": "32k"})]
