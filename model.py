@@ -1,18 +1,17 @@
 """A Llama-style decoder whose parameters are named as in the Hugging Face checkpoint, with LoRA adapters worn by role.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head; a KV cache in which every row
-has its own position; gradient checkpointing per block; linear layers in int8. Left out: dropout, other families.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head; gradient checkpointing per block;
+linear layers in int8. Left out: dropout, other families. The KV cache is in rlhf/rollout.py.
 
 Rows are right-padded: causal attention never looks right, so neither a padding mask nor position ids are needed. All
 layers but attention treat every token alone, so tokens may come as rows (B, T) or in any other shape; how they see each
 other is a function: `causal` for rows, a Packing for rows without their padding, a KVCache for rows that go on.
-Letters: B batch, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, r LoRA rank.
+Letters: B batch, T tokens, V vocabulary, D width, H heads, K kv heads, hd head size, r LoRA rank.
 """
 import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -202,52 +201,6 @@ class Packing:
         """Linear layers have met N tokens; attention meets the rows."""
         q, k, v = (F.embedding(self.at, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))     # (B, T, ...)
         return causal(q, k, v).flatten(0, 1)[self.source]                                # (N, H, hd)
-
-
-class KVCache:
-    """Keys and values of every layer, (slots, K, S, hd) each; a slot holds a row, filled up to the row's position."""
-
-    def __init__(self, config, slots, length, device, dtype):
-        shape = (slots, config.num_key_value_heads, length, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros_like(k) for k in self.k]
-        self.rows = torch.arange(slots * shape[1], device=device).view(slots, -1) * length               # (slots, K)
-        self.columns = torch.arange(length, device=device)                                               # (S,)
-        self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
-
-    def begin(self, slots, source):
-        """Rows (P, T) begin here: row source[i] in slot slots[i], from column 0. One function for each layer."""
-        def attend(keys, values, q, k, v):
-            keys[slots, :, :k.shape[1]] = k.transpose(1, 2)[source]
-            values[slots, :, :v.shape[1]] = v.transpose(1, 2)[source]
-            return causal(q, k, v)
-        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
-
-    def go_on(self, pos, span):
-        """One token more for the rows in the first B slots, at columns pos (B,) < span: only the first `span` columns
-        are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
-        B, (_, K, _, hd) = len(pos), self.k[0].shape
-        at = (self.rows[:B] + pos[:, None]).flatten()                                    # (B * K,)
-        unseen = (self.columns[:span] > pos[:, None])[:, None, None]                     # (B, 1, 1, span)
-        bias = torch.zeros(unseen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(unseen, -torch.inf)
-
-        def attend(keys, values, q, k, v):
-            keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
-            values.view(-1, hd).index_copy_(0, at, v.reshape(-1, hd))
-            # query heads of one kv head become query rows: the cache is read once and never repeated
-            folded = q.reshape(B, K, -1, hd)                                             # (B, K, H/K, hd)
-            k, v = keys[:B, :, :span], values[:B, :, :span]                              # (B, K, span, hd)
-            if self.fused:
-                y = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(-1, -1, folded.shape[2], -1))
-            else:
-                y = (folded @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
-            return y.reshape(q.shape)
-        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
-
-    def move(self, source, slots):
-        """Copy the rows of some slots into others."""
-        for x in (*self.k, *self.v):
-            x[slots] = x[source]
 
 
 # -- the decoder ---------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def learn(model, value, updater, roll, advantages, returns, cfg, seed):
             updater.add(pg, sum(spoken[i] for i in micro))
             values = value.values(ids, m)                                                # (b, t-1)
             vf, vf_clipped = value_loss(values, v, r, m, cfg.cliprange_value)
-            updater.add(cfg.vf_coef * vf, 0)            # after the policy's backward pass: never both activations at once
+            updater.add(cfg.vf_coef * vf, 0)            # the policy's activations are gone by now
             ratio = (logp - old).exp()
             each = (pg, vf, pg_clipped, vf_clipped, ((logp - old) ** 2 / 2).sum(), (ratio * m).sum(), m.sum())
             sums = sums + torch.stack(each).detach()

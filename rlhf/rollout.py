@@ -3,22 +3,24 @@
 A slot whose answer has ended is refilled from the prompts that wait; when none waits, the rows that go on move together
 and the rest is dropped. n answers to a prompt share one prefill. Nothing in a step waits for the GPU; only every few
 steps does the host look which rows have ended. On CUDA a step is captured as a graph once and replayed: launching its
-thousand small kernels one by one would take longer than running them (perf: a step of a 7B model reads 15 GB).
+thousand small kernels one by one would take longer than running them.
 
 Every row draws from its own stream of random numbers, so an answer does not depend on slots or on the rows beside it.
 Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled from.
+Letters: B rows, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts.
 """
 from collections import deque
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache
+from model import causal
 from rlhf.policy import pack
 from rlhf.update import micro_batches
 
-LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; each wastes half of that a row
-PREFILL = 8192                          # tokens of prompts in one pass
+LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; a row wastes half of that
+PREFILL = {"cpu": 512, "cuda": 8192}    # tokens of prompts in one pass
 MOST = {"cpu": 128, "cuda": 512}        # slots beyond which a step gets slower as fast as it gets wider
 
 
@@ -41,7 +43,7 @@ def fitting(gpt, length):
     return max(1, min(MOST["cuda"], int(.8 * free / row)))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True):
     """n answers to each prompt (a list of token ids), in order: [(prompt ids, response ids)], n rows a prompt.
 
@@ -63,6 +65,52 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
                 engine.compact()
             engine.advance()
     return [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
+
+
+class KVCache:
+    """Keys and values of every layer, (slots, K, S, hd) each; a slot holds a row, filled up to the row's position."""
+
+    def __init__(self, config, slots, length, device, dtype):
+        shape = (slots, config.num_key_value_heads, length, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
+        self.rows = torch.arange(slots * shape[1], device=device).view(slots, -1) * length               # (slots, K)
+        self.columns = torch.arange(length, device=device)                                               # (S,)
+        self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
+
+    def begin(self, slots, source):
+        """Rows (P, T) begin here: row source[i] in slot slots[i], from column 0. One function for each layer."""
+        def attend(keys, values, q, k, v):
+            keys[slots, :, :k.shape[1]] = k.transpose(1, 2)[source]
+            values[slots, :, :v.shape[1]] = v.transpose(1, 2)[source]
+            return causal(q, k, v)
+        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
+
+    def go_on(self, pos, span):
+        """One token more for the rows in the first B slots, at columns pos (B,) < span: only the first `span` columns
+        are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
+        B, (_, K, _, hd) = len(pos), self.k[0].shape
+        at = (self.rows[:B] + pos[:, None]).flatten()                                    # (B * K,)
+        unseen = (self.columns[:span] > pos[:, None])[:, None, None]                     # (B, 1, 1, span)
+        bias = torch.zeros(unseen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(unseen, -torch.inf)
+
+        def attend(keys, values, q, k, v):
+            keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
+            values.view(-1, hd).index_copy_(0, at, v.reshape(-1, hd))
+            # query heads of one kv head become query rows: the cache is read once and never repeated
+            folded = q.reshape(B, K, -1, hd)                                             # (B, K, H/K, hd)
+            k, v = keys[:B, :, :span], values[:B, :, :span]                              # (B, K, span, hd)
+            if self.fused:
+                y = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(-1, -1, folded.shape[2], -1))
+            else:
+                y = (folded @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
+            return y.reshape(q.shape)
+        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
+
+    def move(self, source, slots):
+        """Copy the rows of some slots into others."""
+        for x in (*self.k, *self.v):
+            x[slots] = x[source]
 
 
 class Engine:
@@ -88,7 +136,7 @@ class Engine:
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
         self.sum = torch.zeros((), device=device)
-        self.nowhere = torch.zeros(0, dtype=torch.long, device=device)                   # of a prompt only the cache counts
+        self.nowhere = torch.zeros(0, dtype=torch.long, device=device)
         self.rows = [None] * slots                      # the row in each slot that is in use; None: idle
         self.free = list(range(slots))                  # idle slots, the one that has waited longest first
         self.start, self.age = [0] * slots, [0] * slots                                  # tokens of prompt, and written
@@ -109,14 +157,15 @@ class Engine:
                 self.rows[slot], self.start[slot], self.age[slot] = row, len(prompt), 0
                 taken.append((slot, row, len(prompts)))
             prompts.append(prompt)
-        for micro in micro_batches(range(len(prompts)), [len(prompt) for prompt in prompts], PREFILL):
-            ids, _ = pack([(prompts[i], []) for i in micro], self.gpt.device)            # (P, longest)
+        device = self.gpt.device
+        for micro in micro_batches(range(len(prompts)), [len(prompt) for prompt in prompts], PREFILL[device.type]):
+            ids, _ = pack([(prompts[i], []) for i in micro], device)                     # (P, longest)
             place = {i: p for p, i in enumerate(micro)}
             slots, rows, source = torch.tensor([(slot, row, place[i]) for slot, row, i in taken if i in place],
-                                               device=self.gpt.device).unbind(1)         # (rows,) each
-            if ids.shape[1] > 1:
+                                               device=device).unbind(1)                  # (rows,) each
+            if ids.shape[1] > 1:                        # the cache is all that is wanted of a prompt
                 self.gpt.hidden(ids[:, :-1], None, self.cache.begin(slots, source), where=self.nowhere)
-            last = torch.tensor([len(prompts[i]) - 1 for i in micro], device=self.gpt.device)
+            last = torch.tensor([len(prompts[i]) - 1 for i in micro], device=device)     # (P,)
             self.token[slots] = ids.gather(1, last[:, None])[source, 0]
             self.pos[slots], self.row[slots], self.at[slots] = last[source], rows, 0
 

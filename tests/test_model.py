@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import model
 from data.text import Text
 from data.weights import WeightsError, load_weights, write_safetensors
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from rlhf.policy import Policy
-from rlhf.rollout import sample
+from rlhf.rollout import KVCache, sample
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -110,7 +110,7 @@ def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
     cache.fused = fused
     for row, length in enumerate(lengths[:3]):
         prompts[row, length:] = 0                                                    # the right padding
-    gpt.prefill(prompts, cache, slots, source)
+    gpt.hidden(prompts, None, cache.begin(slots, source))
     rows = {slot: ids[i, :lengths[i]] for slot, i in zip(slots.tolist(), source.tolist())}
     for step, width in enumerate((4, 4, 2)):
         new = ids[:width, 8 + step]
@@ -125,7 +125,7 @@ def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
 def test_a_row_that_is_moved_to_another_slot_goes_on_there():
     gpt, ids = tiny.gpt(), tiny.ids(3, 6)
     cache, pos = dirty_cache(gpt, 3, 8, 8), torch.full((2,), 5)
-    gpt.prefill(ids[:, :5], cache, torch.arange(3), torch.arange(3))
+    gpt.hidden(ids[:, :5], None, cache.begin(torch.arange(3), torch.arange(3)))
     cache.move([2], [0])
     close(gpt.hidden(ids[[2, 1], 5], pos, cache.go_on(pos, 6)), gpt.hidden(ids[[2, 1]])[:, 5])
 
