@@ -6,22 +6,17 @@
     python bench.py h200 --out benchmarks/h200.json     all that is worth knowing of a big GPU, in nine minutes
     python bench.py cpu --against hf trl                the ratios that hold on any machine, in ten minutes
 
-A line: what was run, useful tokens a second, seconds (median and least of --repeat after a warm-up; on a CPU CPU-seconds of
-one thread), per cent of the floor, peak memory above the resident weights, and how many times as long other ways take.
+A line: what was run, useful tokens a second, seconds (median and least of --repeat after a warm-up; on a CPU,
+CPU-seconds of one thread), per cent of the floor, peak memory above the weights that are there anyway, and how many
+times as long other ways take.
 The floor is the time that the arithmetic and the memory traffic of the useful tokens would take at the speeds that
 this machine reaches with one large product and one large copy. The last line is everything as one JSON document.
 """
 import argparse
-import ctypes
-import gc
 import json
 import math
-import os
 import platform
 import random
-import re
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,16 +28,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")            # read when torch loads
+import torch
 
-import torch  # noqa: E402
-
-import model  # noqa: E402
-from benchmarks import peers  # noqa: E402
-from benchmarks.plans import CPU, H200, LENGTHS, SHAPES  # noqa: E402
-from data.weights import write_safetensors  # noqa: E402
-from rlhf import dpo, policy, ppo, reward, rollout, sft, update  # noqa: E402
-from rlhf.pairs import pair_lengths  # noqa: E402
+import model
+from benchmarks import peers
+from benchmarks.measure import (backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset, timed)
+from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
+from data.weights import write_safetensors
+from rlhf import dpo, policy, ppo, reward, rollout, sft, update
+from rlhf.pairs import pair_lengths
 
 # -- what is run: models and lengths -------------------------------------------------------------------------------
 
@@ -93,70 +87,6 @@ def settings(args, cls, **more):
                graph=args.graph, max_new_tokens=args.new, **more)
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------
-
-def clock(device):
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def held(device, peak=False):
-    """Bytes in use now, or at the highest point since the last reset(): of the GPU, or of the process."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():                             # not Linux: only a peak of all time is known
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    field = "VmHWM:" if peak else "VmRSS:"
-    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
-
-
-def reset(device):
-    """Forget the peak, give back what is free."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def timed(args, runs):
-    """{name: (median seconds, least seconds, peak bytes above what was held before)} of runs {name: function}.
-
-    One warm-up each, then in turn, so that a machine whose speed drifts is as kind to one as to the other.
-    """
-    seconds, peaks = {name: [] for name in runs}, {}
-    for turn in range(args.warmup + args.repeat):
-        for name, run in runs.items():
-            gc.collect()
-            if turn == 0:                               # only once: memory that was given back has to be found again
-                reset(args.device)
-                before = held(args.device)
-            start = clock(args.device)
-            run()
-            seconds[name].append(clock(args.device) - start)
-            if turn == 0:
-                peaks[name] = held(args.device, peak=True) - before
-    return {name: (statistics.median(s[args.warmup:]), min(s[args.warmup:]), peaks[name])
-            for name, s in seconds.items()}
-
-
-def ceilings(args):
-    """What this machine reaches: TFLOP/s of one large matrix product, GB/s of one large copy (reads and writes)."""
-    n, size = (8192, 2 ** 30) if args.device == "cuda" else (1024, 2 ** 26)
-    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
-    x, y = (torch.empty(size, device=args.device) for _ in range(2))
-    several = argparse.Namespace(**vars(args) | {"repeat": 5, "warmup": 1})
-    took = timed(several, {"product": lambda: [a @ b for _ in range(5)], "copy": lambda: [y.copy_(x) for _ in range(5)]})
-    top = {"tflops": 5 * 2 * n ** 3 / took["product"][1] / 1e12, "gbps": 5 * 8 * size / took["copy"][1] / 1e9}
-    print(f"this machine reaches {top['tflops']:.3g} TFLOP/s and {top['gbps']:.4g} GB/s", flush=True)
-    return top
-
-
 def line(args, name, tokens, floor, took):
     """Print and keep one result: ours against the floor, the others against ours."""
     median, least, peak = took["ours"]
@@ -171,40 +101,6 @@ def line(args, name, tokens, floor, took):
                      for other, o in result["others"].items())
     print(f"{name:<28} {args.preset:>6} | {result['tokens_per_s']:>9,.0f} tok/s | {median:.3f} s ({least:.3f}) | "
           f"{result['percent_of_floor']:3.0f} % of floor | +{result['peak_gb']:.2f} GB{beside}", flush=True)
-
-
-# -- floors --------------------------------------------------------------------------------------------------------
-
-def size(args):
-    """Weights in the linear layers, in the head; numbers of the cache a token; attention's factor."""
-    V, D, mlp, L, H, K, _ = SHAPES[args.preset]
-    hd = D // H
-    return L * (2 * D * H * hd + 2 * D * K * hd + 3 * D * mlp), D * V, 2 * L * K * hd, 4 * L * H * hd
-
-
-def pass_flops(args, rows, spoken, passes, head_passes):
-    """FLOPs of rows (prompt and answer tokens) through the model: every token through the linear layers and over the
-    tokens before it, `spoken` tokens through the head."""
-    linear, head, _, attention = size(args)
-    return sum(passes * (2 * linear * t + attention * t * t / 2) for t in rows) + head_passes * 2 * head * spoken
-
-
-def backward(args):
-    """How many forward passes a training step costs: gradients of activations, of weights unless frozen, and the
-    blocks once more with checkpointing; and of the head, which is frozen with LoRA."""
-    return (2 if args.lora_rank else 3) + args.checkpointing, 2 if args.lora_rank else 3
-
-
-def decode_floor(args, prompts, caps):
-    """Seconds for the useful tokens: every step reads the weights once, and each row its cache, or computes longer."""
-    linear, head, kv, attention = size(args)
-    top, bytes = args.ceilings, torch.empty(0, dtype=args.dtype).itemsize
-    slots = min(len(caps), args.slots or rollout.MOST[args.device])
-    steps = sum(caps) / slots
-    context = sum((len(p) + c / 2) * c for p, c in zip(prompts, caps)) / sum(caps)
-    read = (linear * (1 if args.int8 else bytes) + head * bytes + slots * kv * bytes * context) / (1e9 * top["gbps"])
-    compute = slots * (2 * (linear + head) + attention * context) / (1e12 * top["tflops"])
-    return steps * max(read, compute) + pass_flops(args, map(len, prompts), 0, 1, 0) / (1e12 * top["tflops"])
 
 
 # -- the benches ---------------------------------------------------------------------------------------------------
@@ -243,9 +139,10 @@ def bench_logprob(args):
         logits = (h @ W.T).float()
         logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
 
-    took = timed(args, {"ours": lambda: policy.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward(),
-                        **({"naive": naive} if "naive" in args.against else {})})
-    line(args, f"logprob {N}x{V}", N, 2 * 2 * N * D * V / (1e12 * args.ceilings["tflops"]), took)
+    runs = {"ours": lambda: policy.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
+    if "naive" in args.against:
+        runs["naive"] = naive
+    line(args, f"logprob {N}x{V}", N, 2 * 2 * N * D * V / (1e12 * args.ceilings["tflops"]), timed(args, runs))
 
 
 def bench_sft(args):
@@ -306,7 +203,7 @@ def ppo_roles(args):
 
 
 def ppo_step(args, roles, prompts, caps, cfg):
-    """What ppo.run does in a step, with answers of prescribed lengths. Seconds of rollout and scoring, and of updates."""
+    """What ppo.run does in a step, with answers of prescribed lengths: seconds of rollout and scoring, of updates."""
     ours, ref, reward_model, value, updater = roles
     start = clock(args.device)
     cfg.max_new_tokens = caps
@@ -332,7 +229,8 @@ def bench_ppo(args):
         padded, _ = workload(args, args.rows, "fixed")
         runs["naive"] = lambda: ppo_step(args, roles, padded, [args.new] * args.rows, cfg)
     if "trl" in args.against:
-        runs["trl"] = peers.ppo(roles[0].gpt, prompts, caps, cfg.batch_size, 2, 1e-5)
+        trl = peers.ppo(roles[0].gpt, prompts, caps, cfg.batch_size, 2, 1e-5)
+        runs |= {"trl": trl, "trl, its garbage collection free": lambda: trl(frozen=True)}
     tokens, (times, head) = [len(p) + c for p, c in zip(prompts, caps)], backward(args)
     flops = pass_flops(args, tokens, 0, 4 + 2 * 2 * times, 0) + pass_flops(args, [], sum(caps), 0, 2 + 2 * head)
     floor = decode_floor(args, prompts, caps) + flops / (1e12 * args.ceilings["tflops"])
@@ -341,7 +239,7 @@ def bench_ppo(args):
 
 
 def bench_memory(args):
-    """Peak of a PPO step with all four roles, on few rows but as long as they get: base, adapters and optimizer, rest."""
+    """Peak of a PPO step with all four roles, on few rows but as long as they get."""
     reset(args.device)
     empty, roles = held(args.device), ppo_roles(args)
     base = sum(w.numel() * w.element_size() for w in roles[0].gpt.weights().values())
@@ -372,8 +270,11 @@ def bench_load(args):
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", **asdict(ours.gpt.config)}))
         del ours, weights
         took = timed(args, {"ours": lambda: model.load(folder, args.device, args.dtype)})
-    line(args, f"load {bytes / 1e9:.3f} GB", bytes // 2, bytes / (1e9 * args.ceilings["gbps"]), took)
-    args.results[-1] |= {"gb_per_s": bytes / 1e9 / took["ours"][0], "peak_over_size": took["ours"][2] / bytes}
+    seconds, least, peak = took["ours"]
+    args.results.append({"bench": "load", "preset": args.preset, "gb": bytes / 1e9, "seconds": seconds,
+                         "seconds_min": least, "gb_per_s": bytes / 1e9 / seconds, "peak_over_size": peak / bytes})
+    print(f"{'load ' + format(bytes / 1e9, '.3f') + ' GB':<28} {args.preset:>6} | {bytes / 1e9 / seconds:.2f} GB/s | "
+          f"{seconds:.3f} s ({least:.3f}) | peak {peak / bytes:.2f}x its size", flush=True)
 
 
 BENCHES = {"rollout": bench_rollout, "logprob": bench_logprob, "sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo,
@@ -467,13 +368,6 @@ def main(argv):
     if args.out:
         Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
     print(text)
-
-
-def processor():
-    """The CPU's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, one thread"
 
 
 if __name__ == "__main__":

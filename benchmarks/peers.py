@@ -171,8 +171,11 @@ def ppo(gpt, prompts, caps, mini_batch, epochs, lr):
                              Dataset.from_list([{"input_ids": prompt} for prompt in prompts]), value)
     trainer.accelerator.gradient_accumulation_steps = 1         # TRL sets `parts`, but each mini-batch is a step
 
-    def run():
-        gc.freeze()         # TRL collects garbage twice, and would look at every object of every imported library
+    def run(frozen=False):
+        """TRL collects garbage twice in a step, looking at every object of every imported library: on a small model
+        most of its time. frozen: these objects are out of sight."""
+        if frozen:
+            gc.freeze()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
         gc.unfreeze()

@@ -43,4 +43,4 @@ CPU = [(bench, {"preset": preset, **changes}) for preset in ("s", "m") for bench
     ("sft", {**ALPACA, "rows": 32}), ("dpo", {**PAIRS, "cached": False}), ("dpo", PAIRS),
     ("ppo", {**EQUAL, "rows": 32}), ("ppo", {**ALPACA, "rows": 32}))]
 CPU += [("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
-        ("logprob", {"preset": "32k"}), ("load", {"preset": "32k"})]
+        ("logprob", {"preset": "32k"}), ("load", {"preset": "0.5b", "repeat": 2})]

@@ -1,0 +1,110 @@
+"""bench.py: its numbers by hand, and that every part of it runs."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from benchmarks import measure
+from benchmarks.plans import CPU, H200, SHAPES
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+SMALL = ["--rows", "8", "--prompt", "6", "--new", "8", "--repeat", "1", "--preset", "s", "--device", "cpu",
+         "--dtype", "float32"]
+
+
+def arguments(*flags):
+    args = bench.arguments([*SMALL, *flags])
+    args.dtype, args.results, args.ceilings = torch.float32, [], {"tflops": 1e-3, "gbps": 1.}
+    return args
+
+
+@pytest.mark.parametrize("preset", ["tiny", "s", "m", "32k"])
+def test_sizes_that_floors_are_made_of_are_those_of_the_model(preset):
+    args = arguments("--preset", preset, "--lora_rank", "0")
+    linear, head, kv, _ = measure.size(args)
+    gpt = bench.random_policy(args).gpt
+    assert linear == sum(layer.weight.numel() for _, layer in gpt.linears()) and head == gpt.head.numel()
+    c = gpt.config
+    assert kv == 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+
+
+def test_floors_by_hand():
+    """Shape s: 2 (4 64^2 + 3 64 256) = 131,072 weights, a head of 16,384, a cache of 256 numbers a token."""
+    args = arguments("--slots", "2", "--lora_rank", "0")
+    assert measure.pass_flops(args, [10], 3, 2, 3) == 2 * (2 * 131072 * 10 + 512 * 50) + 3 * 2 * 16384 * 3
+    prompts, caps = [[1] * 10] * 4, [8, 8, 4, 4]
+    compute = 2 * (2 * (131072 + 16384) + 512 * 13 + 512 * 2 / 3) / 1e9     # a context of 10 + (2 4 8 + 2 2 4) / 24
+    prefill = 4 * (2 * 131072 * 10 + 512 * 50) / 1e9
+    assert measure.decode_floor(args, prompts, caps) == pytest.approx(12 * compute + prefill, rel=1e-2)
+    args.ceilings = {"tflops": 1e9, "gbps": 1.}                             # now the memory is what counts
+    read = (131072 * 4 + 16384 * 4 + 2 * 256 * 4 * 13.33) / 1e9
+    assert measure.decode_floor(args, prompts, caps) == pytest.approx(12 * read, rel=1e-2)
+    assert measure.backward(args) == (3, 3)
+    assert measure.backward(arguments("--lora_rank", "8", "--checkpointing")) == (3, 2)
+
+
+def test_real_sizes_of_the_presets():
+    """Parameters in billions, as their makers count them."""
+    for preset, billions in (("0.5b", .494), ("1.5b", 1.544), ("7b", 6.738), ("qwen7b", 7.615), ("8b", 8.030)):
+        linear, head, _, _ = measure.size(arguments("--preset", preset))
+        assert linear + head * (1 if SHAPES[preset][-1] else 2) == pytest.approx(billions * 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_every_bench_runs_and_the_last_line_is_one_document(rank, tmp_path):
+    command = [sys.executable, "bench.py", *SMALL, "--lora_rank", str(rank), "--out", str(tmp_path / "x.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document == json.loads((tmp_path / "x.json").read_text())
+    names = [result["bench"].split()[0] for result in document["results"]]
+    assert names == list(bench.BENCHES) and not any("error" in result for result in document["results"])
+    for result in document["results"][:5]:
+        assert result["seconds"] >= result["seconds_min"] > 0 and result["others"]["naive"]["ratio"] > 0
+    assert document["ceilings"]["tflops"] > 0 and document["ceilings"]["gbps"] > 0
+
+
+def test_what_fails_is_kept_and_does_not_stop_the_rest(monkeypatch, capsys):
+    def broken(args):
+        raise RuntimeError("no memory")
+    monkeypatch.setitem(bench.BENCHES, "sft", broken)
+    args = arguments("--against", "hf")
+    bench.measure(args, [("sft", {}), ("logprob", {"against": ["naive"]})])
+    assert args.results[0]["error"] == "RuntimeError: no memory" and "naive" in args.results[1]["others"]
+    args.seconds = -1
+    bench.measure(args, [("logprob", {})])
+    assert args.results[2]["error"] == "no time was left" and "no memory" in capsys.readouterr().err
+
+
+def test_plans_name_what_there_is():
+    known = vars(arguments())
+    for name, changes in CPU + H200:
+        assert name in bench.BENCHES and changes.keys() <= known.keys() and changes["preset"] in SHAPES
+
+
+@pytest.mark.parametrize("flags", [["walk"], ["--preset", "9b"], ["--rows", "few"]])
+def test_bad_flags_are_one_sentence_and_exit_code_2(flags):
+    done = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr
+
+
+def test_the_peers_do_the_same_work():
+    """Transformers: equal logits and forced lengths; TRL: DPO begins at log 2 as ours does, on the ids it was given."""
+    pytest.importorskip("transformers")
+    peers = bench.peers
+    gpt = bench.random_policy(arguments("--lora_rank", "0")).gpt
+    ids = torch.randint(1, 256, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(peers.twin(gpt)(ids).logits, gpt(ids), atol=1e-5, rtol=1e-5)
+    caps = [3, 9, 1, 5, 8, 2]
+    assert peers.generate(gpt, ids.tolist(), caps, 6, n=3)() == caps
+    assert peers.generate(gpt, ids.tolist(), [4] * 2, 2)() == [4, 4]
+    pytest.importorskip("trl")
+    step = peers.dpo(gpt, [([5, 6], [7, 8, 9], [10]), ([11], [12], [13, 14])], .1, 1e-3)
+    first, second = step(), step()
+    assert first == pytest.approx(.693147, abs=1e-5) and second < first

@@ -1,0 +1,150 @@
+"""What only a GPU can show: captured steps, waits, low precision, compiled code. Skipped where there is none."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from rlhf import policy, reward, rollout
+from rlhf.policy import ChunkedLogProb, pack, token_logps
+from rlhf.update import Updater
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ROOT = Path(__file__).parents[1]
+SHAPE = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
+         "num_key_value_heads": 2}                              # heads of 32, as kernels want them
+PROMPTS = tiny.texts([3, 9, 1, 5, 40, 2, 7, 30, 11, 4], vocab=500)
+ROWS = [(prompt, answer) for prompt, answer in zip(PROMPTS, tiny.texts([20, 7, 1, 33, 9, 15, 3, 8, 2, 40], 90, 500))]
+
+
+def on_gpu(kind, dtype=torch.float32):
+    model = tiny.policy(kind, **SHAPE)
+    model.gpt.to("cuda", dtype)
+    if kind == "lora":
+        for p in model.gpt.adapter("sft").values():
+            p.data = p.data.float()
+    model.gpt.adjoin()
+    return model
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_captured_step_samples_what_an_eager_one_does(kind, dtype, slots):
+    """Refill, compaction and spans of more than one size; twice, as a second call captures anew."""
+    model, limits = on_gpu(kind, dtype), [5 + 13 * i % 150 for i in range(20)]
+    eager, graph, again = (rollout.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, slots, graph)
+                           for graph in (False, True, True))
+    assert eager == graph == again
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_greedy_answers_equal_a_full_forward_pass_per_token(kind):
+    model = on_gpu(kind)
+    for prompt, response in rollout.sample(model, PROMPTS, [500], 12, temperature=0, slots=4):
+        with model.gpt.wear(model.role), torch.no_grad():
+            logits = model.gpt(torch.tensor([prompt + response], device="cuda"))[0, len(prompt) - 1:-1]
+        best = logits.max(-1).values
+        chosen = logits.gather(1, torch.tensor(response, device="cuda")[:, None])[:, 0]
+        assert (best - chosen).max() < 1e-3                     # equal, or a tie within rounding
+
+
+def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
+    step = rollout.Engine.step
+
+    def watched(self, width, span):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, width, span)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(rollout.Engine, "step", watched)
+    rollout.sample(on_gpu("lora", torch.bfloat16), PROMPTS, [7], 20, slots=4, graph=False)
+
+
+@pytest.mark.parametrize("kind, dtype", [("full", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16),
+                                         ("lora", torch.float16)])
+def test_log_probs_and_gradients_are_those_of_a_cpu(kind, dtype):
+    """fp32 throughout on the CPU; low precision on the GPU is close, with checkpointing there and without here."""
+    torch.set_float32_matmul_precision("highest")
+    results = []
+    for model in (tiny.policy(kind, **SHAPE), on_gpu(kind, dtype)):
+        model.gpt.checkpointing = model.gpt.device.type == "cuda"
+        params = model.trainable()
+        logp = token_logps(model, *pack(ROWS, model.gpt.device))
+        logp.sum().backward()
+        results.append([logp.detach().cpu(), *(p.grad.cpu() for p in params)])
+    for cpu, gpu in zip(*results, strict=True):
+        error = (cpu - gpu).norm() / cpu.norm().clamp(min=1e-3)
+        assert error < (1e-3 if dtype == torch.float32 else .15)
+
+
+def test_chunked_gradients_where_head_and_states_are_bf16():
+    h, W = (torch.randn(n, 64, device="cuda").bfloat16().requires_grad_(n == 300) for n in (300, 1000))
+    targets = torch.randint(1000, (300,), device="cuda")
+    ChunkedLogProb.apply(h, W, targets, 1., 128).sum().backward()
+    chunked, h.grad = h.grad.float(), None
+    (h.float() @ W.float().T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    assert (chunked - h.grad.float()).norm() < .02 * h.grad.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_shared_prompt_and_int8_on_the_gpu(dtype):
+    model = on_gpu("lora", dtype)
+    rows = ROWS[:5] + [(prompt, answer) for (prompt, _), (_, answer) in zip(ROWS[:5], ROWS[5:])]
+    with torch.no_grad():
+        plain, shared = (token_logps(model, *pack(rows, "cuda"), shared=shared) for shared in (1, 2))
+        model.gpt.quantise()
+        model.gpt.adjoin()
+        low = token_logps(model, *pack(rows, "cuda"), shared=2)
+    assert (plain - shared).norm() < .05 * plain.norm() and (plain - low).norm() < .15 * plain.norm()
+    eager, graph = (rollout.sample(model, PROMPTS, [7], 30, slots=4, graph=graph) for graph in (False, True))
+    assert eager == graph
+
+
+def test_fused_adamw_learns_adapters_and_heads_in_fp32():
+    critic = reward.fresh(on_gpu("lora", torch.bfloat16))
+    updater = Updater(critic.trainable(), 1e-2, 20)
+    ids, mask = pack(ROWS, "cuda")
+    losses = []
+    for _ in range(20):
+        loss = ((reward.score(critic, ids, mask) - 1) ** 2).sum()
+        updater.add(loss, len(ROWS))
+        updater.step()
+        losses.append(loss.item())
+    assert losses[-1] < .5 * losses[0]
+
+
+def test_compiled_blocks_compute_the_same():
+    results = []
+    for compiled in (False, True):
+        model = on_gpu("lora", torch.bfloat16)
+        model.gpt.checkpointing = True
+        if compiled:
+            model.gpt.compile_blocks()
+        params = model.trainable()
+        logp = token_logps(model, *pack(ROWS, "cuda"))
+        logp.sum().backward()
+        results.append(torch.cat([p.grad.flatten() for p in params]))
+    assert (results[0] - results[1]).norm() < .1 * results[0].norm()
+
+
+def test_memory_is_given_back_after_sampling():
+    model = on_gpu("lora", torch.bfloat16)
+    rollout.sample(model, PROMPTS, [7], 30)
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        rollout.sample(model, PROMPTS, [7], 30)
+    assert torch.cuda.memory_allocated() <= held + 2 ** 20 and policy.Policy(model.gpt).role is None
+
+
+@pytest.mark.parametrize("flags", [["--method", "ppo", "--steps", "2"],
+                                   ["--method", "dpo", "--lora_rank", "8", "--int8", "--checkpointing"],
+                                   ["--method", "ppo", "--steps", "2", "--lora_rank", "8", "--no_graph"]])
+def test_the_command_runs_on_the_gpu(flags, tmp_path):
+    done = subprocess.run([sys.executable, "farm.py", *flags, "--limit", "64", "--out", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "vs sft" in done.stdout
