@@ -248,11 +248,14 @@ def bench_memory(args):
     start = clock(args.device)
     ppo_step(args, roles, prompts, [args.new] * args.rows, cfg)
     seconds, peak = clock(args.device) - start, held(args.device, peak=True) - empty
+    reserved = torch.cuda.max_memory_reserved() if args.device == "cuda" else peak
     args.results.append({"bench": "memory", "preset": args.preset, "lora_rank": args.lora_rank, "int8": args.int8,
                          "rows": args.rows, "slots": args.slots, "micro_batch_tokens": args.micro_batch_tokens,
-                         "base_gb": base / 1e9, "peak_gb": peak / 1e9, "peak_gib": peak / 2 ** 30, "seconds": seconds})
+                         "base_gb": base / 1e9, "peak_gb": peak / 1e9, "peak_gib": peak / 2 ** 30,
+                         "reserved_gib": reserved / 2 ** 30, "seconds": seconds})
     print(f"memory of PPO's four roles   {args.preset:>6} | base {base / 1e9:.2f} GB | peak {peak / 1e9:.2f} GB "
-          f"({peak / 2 ** 30:.2f} GiB), {args.slots} slots, {args.micro_batch_tokens} tokens a micro-batch", flush=True)
+          f"({peak / 2 ** 30:.2f} GiB; {reserved / 2 ** 30:.2f} GiB taken from the card) | {args.slots} slots, "
+          f"{args.micro_batch_tokens} tokens a micro-batch", flush=True)
 
 
 def bench_load(args):

@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from data.weights import WeightsError, assign, load_weights
 
+# PyTorch might prefer cuDNN's attention, which makes a plan for every new shape; ours change with every micro-batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -127,7 +130,7 @@ def product(x, W, bias, int8_scale):
     """W x + bias."""
     if int8_scale is None:
         return F.linear(x, W, bias)
-    y = Int8Product.apply(x.flatten(0, -2), W, int8_scale).view(*x.shape[:-1], -1)
+    y = Int8Product.apply(x.flatten(0, -2), W, int8_scale).view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
 
 
@@ -222,7 +225,7 @@ class Attention(nn.Module):
         self.qkv, self.out = Together(self.q_proj, self.k_proj, self.v_proj), Together(self.o_proj)
 
     def heads(self, x, rope, role):
-        q, k, v = (y.unflatten(-1, (-1, self.hd)) for y in self.qkv(x, role))            # (..., heads, hd)
+        q, k, v = (y.view(*y.shape[:-1], -1, self.hd) for y in self.qkv(x, role))        # (..., heads, hd)
         return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x, rope, role, attend, where):
@@ -329,6 +332,7 @@ class GPT(nn.Module):
     def compile_blocks(self):
         """Compile the blocks for training: minutes once, then faster. One function serves all blocks and shapes.
         Sampling is left as it is: there a CUDA graph has done away with what a compiler could save."""
+        torch._dynamo.config.cache_size_limit = 64      # roles, stages, packed rows and single ones: a few graphs each
         self.train_block = torch.compile(run_block, dynamic=True)
 
     def quantise(self):

@@ -159,7 +159,8 @@ def load_base(cfg):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
     dtype = torch.float32                               # bf16 is 70 times slower on CPUs, and full training needs fp32
-    torch.set_float32_matmul_precision("high")          # TF32, where fp32 weights are trained on a GPU
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32, where weights are fp32
     if device == "cuda" and cfg.lora_rank:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype)

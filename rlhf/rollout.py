@@ -9,6 +9,7 @@ Every row draws from its own stream of random numbers, so an answer does not dep
 Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled from.
 Letters: B rows, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts.
 """
+import math
 from collections import deque
 from functools import partial
 
@@ -20,7 +21,7 @@ from rlhf.policy import pack
 from rlhf.update import micro_batches
 
 LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; a row wastes half of that
-PREFILL = {"cpu": 512, "cuda": 8192}    # tokens of prompts in one pass
+PREFILL = {"cpu": 512, "cuda": 4096}    # tokens of prompts in one pass
 MOST = {"cpu": 128, "cuda": 512}        # slots beyond which a step gets slower as fast as it gets wider
 
 
@@ -33,14 +34,24 @@ def draw(logits, u, temperature):
     return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-def fitting(gpt, length):
-    """How many rows of `length` tokens the device has room for now: their cache, their logits in fp32 three times."""
+def columns(device, longest):
+    """Columns of a cache for rows of up to `longest` tokens: rows overshoot a little before they are seen to have
+    ended, and kernels want multiples of 128 on a GPU."""
+    length = longest + 2 * LOOK[device.type]
+    return length if device.type == "cpu" else length + -length % 128
+
+
+def fitting(gpt, longest):
+    """How many rows of up to `longest` tokens the device has room for now, beside a pass over prompts: their cache,
+    their logits in fp32 three times."""
     if gpt.device.type == "cpu":
         return MOST["cpu"]
-    c = gpt.config
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * gpt.head.itemsize + 16 * c.vocab_size
+    c, bytes = gpt.config, gpt.head.itemsize
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * columns(gpt.device, longest) * bytes
+    row += 16 * c.vocab_size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, min(MOST["cuda"], int(.8 * free / row)))
+    free -= PREFILL["cuda"] * bytes * (6 * c.intermediate_size + 8 * c.hidden_size)
+    return max(1, min(MOST["cuda"], int(.9 * free / row)))
 
 
 @torch.inference_mode()
@@ -51,13 +62,13 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     without one. slots 0: as many as fit. graph: on CUDA, replay a captured step.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
-    length = max(map(len, prompts)) + max(limits)
-    slots = min(slots or fitting(policy.gpt, length), len(limits))
+    longest = max(map(len, prompts)) + max(limits)
+    slots = min(slots or fitting(policy.gpt, longest), len(limits))
     share = min(n, slots)                               # rows that share one prefill
     waiting = deque(sorted(((prompt, range(i * n + j, i * n + min(j + share, n)))
                             for i, prompt in enumerate(prompts) for j in range(0, n, share)),
                            key=lambda waits: len(waits[0])))
-    engine = Engine(policy.gpt, slots, length, stops, limits, temperature, seed, graph)
+    engine = Engine(policy.gpt, slots, columns(policy.gpt.device, longest), stops, limits, temperature, seed, graph)
     with policy.gpt.settled(policy.role):
         while waiting or engine.busy():
             engine.fill(waiting)
@@ -124,19 +135,17 @@ class Engine:
     def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph):
         self.gpt, self.limits, self.temperature = gpt, limits, temperature
         device, N = gpt.device, len(limits)
-        self.look, self.graphs, self.pool = LOOK[device.type], {} if graph and gpt.head.is_cuda else None, None
-        self.length = length + 2 * self.look            # rows overshoot a little before they are seen to have ended
-        if gpt.head.is_cuda:
-            self.length += -self.length % 128
-        self.cache = KVCache(gpt.config, slots, self.length, device, gpt.head.dtype)
+        self.look = look = LOOK[device.type]
+        self.graphs, self.pool = {} if graph and gpt.head.is_cuda else None, None
+        self.cache = KVCache(gpt.config, slots, length, device, gpt.head.dtype)
         self.stops = torch.tensor(stops, device=device)
-        self.u = torch.zeros(N + 1, max(limits) + 2 * self.look)                         # (N + 1, tokens)
+        self.u = torch.zeros(N + 1, max(limits) + 2 * look)                              # (N + 1, tokens)
         self.u[:N, :max(limits)] = torch.rand(N, max(limits), generator=torch.Generator().manual_seed(seed))
         self.u = self.u.to(device)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
         self.sum = torch.zeros((), device=device)
-        self.nowhere = torch.zeros(0, dtype=torch.long, device=device)
+        self.nowhere, self.back = torch.zeros(0, dtype=torch.long, device=device), torch.arange(-look, 0, device=device)
         self.rows = [None] * slots                      # the row in each slot that is in use; None: idle
         self.free = list(range(slots))                  # idle slots, the one that has waited longest first
         self.start, self.age = [0] * slots, [0] * slots                                  # tokens of prompt, and written
@@ -200,17 +209,17 @@ class Engine:
             self.step(width, span) if self.graphs is None else self.replay(width, span)
 
         row, at = self.row[:width, None], self.at[:width, None]
-        recent = self.written[row, at - steps + torch.arange(steps, device=at.device)]   # (B, steps)
+        recent = self.written[row, at + self.back[-steps:]]                              # (B, steps)
         hit = (recent[..., None] == self.stops).any(-1)                                  # (B, steps)
         first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
-        *first, finite = torch.cat((first, self.sum.isfinite()[None])).tolist()
-        if not finite:
+        *first, total = torch.cat((first, self.sum[None])).tolist()
+        if not math.isfinite(total):
             raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
                                      "overflowed")
         ended = []
         for slot in busy:
             row, self.age[slot] = self.rows[slot], self.age[slot] + steps
-            end = self.age[slot] - steps + first[slot] + 1
+            end = self.age[slot] - steps + int(first[slot]) + 1
             if first[slot] < steps or end > self.limits[row]:
                 self.ends[row] = min(end, self.limits[row])
                 self.rows[slot] = None
@@ -218,7 +227,8 @@ class Engine:
         if ended:
             self.free += ended
             self.row[ended] = len(self.limits)
-            self.pos[ended] = self.at[ended] = 0
+        if self.free:                                   # they go on writing where nobody reads, but not beyond the end
+            self.pos[self.free] = self.at[self.free] = 0
 
     def compact(self):
         """Move the rows that go on into the first slots, and let the others go."""
@@ -239,4 +249,4 @@ class Engine:
         self.free = [slot for slot in range(width) if self.rows[slot] is None]
 
     def responses(self):
-        return [row[:end] for row, end in zip(self.written.tolist(), self.ends)]
+        return [row[:end].tolist() for row, end in zip(self.written.cpu(), self.ends)]

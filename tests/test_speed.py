@@ -173,7 +173,7 @@ def test_the_host_waits_once_in_k_steps(engine, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or tolist(x))
     rollout.sample(tiny.policy(), prompts, [61], 64)
     assert engine["steps"] == 64 and engine["looks"] == 8 and engine["waits"] == 0
-    assert len(read) == 8 + 1                                   # and the answers at the end
+    assert read.count(16 + 1) == 8 and len(read) == 8 + 16      # slots and one sum; and the answers at the end
 
 
 def test_a_prompt_is_read_once_for_all_its_answers(engine):
@@ -203,6 +203,9 @@ def test_any_slots_limits_and_stops_give_the_answers_of_one_row_at_a_time():
     r = random.Random(0)
     for trial in range(12):
         model = tiny.policy(r.choice(["full", "lora"]), seed=trial)
+        if model.role and trial % 2:
+            model.gpt.quantise()
+            model.gpt.adjoin()
         prompts, n = tiny.texts([r.randint(1, 9) for _ in range(r.randint(1, 6))], seed=trial), r.randint(1, 5)
         limits = [r.randint(1, 14) for _ in range(len(prompts) * n)]
         stops, temperature = r.sample(range(61), r.randint(0, 6)), r.choice([0, .7, 1., 2.])
@@ -217,6 +220,14 @@ def test_any_slots_limits_and_stops_give_the_answers_of_one_row_at_a_time():
             expected.append((prompts[row // n], answer))
         slots = r.randint(1, len(limits) + 3)
         assert rollout.sample(model, prompts, stops, limits, temperature, trial, n, slots) == expected
+
+
+def test_a_slot_that_idles_long_stays_within_its_tensors():
+    """24 slots that wait for room for 24 answers at once, beside rows that take very long: some idle for more steps
+    than any row is long."""
+    limits = [1, 1, 40] + [60] * 22 + [1] * 25
+    rows = rollout.sample(tiny.policy(), tiny.texts([2, 3]), [61], limits, n=25, slots=24)
+    assert [len(response) for _, response in rows] == limits
 
 
 @KINDS
@@ -332,6 +343,8 @@ def test_the_cache_is_sized_to_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"], 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    row = 2 * 2 * 2 * 8 * 100 * 4 + 16 * 61
-    for free["bytes"], slots in ((0, 1), (100 * row, 80), (200 * row, 160), (10 ** 12, rollout.MOST["cuda"])):
+    row = 2 * 2 * 2 * 8 * 128 * 4 + 16 * 61                     # 100 tokens, in columns of 128
+    prompts = rollout.PREFILL["cuda"] * 4 * (6 * 48 + 8 * 32)
+    for rows, slots in ((0, 1), (100, 90), (200, 180), (10 ** 6, rollout.MOST["cuda"])):
+        free["bytes"] = prompts + rows * row + 1
         assert rollout.fitting(gpt, 100) == slots
