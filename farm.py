@@ -161,8 +161,8 @@ if __name__ == "__main__":
         sys.exit(2 if isinstance(error, InputError) else 3 if isinstance(error, annotate.JudgeError) else 1)
     except (MemoryError, torch.OutOfMemoryError):
         print(f"farm.py: out of memory (peak {peak_gb():.1f} GB); finished stages are kept. Try, in this order: a "
-              "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, a smaller model",
-              file=sys.stderr)
+              "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, --int8 (with "
+              "adapters), a smaller model", file=sys.stderr)
         sys.exit(4)
     except OSError as error:
         full = error.errno == errno.ENOSPC

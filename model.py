@@ -12,7 +12,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import torch
@@ -139,6 +139,12 @@ def plus(y, x, W, scale):
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), W.T, alpha=scale).view(y.shape)
 
 
+def behind(x, y):
+    """Whether the numbers of y come right behind those of x in memory."""
+    stored = [z.untyped_storage().data_ptr() for z in (x, y)]
+    return stored[0] == stored[1] and x.storage_offset() + x.numel() == y.storage_offset()
+
+
 class Together:
     """LoRALinears that read the same input. For sampling they are one product; training keeps them apart, so that
     parameters stay what they are in the checkpoint."""
@@ -164,12 +170,11 @@ class Together:
     def settle(self, role):
         """Do once what each token would do again: put weights together, and the adapter into them; or beside them, as
         A and B, where rounding would lose it (a bf16 sum drops most of it)."""
-        first, *rest = (linear.weight.detach() for linear in self.linears)
-        W, stored = first, first.untyped_storage().data_ptr()
-        if rest and all(w.untyped_storage().data_ptr() == stored for w in rest):         # adjoined
-            W = first.as_strided((sum(map(len, (first, *rest))), first.shape[1]), first.stride())
-        elif rest:
-            W = torch.cat((first, *rest))
+        weights = [linear.weight.detach() for linear in self.linears]
+        if all(behind(*neighbours) for neighbours in pairwise(weights)):
+            W = weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+        else:
+            W = torch.cat(weights)
         bias, scale = (None if x[0] is None else torch.cat(x) for x in (
             [linear.bias for linear in self.linears], [linear.int8_scale for linear in self.linears]))
         A = B = None
@@ -201,7 +206,8 @@ class Packing:
         self.at, self.source = at, source
 
     def __call__(self, q, k, v):
-        """Linear layers have met N tokens; attention meets the rows."""
+        """Linear layers have met N tokens; attention meets the rows. They are looked up as embeddings are, since the
+        gradient of plain indexing is far slower."""
         q, k, v = (F.embedding(self.at, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))     # (B, T, ...)
         return causal(q, k, v).flatten(0, 1)[self.source]                                # (N, H, hd)
 

@@ -7,8 +7,8 @@ What AlpacaFarm does or offers otherwise is an option: --kl_estimator clamped, -
 Left out: dropout, entropy bonus, a separate optimizer for the value function.
 
 Memory: policy, reference, reward model and value function. With LoRA they are four adapters on one frozen base, and
-only two of them have gradients; with full training they are four models, two of them with an optimizer. The best policy
-so far is kept in host memory.
+only two of them have gradients; with full training they are four models, two of them with an optimizer. Policy and
+value function take turns in every micro-batch. The best policy so far is kept in host memory.
 
 Questions a reader asks. Why is the KL inside the reward? Its gradient is then exactly that of the true KL if k1 is the
 estimator (as a loss, k1 has none). Why may it be negative? It is an estimate from one sample; only its mean is a KL.

@@ -5,8 +5,10 @@ and the rest is dropped. n answers to a prompt share one prefill. Nothing in a s
 steps does the host look which rows have ended. On CUDA a step is captured as a graph once and replayed: launching its
 thousand small kernels one by one would take longer than running them.
 
-Every row draws from its own stream of random numbers, so an answer does not depend on slots or on the rows beside it.
-Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled from.
+Every row draws from its own stream of random numbers, so but for rounding an answer does not depend on slots or on the
+rows beside it. Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled
+from.
+
 Letters: B rows, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts.
 """
 import math

@@ -55,17 +55,19 @@ def test_real_sizes_of_the_presets():
         assert linear + head * (1 if SHAPES[preset][-1] else 2) == pytest.approx(billions * 1e9, rel=2e-3)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_every_bench_runs_and_the_last_line_is_one_document(rank, tmp_path):
-    command = [sys.executable, "bench.py", *SMALL, "--lora_rank", str(rank), "--out", str(tmp_path / "x.json")]
+@pytest.mark.parametrize("benches, flags", [([], ["--lora_rank", "0"]), (["rollout", "dpo", "ppo", "memory"], [
+    "--lora_rank", "4", "--int8", "--checkpointing", "--n", "2", "--no_cached", "--no_shared_prompt"])])
+def test_every_bench_runs_and_the_last_line_is_one_document(benches, flags, tmp_path):
+    command = [sys.executable, "bench.py", *benches, *SMALL, *flags, "--out", str(tmp_path / "x.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document == json.loads((tmp_path / "x.json").read_text())
     names = [result["bench"].split()[0] for result in document["results"]]
-    assert names == list(bench.BENCHES) and not any("error" in result for result in document["results"])
-    for result in document["results"][:5]:
-        assert result["seconds"] >= result["seconds_min"] > 0 and result["others"]["naive"]["ratio"] > 0
+    assert names == (benches or list(bench.BENCHES)) and not any("error" in result for result in document["results"])
+    for result in document["results"]:
+        if result["bench"] not in ("memory", "load"):
+            assert result["seconds"] >= result["seconds_min"] > 0 and result["others"]["naive"]["ratio"] > 0
     assert document["ceilings"]["tflops"] > 0 and document["ceilings"]["gbps"] > 0
 
 
