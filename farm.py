@@ -20,9 +20,9 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-# Read when torch loads: a thread that waits for the others spins for some microseconds, and only then sleeps. Without
+# Read when torch loads: a thread that waits for the others spins for a tenth of a millisecond, and only then sleeps. Without
 # the spinning two threads are hardly faster than one, with torch's default of milliseconds they eat a busy machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch  # noqa: E402
 
