@@ -322,9 +322,12 @@ def arguments(argv):
     return args
 
 
-def installed(name):
-    """Whether `--against name` is possible here; TRL has had no PPO since 1.16."""
-    return name == "naive" or find_spec({"hf": "transformers"}.get(name, name)) is not None
+def installed(other, bench):
+    """Whether this bench can be run against another here; TRL 1.16 and later have no PPO."""
+    package = {"hf": "transformers", "trl": "trl"}.get(other)
+    if package is None or not find_spec(package):
+        return other == "naive"
+    return (other, bench) != ("trl", "ppo") or find_spec("trl.experimental.ppo") is not None
 
 
 def measure(args, plan):
@@ -332,7 +335,7 @@ def measure(args, plan):
     began = time.perf_counter()
     for name, changes in plan:
         one = argparse.Namespace(**{**vars(args), **changes})
-        one.against = [other for other in changes.get("against", args.against) if installed(other)]
+        one.against = [other for other in changes.get("against", args.against) if installed(other, name)]
         if time.perf_counter() - began > args.seconds:
             args.results.append({"bench": name, **changes, "error": "no time was left"})
             continue
