@@ -292,6 +292,19 @@ def test_adjoined_weights_are_read_where_they_are_and_still_learn():
     assert torch.equal(W[-16:], attention.v_proj.weight) and (W[-16:] - before).abs().min() > 1e-3
 
 
+def test_weights_that_only_share_a_storage_are_not_taken_for_adjoined():
+    """As the tensors of one file may, in an order of their own."""
+    model, ids = tiny.policy(), tiny.ids(2, 9)
+    with torch.no_grad():
+        before = model.hidden(ids)
+        for together in model.gpt.togethers():
+            rows = torch.cat([linear.weight for linear in together.linears[::-1]])
+            for linear, W in zip(together.linears[::-1], rows.split([x.out_features for x in together.linears[::-1]])):
+                linear.weight.data = W
+        with model.gpt.settled(None):
+            torch.testing.assert_close(model.gpt.hidden(ids), before)
+
+
 def test_int8_rounds_by_half_a_step_and_its_gradient_is_that_of_the_rounded_weights():
     model, exact = tiny.policy("lora"), tiny.policy("lora")
     model.gpt.quantise()
