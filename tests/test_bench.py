@@ -89,6 +89,16 @@ def test_plans_name_what_there_is():
         assert name in bench.BENCHES and changes.keys() <= known.keys() and changes["preset"] in SHAPES
 
 
+def test_the_plan_for_a_gpu_runs_from_end_to_end_in_small(capsys):
+    """Its flags and its order, at a shape and in numbers that a CPU can bear."""
+    small = {"preset": "s", "rows": 32, "slots": 8, "batch": 16, "new": 8, "micro_batch_tokens": 256, "compile": False}
+    args = arguments("--lora_rank", "4", "--checkpointing", "--against", "naive", "--seconds", "600")
+    bench.measure(args, [(name, {**changes, **small, "against": ["naive"]}) for name, changes in H200])
+    assert len(args.results) == len(H200) and not [r["error"] for r in args.results if "error" in r]
+    ppo = next(result for result in args.results if result["bench"].startswith("ppo"))
+    assert ppo["rollout_and_scoring_s"] > 0 and ppo["updates_s"] > 0 and "32x(6+8)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [["walk"], ["--preset", "9b"], ["--rows", "few"]])
 def test_bad_flags_are_one_sentence_and_exit_code_2(flags):
     done = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True)

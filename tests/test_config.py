@@ -83,6 +83,17 @@ def test_flags_beat_the_preset_and_the_preset_the_defaults():
     assert build(Knobs, {"lora_rank": 4}).lora_rank == 4 and build(Knobs, {}).lora_rank == 0
 
 
+def test_a_switch_is_turned_off_with_underscores_or_dashes():
+    for flag in ("--no_graph", "--no-graph"):
+        assert config.parse(Config, [flag, "--int8"], "farm.py") == {"graph": False, "int8": True}
+
+
+def test_an_int8_base_cannot_be_trained_itself():
+    with pytest.raises(InputError, match="--int8 needs adapters"):
+        Config(int8=True, lora_rank=0)
+    assert Config(int8=True, lora_rank=4).int8
+
+
 def test_the_preset_follows_the_model():
     assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
     other = build(Knobs, {"model": "some/folder"})
