@@ -32,7 +32,8 @@ import torch
 
 import model
 from benchmarks import peers
-from benchmarks.measure import (backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset, timed)
+from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset,
+                                timed)
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
 from data.weights import write_safetensors
 from rlhf import dpo, policy, ppo, reward, rollout, sft, update
@@ -142,7 +143,7 @@ def bench_logprob(args):
     runs = {"ours": lambda: policy.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
     if "naive" in args.against:
         runs["naive"] = naive
-    line(args, f"logprob {N}x{V}", N, 2 * 2 * N * D * V / (1e12 * args.ceilings["tflops"]), timed(args, runs))
+    line(args, f"logprob {N}x{V}", N, at_peak(args, 2 * 2 * N * D * V), timed(args, runs))
 
 
 def bench_sft(args):
@@ -157,7 +158,7 @@ def bench_sft(args):
     if "trl" in args.against:
         runs["trl"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank)
     spoken, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
-    floor = pass_flops(args, tokens, spoken, *backward(args)) / (1e12 * args.ceilings["tflops"])
+    floor = at_peak(args, pass_flops(args, tokens, spoken, *backward(args)))
     line(args, f"sft {args.rows} rows", sum(tokens), floor, timed(args, runs))
 
 
@@ -188,7 +189,7 @@ def bench_dpo(args):
         runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)
     tokens = [t for pair in zip(chosen, rejected) for t in (len(pair[0][0]) + len(pair[0][1]), len(pair[1][1]))]
     spoken = sum(len(r) for _, r in chosen + rejected)
-    floor = pass_flops(args, tokens, spoken, *backward(args)) / (1e12 * args.ceilings["tflops"])
+    floor = at_peak(args, pass_flops(args, tokens, spoken, *backward(args)))
     name = f"dpo {args.rows} pairs" + ", cached ref" * args.cached + ", prompt twice" * (not args.shared_prompt)
     line(args, name, sum(pair_lengths(chosen, rejected)), floor, timed(args, runs))
 
@@ -233,7 +234,7 @@ def bench_ppo(args):
         runs |= {"trl": trl, "trl, its garbage collection free": lambda: trl(frozen=True)}
     tokens, (times, head) = [len(p) + c for p, c in zip(prompts, caps)], backward(args)
     flops = pass_flops(args, tokens, 0, 4 + 2 * 2 * times, 0) + pass_flops(args, [], sum(caps), 0, 2 + 2 * head)
-    floor = decode_floor(args, prompts, caps) + flops / (1e12 * args.ceilings["tflops"])
+    floor = decode_floor(args, prompts, caps) + at_peak(args, flops)
     line(args, f"ppo {args.rows}x({args.prompt}+{args.new})", sum(tokens), floor, timed(args, runs))
     args.results[-1] |= dict(zip(("rollout_and_scoring_s", "updates_s"), parts[-1]))
 

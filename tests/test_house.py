@@ -63,8 +63,8 @@ def is_module(name):
 def part(module):
     """Which part of the house a module of ours is: what may be imported is said of parts."""
     top, _, rest = module.partition(".")
-    if module in ("farm", "data.barn.pretrain", "serve", "bench") or top == "benchmarks":
-        return "command"                                # nothing but a command imports a command
+    if module in ("farm", "data.barn.pretrain", "serve", "bench"):
+        return "command"                                # nothing imports a command
     if top == "rlhf":
         return "kit" if rest in (*KIT, "") else "stage" if rest in STAGES else "method"
     return top
@@ -78,7 +78,8 @@ MAY_IMPORT = {
     "kit": {"kit", "model", "data"},
     "stage": {"kit", "stage", "model", "annotate", "data"},
     "method": {"kit", "stage", "method", "model", "annotate", "eval", "data"},
-    "command": {"command", "kit", "stage", "method", "model", "annotate", "eval", "data"},
+    "benchmarks": {"benchmarks", "kit", "model", "data"},
+    "command": {"benchmarks", "kit", "stage", "method", "model", "annotate", "eval", "data"},
 }
 
 
