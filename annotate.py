@@ -4,17 +4,19 @@ An annotator is a model with a prompt and a temperature. A pool of them stands f
 on purpose for its disagreement (AlpacaFarm, arXiv 2305.14387). The judge is any server that speaks OpenAI's
 chat completions. A pair becomes a list of messages, a reply a verdict, and is on disk before it is used.
 
-Left out: scores from log-probs, several pairs in one prompt, asking both orders, prices, concurrency that
-adapts, locks between processes on one cache file (no line is lost, but both may pay for the same answer).
+Left out: asking for log-probs, several pairs in one prompt, prices, concurrency that adapts, locks between
+processes on one cache file (no line is lost, but both may pay for the same answer).
 """
 import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from pathlib import Path
 
 import requests
 from requests.packages.urllib3.exceptions import HTTPError
+
+from data.alpaca_eval import question
 
 
 class JudgeError(Exception):
@@ -89,6 +93,16 @@ def verdict(reply):
     return match and "ab".index(match[1].lower()) + 1
 
 
+def logprob_preference(logprobs, first="m", second="M"):
+    """A preference in [1, 2] from {token: log-probability} of a verdict in one token: 2 - P(first) / P(either).
+
+    AlpacaEval 2's logprob_parser; `first` is the token for the answer shown first. A token that is not among the top
+    ones counts as impossible; None if neither is there.
+    """
+    one, two = (math.exp(logprobs.get(token, -math.inf)) for token in (first, second))
+    return 2 - one / (one + two) if one + two else None
+
+
 # ---- pairs -> preferences ------------------------------------------------------------------------------
 
 def draw(what, salt, choices, weights=None):
@@ -96,7 +110,7 @@ def draw(what, salt, choices, weights=None):
     return random.Random(what + salt).choices(choices, weights=weights)[0]
 
 
-def annotate(pairs, annotators, judge, seed=0, flip=0.0):
+def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False):
     """Preferences for pairs {instruction, output_1, output_2, ...}, as AlpacaEval's records.
 
     A record is its pair and
@@ -104,20 +118,22 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0):
       is_switched      output_2 was shown first, as Output (a)
       preference       1: output_1 is better, 2: output_2 is, 1.5: equal texts, None: no usable verdict
       raw_completion   what the judge said, None if it was not asked
-    A fraction `flip` of the labels is wrong on purpose: 2 * flip of them are coins, tossed instead of asking,
-    so they cost nothing. Pairs with one instruction share their draws, unless each has a "seed" string too.
-    JudgeError if more than judge.max_unusable of those asked have no usable verdict.
+    With `both_orders` each pair is asked twice, is_switched is None, and there is
+      preference_by_order  [with output_1 shown first, with output_2]; `preference` is their mean, None if either is
+    and raw_completion is a list too. A fraction `flip` of the labels is wrong on purpose: 2 * flip of them are
+    coins, tossed instead of asking, so they cost nothing. Pairs with one instruction share their draws, unless
+    each has a "seed" string too. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
     if not 0 <= flip <= 0.5:
         raise ValueError(f"flip is the fraction of wrong labels, between 0 and 0.5, not {flip}")
     records, asked, bodies, coins = [], [], [], 0
     for pair in pairs:
-        instruction = pair["instruction"] + ("\n\n" + pair["input"] if pair.get("input") else "")
+        instruction = question(pair)
         salt = instruction + str(seed) + pair.get("seed", "")
         annotator = draw("annotator", salt, annotators)
         switched = draw("is_switched_outputs", salt, [False, True])
         coin = draw("noisy_preference", salt, [None, 1, 2], [1 - 2 * flip, flip, flip])
-        record = {**pair, "annotator": annotator.name, "is_switched": switched,
+        record = {**pair, "annotator": annotator.name, "is_switched": None if both_orders else switched,
                   "preference": coin, "raw_completion": None}
         records.append(record)
         if pair["output_1"] == pair["output_2"]:
@@ -125,20 +141,27 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0):
         elif coin:
             coins += 1
         else:
-            first, second = ("output_2", "output_1") if switched else ("output_1", "output_2")
-            bodies.append(request_body(annotator, instruction, pair[first], pair[second]))
             asked.append(record)
+            for order in (False, True) if both_orders else (switched,):
+                first, second = ("output_2", "output_1") if order else ("output_1", "output_2")
+                bodies.append(request_body(annotator, instruction, pair[first], pair[second]))
 
-    for record, reply in zip(asked, judge.complete(bodies)):
-        choice = verdict(reply) if reply else None
-        record["raw_completion"] = reply
-        record["preference"] = 3 - choice if choice and record["is_switched"] else choice
+    replies, unusable = iter(judge.complete(bodies)), []
+    for record in asked:
+        orders = (False, True) if both_orders else (record["is_switched"],)
+        said = [next(replies) for _ in orders]
+        choices = [verdict(reply) if reply else None for reply in said]
+        chosen = [3 - choice if choice and switched else choice for choice, switched in zip(choices, orders)]
+        unusable += [reply or judge.fault for reply, choice in zip(said, choices) if not choice][:1]
+        record["raw_completion"] = said if both_orders else said[0]
+        record["preference"] = statistics.mean(chosen) if all(chosen) else None
+        if both_orders:
+            record["preference_by_order"] = chosen
 
-    unusable = [record for record in asked if record["preference"] is None]
-    print(f"judge: {len(asked)} asked ({judge.hits} from the cache), {len(asked) - len(unusable)} usable, "
+    print(f"judge: {len(bodies)} asked ({judge.hits} from the cache), {len(asked) - len(unusable)} usable, "
           f"{len(unusable)} unusable, {coins} coins, {len(pairs) - len(asked) - coins} identical", flush=True)
     if len(unusable) > judge.max_unusable * len(asked):
-        example = shorten(unusable[0]["raw_completion"] or judge.fault)
+        example = shorten(unusable[0])
         raise JudgeError(f"{len(unusable)} of {len(asked)} verdicts are unusable, for example {example!r}; "
                          f"at most {judge.max_unusable:.0%} may be. Every answer is kept in {judge.cache}")
     return records

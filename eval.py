@@ -1,101 +1,333 @@
-"""Win rates and their errors, leaderboard: AlpacaEval's statistics and files, in numpy.
+"""Evaluation: win rates with honest errors from AlpacaEval's files, models ranked and compared, judges examined.
 
-A preference lies in [1, 2]: at 1 the reference is better, at 2 the model; 1.5 (or 0, in old files) is a draw.
-A standard error is about the choice of instructions; of the noise between two trainings it knows nothing.
-Left out: the length-controlled win rate, asking both orders, agreement between judges.
+    python eval.py runs/barn                            leaderboard of annotations: files, or folders that hold them
+    python eval.py A.json B.json --baseline A           and every model compared with A on the same prompts
+    python eval.py --outputs OUT.json --reference REF.json --judge MODEL        have answers judged first
+    python eval.py --judge_report LABELS.json --human HUMAN.json                how far to trust a judge
+    python eval.py --rankings SIMULATED.csv HUMAN.csv   do two leaderboards agree? (FILE.csv:COLUMN for another column)
+    python eval.py --attack --judge MODEL               what the judge gives to answers that say nothing
+
+Everything is computed from files, in numpy, without torch. As a library: `report`, and the parts in stats/.
 """
+import argparse
 import csv
+import errno
+import json
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 
-from annotate import annotate
-
-COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate",
-           "mode", "avg_length"]                        # AlpacaEval's, in its order
-EXTRA = ["diff_sft", "diff_sft_standard_error",        # ours: points of win rate over the SFT model,
-         "true_reward"]                                 # and what only the offline world can know
-
-
-def usable(preferences):
-    """Preferences (N,) as floats: 0 becomes 1.5, what is no number in [1, 2] becomes NaN."""
-    p = np.array(preferences, dtype=float)              # None becomes NaN
-    p[p == 0] = 1.5
-    p[~((p >= 1) & (p <= 2))] = np.nan
-    return p
+from annotate import JudgeError, annotate, connect, draw, pool
+from data import InputError, sets
+from data.alpaca_eval import (matched, question, read_annotations, read_column, read_labels, read_length_control,
+                              read_outputs)
+from data.attacks import ATTACKS
+from stats.agreement import judge_report
+from stats.length import HARDLY_ANY, length_controlled
+from stats.ranking import CORRELATIONS, agreement_of_rankings, bradley_terry, ratings, wins
+from stats.tables import between, details, number, table, write
+from stats.winrate import (compare, interval, left_out, position_flips, position_gap, resample, resampled_means, usable,
+                           win_rate)
 
 
-def mean_and_error(x):
-    """Mean of x (N,) and its standard error; NaN where N is too small to say."""
-    mean = x.mean() if len(x) else np.nan
-    error = x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
-    return float(mean), float(error)
 
+# ---- judging -------------------------------------------------------------------------------------------
 
-def win_rate(preferences):
-    """AlpacaEval's row for one model, in percent; unusable preferences count nowhere, not even in n_total."""
-    p = usable(preferences)
-    p = p[~np.isnan(p)]
-    mean, error = mean_and_error(100 * (p - 1))
-    discrete, _ = mean_and_error(100 * np.where(p == 1.5, 0.5, p.round() - 1))
-    wins, losses, draws = (int(x.sum()) for x in (p > 1.5, p < 1.5, p == 1.5))
-    return {"win_rate": mean, "standard_error": error, "n_wins": wins, "n_wins_base": losses,
-            "n_draws": draws, "n_total": len(p), "discrete_win_rate": discrete}
+def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
+    """Judge a model's outputs against the reference's -> AlpacaEval's annotations, in the reference's order.
 
-
-def paired_difference(preferences_a, preferences_b):
-    """(win rate of a - win rate of b, its standard error), in points, for the same instructions in one order.
-
-    Rows unusable in either are left out. What makes an instruction easy for both models cancels, so the error
-    is usually smaller than the errors of the two win rates suggest.
+    Both are lists of {instruction, output, generator, optional input and dataset} that answer the same instructions;
+    InputError names the first that does not.
     """
-    difference = usable(preferences_a) - usable(preferences_b)
-    return mean_and_error(100 * difference[~np.isnan(difference)])
-
-
-def evaluate(outputs, reference, annotators, judge, seed=0):
-    """Judge a model's outputs against the reference's -> (leaderboard row, annotations).
-
-    Both are lists of {instruction, output, generator, optional input and dataset} on the same instructions in
-    the same order; ValueError names the first that differs.
-    """
-    if len(outputs) != len(reference):
-        raise ValueError(f"{len(outputs)} outputs, but {len(reference)} reference outputs")
     pairs = []
-    for i, (ours, theirs) in enumerate(zip(outputs, reference)):
-        if any(ours.get(key, "") != theirs.get(key, "") for key in ("instruction", "input")):
-            raise ValueError(f"row {i}: the output answers {ours['instruction']!r}, "
-                             f"the reference {theirs['instruction']!r}")
-        asked = {key: ours[key] for key in ("instruction", "input", "dataset") if key in ours}
+    for ours, theirs in zip(matched(outputs, reference), reference):
+        asked = {key: theirs[key] for key in ("instruction", "input", "dataset") if key in theirs}
         pairs.append({**asked, "output_1": theirs["output"], "generator_1": theirs["generator"],
                       "output_2": ours["output"], "generator_2": ours["generator"]})
-    annotations = annotate(pairs, annotators, judge, seed)
-    row = win_rate([annotation["preference"] for annotation in annotations])
-    # Over all outputs, judged or not. In characters, as AlpacaEval counts: tokens would depend on the model.
-    return {**row, "avg_length": int(np.mean([len(output["output"]) for output in outputs]))}, annotations
+    return annotate(pairs, annotators, judge, seed, both_orders=both_orders)
 
 
-def leaderboard(rows, path):
-    """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
-    ranked = sorted(rows.items(), key=lambda item: -item[1]["win_rate"])
-    extra = [column for column in EXTRA if any(column in row for row in rows.values())]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["", *COLUMNS, *extra])
-        writer.writeheader()
-        for name, row in ranked:
-            cells = {"": name, "mode": "community", **row}
-            writer.writerow({column: cells.get(column, "") for column in writer.fieldnames})
+# ---- annotations -> numbers ----------------------------------------------------------------------------
 
-    width = max(len(name) for name in ["model", *rows])
-    lines = [f"{'model':{width}}  win rate   error   length      n"
-             + "   vs sft   error" * ("diff_sft" in extra) + "  true reward" * ("true_reward" in extra)]
-    lines.append("-" * len(lines[0]))
-    for name, row in ranked:
-        line = (f"{name:{width}}  {row['win_rate']:8.2f}  {row['standard_error']:6.2f}"
-                f"  {row['avg_length']:7}  {row['n_total']:5}")
-        if "diff_sft" in extra:
-            line += (f"  {row['diff_sft']:+7.2f}  {row['diff_sft_standard_error']:6.2f}" if "diff_sft" in row
-                     else " " * 17)
-        if "true_reward" in row:
-            line += f"  {row['true_reward']:11.2f}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+class Prompts:
+    """The annotations of M models, brought to the same N instructions in one order: arrays (M, N).
+
+    `asked` gives the instructions and their order; by default they are those of all models, as they come. preferences,
+    lengths and reference_lengths are NaN where a model has no annotation, which `there` says too.
+    """
+
+    def __init__(self, models, asked=()):
+        keys = {question(record): None for records in [asked, *models.values()] for record in records}
+        self.place = {key: n for n, key in enumerate(keys)}
+        self.names, shape = list(models), (len(models), len(keys))
+        self.preferences, self.lengths, self.reference_lengths = (np.full(shape, np.nan) for _ in range(3))
+        self.switched, self.datasets = np.zeros(shape, dtype=bool), np.full(len(keys), "", dtype=object)
+        for m, records in enumerate(models.values()):
+            rows = [self.place[question(record)] for record in records]
+            self.preferences[m, rows] = usable([record["preference"] for record in records])
+            self.lengths[m, rows] = [len(record["output_2"]) for record in records]
+            self.reference_lengths[m, rows] = [len(record["output_1"]) for record in records]
+            self.switched[m, rows] = [shown_first(record) for record in records]
+            self.datasets[rows] = [record.get("dataset", "") for record in records]
+        self.there = ~np.isnan(self.lengths)
+        self.references = [records[0]["generator_1"] for records in models.values()]
+
+
+def shown_first(record):
+    """Was the model's answer shown first? AlpacaEval does not store it, but drew it from the instruction (seed 0)."""
+    switched = record.get("is_switched")
+    return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
+
+
+def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
+    """The length-controlled columns of model m."""
+    if records[0]["generator_1"] == records[0]["generator_2"]:
+        return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # by definition
+    difficulty, gamed = lc_data or (None, None)
+    if lc == "alpaca_eval":
+        # As published: rows in the file's order, the difficulties by row number even where rows are missing before it,
+        # C chosen by cross-validation, and as the error the spread of what was fitted.
+        if difficulty is None or len(records) > len(difficulty):
+            raise InputError("--lc alpaca_eval needs AlpacaEval's own difficulties (--lc_data), and as many rows")
+        p, ours, theirs = zip(*((r["preference"], len(r["output_2"]), len(r["output_1"])) for r in records))
+        return length_controlled(p, ours, theirs, difficulty[:len(p)], gamed, lc_C)
+    there = prompts.there[m]
+    p, ours, theirs = (x[m, there] for x in (prompts.preferences, prompts.lengths, prompts.reference_lengths))
+    return length_controlled(p, ours, theirs, None if difficulty is None else difficulty[there], gamed,
+                             lc_C or HARDLY_ANY, counts[:, there])
+
+
+def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None, resamples=1000, seed=0):
+    """All that annotations say: {name: AlpacaEval records} of M models -> a dict that JSON can hold.
+
+    asked       records of all instructions in their order, for what is missing; `lc_data`, from
+                data.alpaca_eval.read_length_control, follows this order
+    baseline    the model that all are compared with; by default each is compared with the next on the leaderboard
+    lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published
+    Every interval is of the same `resamples` draws of the instructions.
+
+    rows        {name: row of the leaderboard}, best first
+    compared    [{a, b, and what stats.winrate.compare says}], for models with the same reference
+    by_dataset  {name: {dataset: row}}
+    position    {name: stats.winrate.position_gap}; flips: {name: stats.winrate.position_flips}, if asked in both orders
+    ratings     stats.ranking.ratings, the reference at 1000
+    matrix      {names, win_rate, predicted}: win rates of row over column, NaN where they never met, and the ratings'
+    """
+    prompts = Prompts(models, asked)
+    if lc == "default" and lc_data and len(lc_data[0]) != len(prompts.datasets):
+        raise InputError(f"the difficulties are of {len(lc_data[0])} instructions, here are {len(prompts.datasets)}: "
+                         "give the reference outputs with all of them, in AlpacaEval's order, as --reference")
+    if baseline and baseline not in models:
+        raise InputError(f"--baseline {baseline!r} is not among the models: {', '.join(models)}")
+    counts, rows, position, flips = resample(len(prompts.datasets), resamples, seed), {}, {}, {}
+    for m, (name, records) in enumerate(models.items()):
+        p, there = prompts.preferences[m], prompts.there[m]
+        low, high = interval(100 * (resampled_means(p, counts) - 1))
+        rows[name] = {**win_rate(p[there]), "mode": "community", "avg_length": int(prompts.lengths[m, there].mean()),
+                      **controlled(records, prompts, m, lc, lc_data, lc_C, counts),
+                      "win_rate_ci_low": low, "win_rate_ci_high": high, **left_out(p[there], int((~there).sum()))}
+        if by_order := [record["preference_by_order"] for record in records if "preference_by_order" in record]:
+            flips[name] = position_flips(by_order)
+        else:
+            position[name] = position_gap(p, prompts.switched[m])
+    rows = dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
+
+    preferences, reference = (dict(zip(models, x)) for x in (prompts.preferences, prompts.references))
+    pairs = [(name, baseline) for name in rows if name != baseline] if baseline else zip(rows, list(rows)[1:])
+    datasets = list(dict.fromkeys(prompts.datasets))
+    clusters = prompts.datasets if len(datasets) > 1 else None
+    compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
+                for a, b in pairs if reference[a] == reference[b]]
+    by_dataset = {name: {dataset: win_rate(p[prompts.datasets == dataset]) for dataset in datasets}
+                  for name, p in preferences.items()}
+    return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
+            "position": position, "flips": flips, **tournament(models, prompts, counts)}
+
+
+def tournament(models, prompts, counts):
+    """Ratings and matrix of all that met, references included; nothing for a single model."""
+    if len(models) < 2:
+        return {"ratings": [], "matrix": None}
+    players = [records[0]["generator_2"] for records in models.values()]
+    if len(set(prompts.references)) == 1:               # one reference: a model is a row of the leaderboard
+        players = prompts.names
+    names = list(dict.fromkeys([*prompts.references, *players]))
+    first, second = ([names.index(name) for name in side] for side in (prompts.references, players))
+    anchor = max(range(len(names)), key=first.count)    # the reference of most
+    won = wins(prompts.preferences, first, second, len(names))
+    played, theta = won + won.swapaxes(1, 2), bradley_terry(won, anchor)[0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = {"names": names, "win_rate": (100 * won / played)[0].tolist(),
+                  "predicted": (100 / (1 + np.exp(theta - theta[:, None]))).tolist()}
+    return {"ratings": ratings(names, prompts.preferences, first, second, counts, anchor), "matrix": matrix}
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+def judged(args, judge, reference):
+    """Annotations of the outputs in args.outputs, each written to its own folder: {name: records}."""
+    models = {}
+    for path in args.outputs:
+        outputs = read_outputs(path)
+        name, outputs = outputs[0]["generator"], matched(outputs, reference, path, args.reference or "the reference")
+        if name in models:
+            raise InputError(f"{path}: the answers of {name!r} have been read already")
+        models[name] = evaluate(outputs[:args.limit or None], reference[:args.limit or None], pool(args.judge), judge,
+                                args.seed, args.both_orders)
+        folder = args.out / Path(name).name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
+    return models
+
+
+def reference_outputs(args):
+    if args.reference:
+        return read_outputs(args.reference)
+    if args.judge != "barn":
+        raise InputError("which answers are the others compared with? --reference REF.json, in AlpacaEval's format")
+    return sets.load()["eval"]                          # the offline world's
+
+
+def attacked(args, judge, reference):
+    """{name of an attack: its annotations}: one constant answer to everything."""
+    reference = reference[:args.limit or None]
+    return {name: evaluate([{**record, "output": text, "generator": name} for record in reference], reference,
+                           pool(args.judge), judge, args.seed, args.both_orders) for name, text in ATTACKS.items()}
+
+
+def labels_of(records, pairs=None):
+    """({pair: its first record}, labels (N, K)): K labels of each of N pairs, NaN where a pair has fewer.
+
+    With `pairs` given, of these pairs in this order, whatever else there is."""
+    first, labels = {}, {}
+    for record in records:
+        key = question(record), record["output_1"], record["output_2"]
+        first.setdefault(key, record)
+        labels.setdefault(key, []).append(record["preference"])
+    rows = [usable(labels.get(key, [])) for key in pairs or first]
+    longest = max(1, max(map(len, rows)))
+    return first, np.array([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
+
+
+def examined(args):
+    """The judge report of the labels in args.judge_report, as a table; also in evaluators_leaderboard.csv."""
+    records = [record for path in args.judge_report for record in read_labels(path)]
+    if args.judge:                                      # not these labels, then, but the judge's own of the same pairs
+        pairs = list(labels_of(records)[0].values())[:args.limit or None]
+        with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable) as judge:
+            records = [record for seed in range(args.seeds)
+                       for record in annotate(pairs, pool(args.judge), judge, seed)]
+    first, labels = labels_of(records)
+    people, second = (path and labels_of(read_labels(path), first)[1] for path in (args.human, args.second))
+    for path, other in ((args.human, people), (args.second, second)):
+        if path and np.isnan(other).all():
+            raise InputError(f"{path}: has labels of none of the pairs in {args.judge_report[0]}")
+    money = [[record.get(key, record.get("preference_" + key)) for record in records]
+             for key in ("price_per_example", "time_per_example")]
+    writers = [record.get("generator_2") for record in first.values()]
+    row = judge_report(labels, [key[1] for key in first], [key[2] for key in first], people or None,
+                       writers if len(set(writers)) > 2 else None, second or None,
+                       *(values if any(values) else None for values in money))
+    name = args.judge or records[0].get("annotator", Path(args.judge_report[0]).stem)
+    with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["", *row], [name, *("" if x != x else x for x in row.values())]])
+    return table(["", name], *([key, number(value, "d" if isinstance(value, int) else ".2f")]
+                               for key, value in row.items()))
+
+
+def correlated(paths):
+    """Do two leaderboards agree? As a table."""
+    one, two = map(read_column, paths)
+    both = [name for name in one if name in two]
+    if len(both) < 3:
+        raise InputError(f"{len(both)} models are in both {paths[0]} and {paths[1]}: a ranking needs three")
+    found = agreement_of_rankings([one[name] for name in both], [two[name] for name in both])
+    lines = [[name, number(found[name]["value"], ".3f"), between(found[name]["ci_low"], found[name]["ci_high"], ".2f"),
+              number(found[name]["p"], ".2g")] for name in CORRELATIONS]
+    return (f"{len(both)} models; 95 % over resampled models, p over permutations of them:\n\n" +
+            table(["", "value", "95 %", "p"], *lines))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("annotations", nargs="*", help="AlpacaEval annotations: .json, .jsonl, .gz, or folders with annotations.json")
+    add("--outputs", nargs="+", metavar="FILE", help="answers to be judged, one file for each model")
+    add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
+        "with annotations: all instructions in their order, for what is missing")
+    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, or a model at OPENAI_BASE_URL")
+    add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
+    add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
+    add("--second", default="", metavar="FILE", help="a second judge's labels, to correlate win rates with")
+    add("--seeds", type=int, default=4, help="labels of each pair with --judge_report and --judge")
+    add("--rankings", nargs=2, metavar="CSV", help="two leaderboards, FILE.csv or FILE.csv:COLUMN")
+    add("--attack", action="store_true", help="score answers that say nothing")
+    add("--baseline", default="", metavar="NAME", help="compare all with this model (default: each with the next)")
+    add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
+    add("--any_reference", action="store_true", help="take annotations against different reference answers together")
+    add("--lc", choices=["default", "alpaca_eval"], default="default", help="length control: correct, or as published")
+    add("--lc_data", default="", metavar="FILE", help="AlpacaEval's difficulties and gamed baseline (df_gamed.csv)")
+    add("--lc_C", type=float, metavar="C", help="inverse L1 penalty (default: none; as published: cross-validated)")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples of the instructions")
+    add("--seed", type=int, default=0, help="of orders, annotators and resamples")
+    add("--limit", type=int, default=0, help="judge only so many instructions (0: all)")
+    add("--workers", type=int, default=8, help="questions to the judge at a time")
+    add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
+    add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
+    flags = [token.replace("-", "_").replace("__", "--", 1) if token.startswith("--") else token for token in argv]
+    args = parser.parse_args(flags)
+    modes = [name for name in ("annotations", "outputs", "judge_report", "rankings", "attack") if getattr(args, name)]
+    if len(modes) != 1:
+        raise InputError(f"give annotations, or one of --outputs, --judge_report, --rankings, --attack, not "
+                         f"{' and '.join(modes) or 'nothing'}; --help explains them")
+    if min(args.resamples, args.seeds, args.workers) < 1 or args.limit < 0 or (args.lc_C or 1) <= 0:
+        raise InputError("--resamples, --seeds, --workers and --lc_C must be positive, and --limit not negative")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    if args.rankings:
+        return print(correlated(args.rankings))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.judge_report:
+        return print(examined(args))
+    if args.annotations:
+        models = read_annotations(args.annotations, args.any_reference)
+        asked = read_outputs(args.reference) if args.reference else []
+    else:
+        args.judge = args.judge or "barn"
+        reference = reference_outputs(args)
+        asked = reference[:args.limit or None]
+        max_unusable = 1 if args.attack else args.max_unusable      # a judge that loses its head: that is a result, too
+        with connect(args.judge, args.out / "judge.jsonl", args.workers, max_unusable) as judge:
+            models = (attacked if args.attack else judged)(args, judge, reference)
+    lc_data = read_length_control(args.lc_data) if args.lc_data else None
+    result = report(models, asked, args.baseline, args.lc, lc_data, args.lc_C, args.resamples, args.seed)
+    references = sorted({records[0]["generator_1"] for records in models.values()})
+    print(f"win rate over {', '.join(references)} in %:\n\n{write(result, args.out)}\n")
+    if not args.attack and (more := details(result)):
+        print(f"{more}\n")
+    print(f"leaderboard.csv and report.json are in {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, JudgeError) as error:
+        sys.stdout.flush()
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except BrokenPipeError:                             # the reader of a pipe, head perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        print(f"eval.py: {'the disk is full' if full else error}", file=sys.stderr)
+        sys.exit(5 if full else 2)
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; what the judge answered is kept", file=sys.stderr)
+        sys.exit(130)

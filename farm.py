@@ -103,21 +103,23 @@ def leaderboard(cfg):
     """Judge the answers of every finished stage in the run folder against the reference; the table as text."""
     out = Path(cfg.out)
     reference = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
-    rows, preferences = {}, {}
+    models, truth = {}, {}
     with annotate.connect(cfg.judge, out / "judge.jsonl") as judge:
         finished = [path.parent for path in sorted(out.glob("*/result.json"))]
         for folder in (folder for folder in finished if (folder / "outputs.json").exists()):
             outputs = json.loads((folder / "outputs.json").read_text())
-            rows[folder.name], annotations = eval.evaluate(outputs, reference, annotate.pool(cfg.judge), judge)
-            (folder / "annotations.json").write_text(json.dumps(annotations, indent=1))
-            preferences[folder.name] = [annotation["preference"] for annotation in annotations]
+            models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge), judge)
+            (folder / "annotations.json").write_text(json.dumps(models[folder.name], indent=1))
             if cfg.data == "barn":
-                truth = [true_reward(output["instruction"], output["output"]) for output in outputs]
-                rows[folder.name]["true_reward"] = statistics.mean(truth)
-    for name in rows.keys() - {"sft"} if "sft" in rows else ():
-        difference = eval.paired_difference(preferences[name], preferences["sft"])
-        rows[name] |= dict(zip(("diff_sft", "diff_sft_standard_error"), difference))
-    return eval.leaderboard(rows, out / "leaderboard.csv")
+                truth[folder.name] = statistics.mean(true_reward(row["instruction"], row["output"]) for row in outputs)
+    result = eval.report(models, reference, baseline="sft" if "sft" in models else "")
+    for name, reward in truth.items():
+        result["rows"][name]["true_reward"] = reward
+    for row in result["compared"]:
+        if row["b"] == "sft":
+            difference = {"diff_sft": row["difference"], "diff_sft_standard_error": row["standard_error"]}
+            result["rows"][row["a"]] |= difference
+    return eval.write(result, out)
 
 
 def main(argv):

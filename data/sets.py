@@ -14,8 +14,11 @@ from data.barn import world
 SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFarm's 10k, 10k, 20k, 2k
 
 
-def read_records(path):
-    """The records of a .json (a list) or .jsonl file, .gz or not; InputError names the first one that is unusable."""
+def read_records(path, texts=("instruction", "output")):
+    """The records of a .json (a list) or .jsonl file, .gz or not; InputError names the first one that is unusable.
+
+    A record is an object with a string under each of the keys `texts`, and under "input" if it has one.
+    """
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -35,8 +38,8 @@ def read_records(path):
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a list of records")
     for i, record in enumerate(records):
-        for key, default in (("instruction", None), ("input", ""), ("output", None)):
-            if not isinstance(record, dict) or not isinstance(record.get(key, default), str):
+        for key in (*texts, "input"):
+            if not isinstance(record, dict) or not isinstance(record.get(key, "" if key == "input" else None), str):
                 raise InputError(f"{path}: record {i} has no text under {key!r}")
     return records
 

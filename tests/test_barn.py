@@ -55,7 +55,7 @@ def test_splits_are_unique_disjoint_complete_and_readable():
     assert list(SIZES) == ["sft", "preference", "unlabeled", "val", "eval"] and SIZES["eval"] == 805
     assert len(instructions) == len(set(instructions)) == sum(SIZES.values())
     assert all(map(parse, instructions))
-    assert all(record.keys() == {"instruction", "input", "output"} and record["output"].strip()
+    assert all(record.keys() == {"instruction", "input", "output", "dataset"} and record["output"].strip()
                for records in splits().values() for record in records)
 
 

@@ -32,7 +32,7 @@ from rlhf.config import BASE
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
 
 
 @pytest.fixture(scope="module", autouse=True)

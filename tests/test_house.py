@@ -14,11 +14,12 @@ from rlhf import KIT, config, methods
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward")                     # what methods start from
-OURS = {"farm", "model", "annotate", "eval", "serve", "bench", "benchmarks", "rlhf", "data", "tests"}
+OURS = {"farm", "model", "annotate", "eval", "stats", "serve", "bench", "benchmarks", "rlhf", "data", "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what bench.py measures beside, where they are installed
-NO_TORCH = ("annotate", "eval", "data", "data.sets", "data.barn", "data.barn.world", "data.barn.reward",
-            "data.barn.judge", "data.barn.lexicon")
+NO_TORCH = ("annotate", "eval", "stats", "stats.winrate", "stats.length", "stats.ranking", "stats.agreement",
+            "stats.tables", "data", "data.sets", "data.alpaca_eval", "data.attacks", "data.barn", "data.barn.world",
+            "data.barn.reward", "data.barn.judge", "data.barn.lexicon")
 
 
 def files():
@@ -74,7 +75,8 @@ MAY_IMPORT = {
     "data": {"data"},
     "model": {"data"},
     "annotate": {"data"},
-    "eval": {"annotate"},
+    "stats": {"stats"},
+    "eval": {"annotate", "stats", "data"},
     "kit": {"kit", "model", "data"},
     "stage": {"kit", "stage", "model", "annotate", "data"},
     "method": {"kit", "stage", "method", "model", "annotate", "eval", "data"},

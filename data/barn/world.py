@@ -305,7 +305,7 @@ def demonstrate(instruction, r, mix=MIXED):
 
 @lru_cache(None)
 def splits():
-    """{split: records {instruction, input, output}}: unique, disjoint instructions, the same in every run.
+    """{split: records {instruction, input, output, dataset (its kind)}}: unique, disjoint instructions, in every run.
 
     `output` is a demonstration; in `eval` it is the fixed reference answer that every method is compared with.
     """
@@ -318,8 +318,9 @@ def splits():
         if tries > 20 * sum(SIZES.values()):
             raise ValueError(f"only {len(unique)} unique instructions in {tries} draws: the grammar is too small")
     instructions = iter(unique.values())
-    return {split: [{"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r)}
-                    for instruction in islice(instructions, size)] for split, size in SIZES.items()}
+    return {split: [{"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r),
+                     "dataset": instruction.kind} for instruction in islice(instructions, size)]
+            for split, size in SIZES.items()}
 
 
 def pretraining_texts(n, seed=0):

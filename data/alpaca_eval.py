@@ -1,0 +1,167 @@
+"""AlpacaEval's files: model outputs, annotations, leaderboards, and what its length control needs; checked row by row.
+
+Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped or not.
+"""
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data import InputError
+from data.sets import read_records
+
+
+def question(record):
+    """What is asked, in one text: instructions are told apart by it, and a judge is shown it."""
+    return record["instruction"] + ("\n\n" + record["input"] if record.get("input") else "")
+
+
+def shown(text):
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+def once(path, records, keys=lambda record: ()):
+    """InputError if two records ask the same, and have the same `keys`."""
+    seen = {}
+    for i, record in enumerate(records):
+        first = seen.setdefault((question(record), keys(record)), i)
+        if first != i:
+            raise InputError(f"{path}: rows {first} and {i} have the same instruction, {shown(question(record))}")
+
+
+def read_outputs(path):
+    """A model's answers [{instruction, output, generator, ...}], by one generator (default: the file's name)."""
+    records = [{"generator": Path(path).name.partition(".")[0], **record} for record in read_records(path)]
+    for i, record in enumerate(records):
+        if record["generator"] != records[0]["generator"]:
+            raise InputError(f"{path}: row {i} is by {record['generator']!r}, row 0 by {records[0]['generator']!r}: "
+                             "one file holds the answers of one model")
+    once(path, records)
+    return records
+
+
+def matched(outputs, reference, path="the outputs", reference_path="the reference"):
+    """The records of `outputs` in the reference's order; InputError if they do not answer the same instructions."""
+    by_question = {question(record): record for record in outputs}
+    asked = {question(record) for record in reference}
+    for i, record in enumerate(reference):
+        if question(record) not in by_question:
+            raise InputError(f"{path}: no answer to row {i} of {reference_path}, {shown(question(record))}")
+    for i, record in enumerate(outputs):
+        if question(record) not in asked:
+            raise InputError(f"{path}: row {i} answers {shown(question(record))}, which is not in {reference_path}")
+    return [by_question[question(record)] for record in reference]
+
+
+def check_preference(path, i, record):
+    """InputError unless it is a number, or null for a verdict that could not be used."""
+    value = record.get("preference", "missing")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise InputError(f"{path}: row {i} has no number or null under 'preference', but {value!r}")
+
+
+TEXTS = ("instruction", "output_1", "output_2")
+
+
+def read_labels(path):
+    """Labels of pairs: records {instruction, output_1, output_2, preference}; a pair may come several times."""
+    records = read_records(path, TEXTS)
+    for i, record in enumerate(records):
+        check_preference(path, i, record)
+    return records
+
+
+def read_annotations(paths, any_reference=False):
+    """{name: records} of all models judged in files, or in folders that have an annotations.json in them or below.
+
+    A model is a generator_2 with its generator_1; what is ambiguous gets its path or its reference into the name. The
+    reference answers to one instruction must be the same text for all (unless `any_reference`), or win rates could
+    not be compared.
+    """
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("**/annotations.json")) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no annotations.json in this folder")
+        files += found
+    groups, references = {}, {}
+    for path in files:
+        records = read_records(path, (*TEXTS, "generator_1", "generator_2"))
+        once(path, records, lambda record: (record["generator_1"], record["generator_2"]))
+        for i, record in enumerate(records):
+            check_preference(path, i, record)
+            groups.setdefault((record["generator_2"], record["generator_1"], str(path)), []).append(record)
+            key = record["generator_1"], question(record)
+            text, where = references.setdefault(key, (record["output_1"], f"row {i} of {path}"))
+            if text != record["output_1"] and not any_reference:
+                raise InputError(f"{path}: row {i} was judged against another answer of {key[0]!r} than {where}: such "
+                                 "win rates do not compare (--any_reference prints them all the same)")
+    models, keys = {}, list(groups)
+    several = len({reference for _, reference, _ in keys}) > 1
+    for model, reference, path in keys:
+        name = f"{model} vs {reference}" if several else model
+        if [key[:2] for key in keys].count((model, reference)) > 1:
+            name += f" ({path})"
+        models[name] = groups[model, reference, path]
+    return models
+
+
+def read_column(path):
+    """{name: number} of a leaderboard CSV: FILE.csv (its column win_rate) or FILE.csv:COLUMN; names come first."""
+    path, _, column = str(path).partition(".csv:")
+    path, column = (path + ".csv", column) if column else (path, "win_rate")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = [row for row in csv.reader(file) if row]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a CSV file with a header'}") from None
+    if column not in header[1:]:
+        raise InputError(f"{path}: no column {column!r}, but {', '.join(header[1:])}")
+    numbers = {}
+    for i, row in enumerate(rows):
+        cell = row[header.index(column)] if len(row) == len(header) else "a row of another length"
+        try:
+            if cell.strip():
+                numbers[row[0]] = float(cell)
+            bad = not np.isfinite(numbers.get(row[0], 0))
+        except ValueError:
+            bad = True
+        if bad:
+            raise InputError(f"{path}: row {i} ({row[0]}) has no number under {column!r}, but {cell!r}")
+        if [other[0] for other in rows].count(row[0]) > 1:
+            raise InputError(f"{path}: row {i} is not the only one named {row[0]!r}")
+    return numbers
+
+
+def read_length_control(path):
+    """(difficulty (805,), (X (3, G), y (G,))) for stats.length.length_controlled, from AlpacaEval.
+
+    Either df_gamed.csv of its hub, or JSON {"instruction_difficulty": [805], "gamed": [{"std_delta_len": [805],
+    "preference": [805] in [0, 1]}, ...]}. Both follow the order of the instructions in AlpacaEval's reference file.
+    """
+    try:
+        if ".csv" in Path(path).suffixes:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            index, hard, gap, y = (np.array([float(row[name]) for row in rows]) for name in (
+                "index", "instruction_difficulty", "std_delta_len", "preference"))
+            difficulty = hard[[list(index).index(i) for i in range(len(set(index)))]]
+        else:
+            with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                document = json.load(file)
+            difficulty = np.array(document["instruction_difficulty"], dtype=float)
+            gap, y = (np.concatenate([model[key] for model in document["gamed"] for key in model
+                                      if key.startswith(name)]).astype(float)
+                      for name in ("std_delta_len", "preference"))
+            hard = np.tile(difficulty, len(document["gamed"]))
+        features = np.stack([np.tanh(gap), hard, 0 * gap])
+        if not np.isfinite(features).all() or not ((y >= 0) & (y <= 1)).all() or len(y) != len(gap):
+            raise ValueError("numbers are missing or out of range")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        raise InputError(f"{path}: not AlpacaEval's difficulties and gamed baseline ({type(error).__name__}: {error})"
+                         ) from None
+    return difficulty, (features, y)

@@ -1,0 +1,132 @@
+"""Many models: who beat whom, Bradley-Terry and Elo ratings, and whether two leaderboards agree."""
+from itertools import permutations
+from math import factorial, nan
+
+import numpy as np
+
+from stats.winrate import interval, usable
+
+# ---- who beat whom -------------------------------------------------------------------------------------
+
+
+def wins(preferences, first, second, size, counts=None):
+    """How often model i beat model j, draws as halves: (B, size, size).
+
+    preferences (M, N), row m between the models numbered first[m] (preferred at 1) and second[m] (at 2); NaN: not
+    compared. counts (B, N): how often each of the N prompts counts; by default once, B = 1.
+    """
+    q = np.array([usable(row) for row in preferences]) - 1                                      # (M, N)
+    counts = np.ones((1, q.shape[1])) if counts is None else counts
+    there = ~np.isnan(q)
+    won, lost = counts @ np.where(there, q, 0).T, counts @ np.where(there, 1 - q, 0).T          # (B, M)
+    matrix = np.zeros((len(counts), size, size))
+    for m, (i, j) in enumerate(zip(first, second)):
+        matrix[:, j, i] += won[:, m]
+        matrix[:, i, j] += lost[:, m]
+    return matrix
+
+
+def connected(matrix, anchor):
+    """Which models (M,) have been compared with the anchor, be it by way of others."""
+    reached = np.arange(len(matrix)) == anchor
+    for _ in matrix:
+        reached = reached | ((matrix + matrix.T)[reached] > 0).any(0)
+    return reached
+
+
+def bradley_terry(wins, anchor=0, prior=1e-3):
+    """Strengths theta (B, M), P(i beats j) = sigmoid(theta_i - theta_j), from wins (B, M, M); 0 for the anchor.
+
+    Maximum likelihood (Bradley and Terry 1952, draws as half a win for each) by Newton's method. A prior of
+    exp(-prior theta^2 / 2) keeps a model that never lost finite. NaN: never compared with the anchor, nor by way of
+    others.
+    """
+    played = wins + wins.swapaxes(1, 2)
+    theta, eye = np.zeros(wins.shape[:2]), np.eye(wins.shape[1])
+    for _ in range(100):
+        p = 1 / (1 + np.exp(theta[:, None, :] - theta[:, :, None]))                             # (B, M, M)
+        slope = (wins - played * p).sum(2) - prior * theta
+        curve = played * p * (1 - p)
+        H = eye * (curve.sum(2) + prior)[:, None, :] - curve
+        step = np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)     # far from the end it overshoots
+        theta += step
+        if np.abs(step).max() < 1e-8:
+            break
+    return np.where(connected(wins.sum(0), anchor), theta - theta[:, [anchor]], nan)
+
+
+def elo(theta, anchor_rating=1000):
+    """Strengths on Elo's scale: 400 points are odds of ten to one; the anchor has 1000."""
+    return anchor_rating + 400 / np.log(10) * theta
+
+
+def ratings(names, preferences, first, second, counts, anchor):
+    """[{model, elo, ci_low, ci_high, rank, rank_low, rank_high}], best first, with percentile intervals.
+
+    Arguments as for `wins`; first, second and anchor hold indices into names.
+    """
+    theta = elo(bradley_terry(wins(preferences, first, second, len(names)), anchor))[0]
+    samples = elo(bradley_terry(wins(preferences, first, second, len(names), counts), anchor))
+    place = 1 + (samples[:, None, :] > samples[:, :, None]).sum(2)                              # (B, M)
+    rows = []
+    for m in np.argsort(-theta, kind="stable"):
+        (low, high), (best, worst) = interval(samples[:, m]), interval(place[:, m])
+        rows.append({"model": names[m], "elo": float(theta[m]), "ci_low": low, "ci_high": high, "rank": len(rows) + 1,
+                     "rank_low": round(best), "rank_high": round(worst)})
+    return rows
+
+
+# ---- do two leaderboards agree? ------------------------------------------------------------------------
+
+def ranks(x):
+    """Ranks (..., N) from 1, ties share the mean of theirs."""
+    x = np.asarray(x, dtype=float)
+    return ((x[..., None, :] < x[..., None]).sum(-1) + (x[..., None, :] <= x[..., None]).sum(-1) + 1) / 2
+
+
+def pearson(x, y):
+    """Correlation along the last axis; NaN where one side does not vary."""
+    x, y = (np.asarray(z, dtype=float) - np.mean(z, -1, keepdims=True) for z in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def spearman(x, y):
+    return pearson(ranks(x), ranks(y))
+
+
+def kendall(x, y):
+    """Kendall's tau-b along the last axis."""
+    x, y = (np.sign(z[..., None, :] - z[..., None]) for z in (np.asarray(x, dtype=float), np.asarray(y, dtype=float)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum((-1, -2)) / np.sqrt((x * x).sum((-1, -2)) * (y * y).sum((-1, -2)))
+
+
+def r2(x, y):
+    """Share of the variance of y that a straight line through x explains: Pearson's correlation squared."""
+    return pearson(x, y) ** 2
+
+
+CORRELATIONS = {"spearman": spearman, "kendall": kendall, "r2": r2}
+
+
+def agreement_of_rankings(x, y, times=10_000, seed=0):
+    """Do two leaderboards put the same models (N,) in the same order? {spearman, kendall, r2: {...}}.
+
+    Each with its `value`, a percentile interval over resampled models (wide: models are few), and the share `p` of
+    permutations of the models that agree at least as well, exact for up to eight models.
+    """
+    x, y, n, random = np.asarray(x, dtype=float), np.asarray(y, dtype=float), len(x), np.random.default_rng(seed)
+    if n < 3:
+        raise ValueError(f"{n} models are in both leaderboards; three or more have a ranking to compare")
+    drawn = random.integers(0, n, (times, n))
+    exact = factorial(n) <= 50_000
+    order = list(permutations(range(n))) if exact else random.permuted(np.tile(np.arange(n), (times, 1)), axis=1)
+    result = {"n": n}
+    for name, correlation in CORRELATIONS.items():
+        value, by_chance = float(correlation(x, y)), correlation(x, y[np.array(order)])
+        low, high = interval(correlation(x[drawn], y[drawn]))
+        luck = int((by_chance >= value - 1e-12).sum())
+        p = luck / len(order) if exact else (luck + 1) / (times + 1)
+        result[name] = {"value": value, "ci_low": low, "ci_high": high, "p": p}
+    return result
