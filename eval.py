@@ -83,6 +83,8 @@ def shown_first(record):
 
 def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
     """The length-controlled columns of model m."""
+    if lc == "none":
+        return {}
     if records[0]["generator_1"] == records[0]["generator_2"]:
         return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # by definition
     difficulty, gamed = lc_data or (None, None)
@@ -105,7 +107,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     asked       records of all instructions in their order, for what is missing; `lc_data`, from
                 data.alpaca_eval.read_length_control, follows this order
     baseline    the model that all are compared with; by default each is compared with the next on the leaderboard
-    lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published
+    lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published; "none"
     Every interval is of the same `resamples` draws of the instructions.
 
     rows        {name: row of the leaderboard}, best first
@@ -215,27 +217,30 @@ def examined(args):
     """The judge report of the labels in args.judge_report, as a table; also in evaluators_leaderboard.csv."""
     records = [record for path in args.judge_report for record in read_labels(path)]
     if args.judge:                                      # not these labels, then, but the judge's own of the same pairs
-        pairs = list(labels_of(records)[0].values())[:args.limit or None]
+        keep = ("instruction", "input", "output_1", "output_2", "generator_2")
+        pairs = [{key: record[key] for key in keep if key in record} for record in labels_of(records)[0].values()]
+        pairs = pairs[:args.limit or None]
         with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable) as judge:
             records = [record for seed in range(args.seeds)
                        for record in annotate(pairs, pool(args.judge), judge, seed)]
     first, labels = labels_of(records)
-    people, second = (path and labels_of(read_labels(path), first)[1] for path in (args.human, args.second))
+    people, second = (labels_of(read_labels(path), first)[1] if path else None
+                      for path in (args.human, args.second))
     for path, other in ((args.human, people), (args.second, second)):
         if path and np.isnan(other).all():
             raise InputError(f"{path}: has labels of none of the pairs in {args.judge_report[0]}")
     money = [[record.get(key, record.get("preference_" + key)) for record in records]
              for key in ("price_per_example", "time_per_example")]
     writers = [record.get("generator_2") for record in first.values()]
-    row = judge_report(labels, [key[1] for key in first], [key[2] for key in first], people or None,
-                       writers if len(set(writers)) > 2 else None, second or None,
+    row = judge_report(labels, [key[1] for key in first], [key[2] for key in first], people,
+                       writers if len(set(writers)) > 2 else None, second,
                        *(values if any(values) else None for values in money))
     name = args.judge or records[0].get("annotator", Path(args.judge_report[0]).stem)
     with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([["", *row], [name, *("" if x != x else x for x in row.values())]])
     return table(["", name], *([key, number(value, "d" if isinstance(value, int) else ".2f")]
-                               for key, value in row.items()))
+                               for key, value in row.items() if value == value))
 
 
 def correlated(paths):
@@ -269,7 +274,8 @@ def parse(argv):
     add("--baseline", default="", metavar="NAME", help="compare all with this model (default: each with the next)")
     add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
     add("--any_reference", action="store_true", help="take annotations against different reference answers together")
-    add("--lc", choices=["default", "alpaca_eval"], default="default", help="length control: correct, or as published")
+    add("--lc", choices=["default", "alpaca_eval", "none"], default="default",
+        help="length control: correct, as AlpacaEval published it, or none")
     add("--lc_data", default="", metavar="FILE", help="AlpacaEval's difficulties and gamed baseline (df_gamed.csv)")
     add("--lc_C", type=float, metavar="C", help="inverse L1 penalty (default: none; as published: cross-validated)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples of the instructions")
@@ -307,7 +313,8 @@ def main(argv):
         with connect(args.judge, args.out / "judge.jsonl", args.workers, max_unusable) as judge:
             models = (attacked if args.attack else judged)(args, judge, reference)
     lc_data = read_length_control(args.lc_data) if args.lc_data else None
-    result = report(models, asked, args.baseline, args.lc, lc_data, args.lc_C, args.resamples, args.seed)
+    lc = "none" if args.attack else args.lc             # one text for everything has no length to control for
+    result = report(models, asked, args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed)
     references = sorted({records[0]["generator_1"] for records in models.values()})
     print(f"win rate over {', '.join(references)} in %:\n\n{write(result, args.out)}\n")
     if not args.attack and (more := details(result)):

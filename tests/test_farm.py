@@ -3,12 +3,10 @@ import contextlib
 import csv
 import functools
 import gzip
-import io
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -20,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import command, refused
 
 import annotate
 import rlhf.dpo
@@ -43,26 +42,7 @@ def impatient_judge():
         yield
 
 
-def farm(*argv):
-    """`python farm.py ...` in this process -> exit code, stdout and stderr; an exception is a traceback."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
-        patch.setattr(sys, "argv", ["farm.py", *map(str, argv)])
-        try:
-            runpy.run_path(str(ROOT / "farm.py"), run_name="__main__")
-        except SystemExit as exit:
-            code = exit.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def refused(result, code, *said):
-    """Ended with this exit code and one sentence for the user, which says all of this."""
-    *before, sentence = result.err.strip().splitlines() or [""]
-    assert result.code == code, (result.code, sentence)
-    assert not before or before[0].startswith("usage:"), result.err         # argparse shows its usage first
-    for text in said:
-        assert re.search(text, sentence), (text, sentence)
+farm = functools.partial(command, "farm.py")
 
 
 def tree(folder):

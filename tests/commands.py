@@ -1,0 +1,34 @@
+"""Commands of the project run in this process, and what they may say when they refuse."""
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script, *argv):
+    """`python <script> ...` in this process -> exit code, stdout and stderr; an exception is a traceback."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def refused(result, code, *said):
+    """Ended with this exit code and one sentence for the user, which says all of this."""
+    *before, sentence = result.err.strip().splitlines() or [""]
+    assert result.code == code, (result.code, sentence)
+    assert not before or before[0].startswith("usage:"), result.err         # argparse shows its usage first
+    for text in said:
+        assert re.search(text, sentence), (text, sentence)

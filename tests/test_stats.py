@@ -1,0 +1,456 @@
+"""Statistics against AlpacaEval's published numbers, brute force, closed forms, and simulations with a known truth."""
+import csv
+import gzip
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.alpaca_eval import read_length_control
+from stats import agreement, length, ranking, winrate
+from stats.length import fit, length_controlled, predicted
+from stats.winrate import paired_difference, usable, win_rate
+
+ALPACA_EVAL = Path(__file__).parents[2] / "shared" / "alpaca_eval"
+needs_alpaca_eval = pytest.mark.skipif(not ALPACA_EVAL.exists(), reason="needs AlpacaEval's numbers")
+
+
+def read(name):
+    return json.loads(gzip.decompress((ALPACA_EVAL / name).read_bytes()))
+
+
+def published(version):
+    """{model: (preferences, lengths, reference lengths, index of its instructions, published row)}."""
+    rows = json.loads((ALPACA_EVAL / f"leaderboard_{version}_shared.json").read_text())
+    annotations = read(f"annotations_{version}_shared.json.gz")
+    found = {}
+    for name, model in annotations["models"].items():
+        index = np.array(model.get("instruction_index", range(805)))
+        theirs = np.array(model.get("len_output_1", annotations["len_output_1"]))
+        theirs = theirs if len(theirs) == len(index) else theirs[index]
+        found[name] = model["preference"], np.array(model["len_output_2"]), theirs, index, rows[name]
+    return found
+
+
+# ---- win rates -----------------------------------------------------------------------------------------
+
+@needs_alpaca_eval
+@pytest.mark.parametrize("version, count", [("ae1", 26), ("ae2", 28)])
+def test_published_rows_are_reproduced(version, count):
+    models = published(version)
+    assert len(models) == count
+    for name, (preferences, *_, expected) in models.items():
+        row = win_rate(preferences)
+        for column in ("win_rate", "standard_error", "discrete_win_rate"):
+            assert row[column] == pytest.approx(expected[column], abs=1e-8), (name, column)
+        for column in ("n_wins", "n_wins_base", "n_draws", "n_total"):
+            assert row[column] == expected[column], (name, column)
+
+
+def test_a_row_by_hand():
+    row = win_rate([1, 2, 2, 1.5, 0, 1.25])
+    q = [0, 1, 1, .5, .5, .25]
+    mean = sum(q) / 6
+    error = (sum((x - mean) ** 2 for x in q) / 5 / 6) ** .5
+    assert row == {"win_rate": pytest.approx(100 * mean), "standard_error": pytest.approx(100 * error),
+                   "n_wins": 2, "n_wins_base": 2, "n_draws": 2, "n_total": 6,
+                   "discrete_win_rate": pytest.approx(100 * 3 / 6)}
+    assert all(type(value) in (int, float) for value in row.values())       # so that json can write it
+
+
+def test_what_is_no_preference_counts_nowhere():
+    assert win_rate([1, 2, None, float("nan"), 3, -1, 0.5, 2.0001]) == win_rate([1, 2])
+
+
+def test_what_was_left_out_bounds_the_win_rate():
+    judged = [2, 1, 1.5, 1.25, None, 3, float("nan")]
+    row = winrate.left_out(judged, n_missing=2)
+    assert (row["n_unusable"], row["n_missing"]) == (3, 2)
+    for bound, verdict in (("win_rate_if_lost", 1), ("win_rate_if_won", 2)):
+        assert row[bound] == pytest.approx(win_rate(judged[:4] + 5 * [verdict])["win_rate"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_few_to_say():
+    assert np.isnan(win_rate([])["win_rate"]) and win_rate([None])["n_total"] == 0
+    assert win_rate([2])["win_rate"] == 100 and np.isnan(win_rate([2])["standard_error"])
+    assert np.isnan(winrate.left_out([])["win_rate_if_lost"])
+    assert np.isnan(winrate.compare([None], [2], winrate.resample(1, 9), ["a"])["difference"])
+
+
+# ---- errors and comparisons ----------------------------------------------------------------------------
+
+def correlated_preferences(n, seed=0):
+    """Two models on n instructions, some of which are easy for both."""
+    r = np.random.default_rng(seed)
+    ease = r.normal(0, .3, n)
+    return (np.clip(1.5 + shift + ease + r.normal(0, .1, n), 1, 2) for shift in (.1, 0))
+
+
+def test_paired_difference_is_the_difference_with_the_bootstrap_s_error():
+    a, b = correlated_preferences(400)
+    difference, error = paired_difference(a, b)
+    assert difference == pytest.approx(win_rate(a)["win_rate"] - win_rate(b)["win_rate"])
+    r = np.random.default_rng(1)
+    rows = r.integers(0, 400, (4000, 400))
+    bootstrap = 100 * (a[rows].mean(1) - b[rows].mean(1))
+    assert error == pytest.approx(bootstrap.std(), rel=0.05)
+    unpaired = (win_rate(a)["standard_error"] ** 2 + win_rate(b)["standard_error"] ** 2) ** .5
+    assert error < 0.6 * unpaired
+    row = winrate.compare(a, b, winrate.resample(400, 4000))
+    assert (row["difference"], row["standard_error"]) == (difference, error)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(np.quantile(bootstrap, (.025, .975)), abs=.15)
+
+
+def test_paired_difference_leaves_out_rows_unusable_in_either():
+    with_holes = paired_difference([1, 2, None, 2, 0], [1, 1, 1, None, 2])
+    assert with_holes == paired_difference([1, 2, 1.5], [1, 1, 2])
+    assert paired_difference([2, 2], [2, 2]) == (0, 0)
+
+
+def test_mcnemar_by_enumeration():
+    """Under the hypothesis each discordant prompt is a fair coin: count the outcomes at least as lopsided."""
+    for better, worse in ((0, 0), (1, 0), (3, 1), (2, 8), (5, 5), (0, 10)):
+        outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=better + worse)]
+        lopsided = [abs(2 * wins - better - worse) >= abs(better - worse) for wins in outcomes]
+        assert winrate.mcnemar(better, worse) == pytest.approx(sum(lopsided) / len(lopsided))
+    row = winrate.compare([2, 2, 1, 1.5, 1.9, None], [1, 2, 2, 1, 1.1, 2])
+    assert (row["n_better"], row["n_worse"], row["n"]) == (3, 1, 5) and row["mcnemar_p"] == winrate.mcnemar(3, 1)
+
+
+def test_prompts_of_one_kind_that_are_all_alike_count_once():
+    means = np.array([10., 35., 80., 50.])
+    assert winrate.clustered_error(np.repeat(means, 25), np.repeat(list("abcd"), 25)) == pytest.approx(
+        winrate.mean_and_error(means)[1])
+    x = np.random.default_rng(0).normal(size=4000)          # and if each is a cluster of its own, nothing changes
+    assert winrate.clustered_error(x, np.arange(4000)) == pytest.approx(winrate.mean_and_error(x)[1])
+    assert np.isnan(winrate.clustered_error(x, ["one"] * 4000))
+
+
+def test_so_many_prompts_find_a_difference_four_times_in_five():
+    n = winrate.prompts_needed(5, 40)
+    x = np.random.default_rng(0).normal(5, 40, (4000, n))
+    found = np.abs(x.mean(1)) > 1.96 * x.std(1, ddof=1) / n ** .5
+    assert found.mean() == pytest.approx(.8, abs=.025)
+    assert winrate.detectable_difference(n, 40) == pytest.approx(5, abs=.01)
+    assert winrate.prompts_needed(0, 40) is None
+
+
+def covered(low, high, truth):
+    """How often intervals contain the truth, in percent."""
+    return 100 * np.mean((low <= truth) & (truth <= high))
+
+
+@pytest.mark.parametrize("rate, n", [(.5, 805), (.1, 805), (.5, 100)])
+def test_bootstrap_intervals_of_a_win_rate_cover_the_truth(rate, n):
+    r = np.random.default_rng(5)
+    data = r.random((2000, n)) < rate
+    means = winrate.resample(n, 1000) @ data.T / n                                              # (1000, 2000)
+    assert 93 <= covered(*np.quantile(means, (.025, .975), axis=0), rate) <= 97
+    assert winrate.interval(means[:, 0]) == pytest.approx(np.quantile(means[:, 0], (.025, .975)))
+
+
+def test_resamples_draw_each_row_equally_often_and_missing_rows_nowhere():
+    counts = winrate.resample(50, 2000)
+    assert (counts.sum(1) == 50).all() and counts.mean(0) == pytest.approx(1, abs=.1)
+    assert counts.var() == pytest.approx(1 - 1 / 50, rel=.05)               # binomial
+    x = np.arange(50.)
+    x[10:] = np.nan
+    assert winrate.resampled_means(x, counts).mean() == pytest.approx(4.5, abs=.1)
+
+
+def test_a_judge_that_likes_what_it_sees_first():
+    r = np.random.default_rng(0)
+    better, switched = r.random(4000) < .6, r.random(4000) < .5
+    biased = r.random(4000) < .2                            # of the verdicts goes to the answer that is shown first
+    p = 1. + np.where(biased, switched, better)
+    row = winrate.position_gap(p, switched)
+    assert row["gap"] == pytest.approx(-20, abs=3 * row["standard_error"]) and row["standard_error"] < 2
+    both = np.stack([1. + np.where(biased, shown_first, better) for shown_first in (0, 1)], 1)
+    flips = winrate.position_flips(both.tolist() + [[None, 2]])
+    assert (flips["n"], flips["first"]) == (4000, 100)
+    assert flips["flip_rate"] == pytest.approx(20, abs=3 * flips["standard_error"])
+
+
+# ---- length control ------------------------------------------------------------------------------------
+
+def optimal(w, X, y, weight, C, tolerance=1e-3):
+    """Is 0 a subgradient of |w|_1 + C sum weight log_loss at w?"""
+    p = 1 / (1 + np.exp(-w @ X))
+    slope = C * ((p - y) * weight) @ X.T
+    return all(abs(s + np.sign(x)) < tolerance * C ** .5 if x else abs(s) <= 1 + tolerance for s, x in zip(slope, w))
+
+
+@pytest.mark.parametrize("C", [1e-4, 6e-3, .05, .4, 3, 100, 1e4])
+def test_the_fit_is_where_the_penalised_loss_has_no_slope(C):
+    r = np.random.default_rng(0)
+    X = np.stack([np.tanh(r.normal(.5, 1, 300)), r.normal(0, 1.5, 300), np.ones(300)])
+    y = 1 / (1 + np.exp(-(np.array([-1.5, .6, .3]) @ X + r.normal(0, 1, 300))))
+    weight = r.choice([.1, 1], (2, 300))
+    both = fit(X[:1], X[1:], y, weight, np.array([C, 2 * C]))
+    for w, c, one in zip(both, (C, 2 * C), weight):
+        assert optimal(w, X, y, one, c)
+        assert fit(X[:1], X[1:], y, one[None], c)[0] == pytest.approx(w, abs=1e-5)       # alone as in company
+    if C == 1e-4:
+        assert (both == 0).all()                            # so strong a penalty leaves nothing
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fit_without_a_finite_optimum_stays_finite():
+    won = length_controlled([2] * 30, range(30), [9] * 30, counts=winrate.resample(30, 50))
+    assert 99 < won["length_controlled_winrate"] <= 100 and won["lc_standard_error"] < 1
+    even = length_controlled([2, 1] * 30, [7] * 60, [7] * 60, counts=winrate.resample(60, 200))     # equal lengths
+    assert even["length_controlled_winrate"] == pytest.approx(50)
+    assert even["lc_standard_error"] == pytest.approx(50 / 60 ** .5, abs=1)
+    assert length_controlled([None, None], [1, 2], [3, 4]) == {}
+    gap = np.where(np.arange(60) < 30, 20, -20)             # the longer one wins, always: only length is seen
+    assert length_controlled(1 + (gap < 0), 100 - gap, [100] * 60)["length_controlled_winrate"] == pytest.approx(50)
+
+
+def judged_by_length(n, seed, skill=.4, taste=-1.5, D=None):
+    """A model whose longer answers are preferred for their length: (preferences, lengths, reference lengths)."""
+    r = np.random.default_rng(seed)
+    theirs = r.integers(200, 900, n)
+    ours = theirs + r.normal(150, 300, n).astype(int)
+    z = taste * np.tanh((theirs - ours) / 300) + skill + (0 if D is None else .6 * D)
+    return 1. + (r.random(n) < 1 / (1 + np.exp(-z))), ours, theirs
+
+
+def test_a_taste_for_length_is_taken_out():
+    p, ours, theirs = judged_by_length(200_000, 0)
+    truth = 100 / (1 + math.exp(-.4))
+    row = length_controlled(p, ours, theirs)
+    assert row["length_controlled_winrate"] == pytest.approx(truth, abs=.5) and win_rate(p)["win_rate"] > truth + 5
+    assert row["lc_weights"] == pytest.approx([-1.5, .4], abs=.05)
+
+
+@pytest.mark.parametrize("difficult", [False, True])
+def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(difficult):
+    """Instructions are drawn anew each time, the fit sees difficulties as they are."""
+    r, low, high = np.random.default_rng(1), [], []
+    everywhere = r.normal(0, 1.5, 100_000) * difficult
+    truth = 100 * (1 / (1 + np.exp(-.4 - .6 * everywhere))).mean()
+    for seed in range(500):
+        D = r.choice(everywhere, 300)
+        row = length_controlled(*judged_by_length(300, seed, D=D), D if difficult else None,
+                                counts=winrate.resample(300, 300, seed))
+        low.append(row["lc_ci_low"])
+        high.append(row["lc_ci_high"])
+    assert 92.5 <= covered(np.array(low), np.array(high), truth) <= 97.5      # 95 +- 2.5: 500 data sets are +- 1 each
+
+
+def test_the_bootstrap_refits_everything():
+    p, ours, theirs = judged_by_length(60, 3)
+    p[5] = np.nan
+    row = length_controlled(p, ours, theirs, counts=winrate.resample(60, 80, seed=2))
+    drawn = [np.repeat(np.arange(60), counts.astype(int)) for counts in winrate.resample(60, 80, seed=2)]
+    each = [length_controlled(p[i], ours[i], theirs[i])["length_controlled_winrate"] for i in drawn]
+    assert row["lc_standard_error"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
+    assert (row["lc_ci_low"], row["lc_ci_high"]) == pytest.approx(np.quantile(each, (.025, .975)), abs=1e-3)
+
+
+@needs_alpaca_eval
+@pytest.mark.parametrize("version, most", [("ae1", .022), ("ae2", .011)])
+def test_published_length_controlled_win_rates_are_reproduced(version, most):
+    """In the published way: difficulties by row number, even where rows are missing."""
+    difficulty, gamed = read_length_control(ALPACA_EVAL / "lc_glm.json.gz")
+    chosen = []
+    for name, (p, ours, theirs, _, row) in published(version).items():
+        at_C = length_controlled(p, ours, theirs, difficulty[:len(p)], gamed, row["_implied_C"])
+        assert at_C["length_controlled_winrate"] == pytest.approx(row["length_controlled_winrate"], abs=most), name
+        if row.get("lc_standard_error"):
+            assert at_C["lc_standard_error"] == pytest.approx(row["lc_standard_error"], abs=.01), name
+        by_choice = length_controlled(p, ours, theirs, difficulty[:len(p)], gamed, None)
+        assert by_choice["lc_C"] in length.C_GRID
+        chosen.append(abs(by_choice["length_controlled_winrate"] - row["length_controlled_winrate"]))
+        if weights := row.get("_published_glm_weights"):
+            a, b, c = weights.values()
+            assert 100 * predicted([a, b, c], difficulty[:len(p)]).mean() == pytest.approx(
+                row["length_controlled_winrate"], abs=1e-6), name
+    assert np.mean(chosen) < .2
+
+
+@needs_alpaca_eval
+def test_difficulties_go_with_their_instructions():
+    """What the three models with missing rows would have got without AlpacaEval's misalignment."""
+    difficulty, gamed = read_length_control(ALPACA_EVAL / "lc_glm.json.gz")
+    models = published("ae2")
+    for name, right, wrong in (("gpt35_turbo_instruct", 14.96, 17.73), ("phi-2", 3.89, 4.40),
+                               ("alpaca-7b_concise", 4.56, 4.47)):
+        p, ours, theirs, index, row = models[name]
+        assert row["length_controlled_winrate"] == pytest.approx(wrong, abs=.01)
+        aligned = length_controlled(p, ours, theirs, difficulty[index], gamed)
+        assert aligned["length_controlled_winrate"] == pytest.approx(right, abs=.1)
+
+
+def test_both_files_of_difficulties_say_the_same(tmp_path):
+    D, gaps, labels = [0, .5, -1], [[1., 2, 3], [-1, -2, -3]], [[0, .5, 1], [1, .2, .3]]
+    document = {"instruction_difficulty": D,
+                "gamed": [{"std_delta_len": gap, "preference": y} for gap, y in zip(gaps, labels)]}
+    (tmp_path / "lc.json").write_text(json.dumps(document))
+    with open(tmp_path / "df_gamed.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["model", "index", "std_delta_len", "instruction_difficulty", "preference"], *(
+            [f"m{m}", i, gaps[m][i], D[i], labels[m][i]] for m in (0, 1) for i in range(3))])
+    for name in ("lc.json", "df_gamed.csv"):
+        difficulty, (X, y) = read_length_control(tmp_path / name)
+        assert difficulty.tolist() == D and y.tolist() == sum(labels, [])
+        assert X == pytest.approx(np.array([np.tanh(sum(gaps, [])), D + D, [0] * 6]))
+
+
+# ---- rankings ------------------------------------------------------------------------------------------
+
+TABLE_2 = {"GPT-4": (79.0, 69.8), "ChatGPT": (61.4, 52.9), "PPO": (46.8, 55.1), "Best-of-n": (45.0, 50.7),
+           "Expert iteration": (41.9, 45.7), "SFT 52k": (39.2, 40.7), "SFT 10k": (36.7, 44.3),
+           "Binary FeedME": (36.6, 37.9), "Davinci001": (24.4, 32.5), "LLaMA 7B": (11.3, 6.5)}
+
+
+def test_alpacafarm_s_simulated_ranking_agrees_with_its_human_one():
+    """arXiv 2305.14387, Table 2: Spearman 0.98, R2 0.87 as printed."""
+    found = ranking.agreement_of_rankings(*zip(*TABLE_2.values()))
+    assert found["spearman"]["value"] == pytest.approx(.976, abs=5e-4)
+    assert found["r2"]["value"] == pytest.approx(.871, abs=5e-4)
+    assert found["kendall"]["value"] == pytest.approx((45 - 2 * 2) / 45)       # two adjacent swaps
+    for statistic in ("spearman", "kendall", "r2"):
+        assert found[statistic]["ci_low"] < found[statistic]["value"] < found[statistic]["ci_high"]
+        assert found[statistic]["p"] < .001
+    trained = ["PPO", "Best-of-n", "Expert iteration", "SFT 52k", "SFT 10k", "Binary FeedME"]
+    found = ranking.agreement_of_rankings(*zip(*(TABLE_2[name] for name in trained)))
+    assert (found["spearman"]["value"], found["r2"]["value"]) == pytest.approx((.943, .83), abs=.005)
+
+
+@needs_alpaca_eval
+def test_alpacaeval_s_ranking_agrees_with_the_arena_s():
+    with open(ALPACA_EVAL / "benchmarks.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    both = [(row["LC AlpacaEval 2.0"], row["Arena Elo\n[Feb 2, 2024]"]) for row in rows]
+    lc, arena = zip(*((float(a), float(b)) for a, b in both if a and b))
+    assert ranking.spearman(lc, arena) == pytest.approx(.98, abs=.01)
+
+
+def test_correlations_by_counting():
+    r = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = r.integers(0, 5, (2, 7))                     # with ties
+        order = [statistics.mean(i + 1 for i, other in enumerate(sorted(x)) if other == value) for value in x]
+        assert ranking.ranks(x).tolist() == order
+        pairs = list(itertools.combinations(range(7), 2))
+        concordant = sum(np.sign((x[i] - x[j]) * (y[i] - y[j])) for i, j in pairs)
+        untied = math.prod(sum(z[i] != z[j] for i, j in pairs) for z in (x, y)) ** .5
+        assert ranking.kendall(x, y) == pytest.approx(concordant / untied)
+        assert ranking.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+        assert ranking.spearman(x, y) == pytest.approx(np.corrcoef(ranking.ranks(x), ranking.ranks(y))[0, 1])
+    assert np.isnan(ranking.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_how_often_chance_agrees_as_well():
+    x, y = [1, 2, 3, 4], [1, 3, 2, 4]
+    found = ranking.agreement_of_rankings(x, y)
+    as_good = [np.corrcoef(x, order)[0, 1] >= .8 - 1e-9 for order in itertools.permutations(y)]
+    assert found["spearman"]["p"] == sum(as_good) / 24
+    r = np.random.default_rng(0)                            # more than eight models: p is uniform without agreement
+    p = [ranking.agreement_of_rankings(*r.normal(size=(2, 12)), times=200)["kendall"]["p"] for _ in range(200)]
+    assert np.mean(np.array(p) < .2) == pytest.approx(.2, abs=.09)
+    with pytest.raises(ValueError, match="2 models"):
+        ranking.agreement_of_rankings([1, 2], [1, 2])
+
+
+def test_strengths_of_two_models_are_the_odds():
+    theta = ranking.bradley_terry(np.array([[[0, 30.], [10, 0]]]))
+    assert theta == pytest.approx(np.array([[0, math.log(10 / 30)]]), abs=1e-3)
+    assert ranking.elo(math.log(10)) == pytest.approx(1400)
+
+
+def test_strengths_are_found_again():
+    r, truth = np.random.default_rng(0), np.array([0, .8, -.5, 1.6])
+    preferences, first, second = [], [], []
+    for i, j in itertools.combinations(range(4), 2):
+        preferences.append(1. + (r.random(20_000) < 1 / (1 + math.exp(truth[i] - truth[j]))))
+        first.append(i)
+        second.append(j)
+    wins = ranking.wins(preferences, first, second, 4)
+    assert ranking.bradley_terry(wins)[0] == pytest.approx(truth, abs=.05)
+    assert wins[0, 0, 1] + wins[0, 1, 0] == 20_000 and wins[0, 1, 0] == (preferences[0] == 2).sum()
+    rows = ranking.ratings(list("abcd"), preferences, first, second, winrate.resample(20_000, 100), 0)
+    assert [row["model"] for row in rows] == ["d", "b", "a", "c"]
+    assert all(row["ci_low"] <= row["elo"] <= row["ci_high"] for row in rows)
+    assert [(row["rank_low"], row["rank_high"]) for row in rows] == [(i, i) for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_strengths_without_end_or_without_a_meeting():
+    never_lost = np.zeros((1, 4, 4))
+    never_lost[0, 1, 0] = 50                                # 1 beat the anchor each time, 2 and 3 met only each other
+    never_lost[0, 2, 3] = never_lost[0, 3, 2] = 5
+    theta = ranking.bradley_terry(never_lost)[0]
+    assert theta[0] == 0 and 5 < theta[1] < 20 and np.isnan(theta[2:]).all()
+
+
+def test_unused_prompts_and_draws_in_the_table_of_wins():
+    won = ranking.wins([[1, 2, 1.5, None]], [0], [1], 2, np.array([[1., 1, 1, 1], [0, 3, 2, 9]]))
+    assert won[:, 1, 0].tolist() == [1.5, 4] and won[:, 0, 1].tolist() == [1.5, 1]
+
+
+# ---- judges --------------------------------------------------------------------------------------------
+
+@needs_alpaca_eval
+def test_the_published_row_of_a_judge_is_reproduced():
+    data = read("crossannotations_gpt4_b1.json.gz")
+    texts = [[pair[key] for pair in data["pairs"]] for key in ("output_1", "output_2")]
+    human = [pair["human_preference"] for pair in data["pairs"]]
+    labels = np.array(data["preference_by_seed"], dtype=float).T                                # (648, 4)
+    report = agreement.judge_report(labels, *texts, human=human, prices=data["price_per_example_by_seed"],
+                                    times=data["time_per_example_by_seed"])
+    assert report["Variance"] == pytest.approx(14.930555555555555, abs=1e-12)
+    assert report["Variance"] / 100 == pytest.approx(data["published"]["Variance"], abs=1e-14)
+    assert report["Proba. prefer longer"] == data["published"]["Length preference"] == .6
+    assert report["Price [$/1000 examples]"] == pytest.approx(43.73407407407408, abs=1e-12)
+    assert report["Time [seconds/1000 examples]"] == pytest.approx(2717.255217875, abs=1e-8)
+    assert report["# parsed"] == 2592 and report["Proba. prefer 1"] == 2 - labels.mean()
+    first = agreement.judge_report(labels[:, 0], *texts, human=human)
+    assert first["Human agreement"] == pytest.approx(72) and np.isnan(first["Variance"])        # of 100 with a label
+
+
+def test_the_majority_and_its_ties_as_alpacaeval_breaks_them():
+    nan = np.nan
+    labels = [[1, 1, 2], [1, 2, nan], [2, 1.5, 1], [1.5, 1.5, 2], [nan] * 3, [1.1, 1.2, 1.9]]
+    assert agreement.majority(np.array(labels)) == pytest.approx([1, 2, 1, 1.5, nan, 1.2], nan_ok=True)
+
+
+def test_variance_and_bias_by_hand():
+    labels = np.array([[1, 1, 1, 2], [2, 2, 2, 2]])         # the odd one is alone against three: 1 of 8 labels
+    report = agreement.judge_report(labels, ["a"] * 2, ["b"] * 2, human=[[1, 1, 2], [1, 1, 1]])
+    assert report["Variance"] == pytest.approx(12.5)
+    assert report["Bias"] == pytest.approx(50)              # the majorities agree on the first pair only
+    assert report["Human agreement"] == pytest.approx(100 * 3 / 8)
+    assert report["Human agreement error"] == pytest.approx(37.5)       # of 75 and 0
+
+
+def test_tastes_of_a_judge():
+    long, short, items = "x" * 60, "x" * 20, "Well:\n* hay\n* oats\n" + "x" * 3
+    one, two = [long, short, long, "x" * 45, items, short, short], [short, long, short, short, short, items, items]
+    report = agreement.judge_report([1, 2, 1.5, 1, 2, 2, None], one, two)
+    assert report["Proba. prefer longer"] == 1              # a draw counts nowhere, nor do 25 characters
+    assert report["Proba. prefer lists"] == .5
+    assert report["Proba. prefer 1"] == pytest.approx(2 - np.mean([1, 2, 1.5, 1, 2, 2]))
+
+
+def test_what_a_list_is():
+    lists = ("* a", "see\n - b", "• c", "1. d", "2) e", "a. f", "B) g", "12) ok")
+    assert all(map(agreement.LIST.search, lists))
+    assert not any(map(agreement.LIST.search, ("a.f", "3", "x - y", "", "no. 1 of")))
+
+
+def test_two_judges_are_correlated_by_the_models_win_rates():
+    models = np.repeat(list("abcd"), 50)
+    r = np.random.default_rng(0)
+    one = 1. + (r.random((200, 2)) < np.repeat([.2, .4, .6, .9], 50)[:, None])
+    two = 1. + (r.random(200) < np.repeat([.9, .7, .4, .1], 50))
+    report = agreement.judge_report(one, ["a"] * 200, ["b"] * 200, models=models, second=two)
+    rates = [[judge[models == model].mean() for model in "abcd"] for judge in (one, two)]
+    assert report["Spearman corr."] == pytest.approx(-1)
+    assert report["Pearson corr."] == pytest.approx(np.corrcoef(*rates)[0, 1])
+    assert (usable(two) == two).all()
