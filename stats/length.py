@@ -18,7 +18,7 @@ C_GRID = np.logspace(-4, 4, 10)         # scikit-learn's, from which AlpacaEval 
 
 
 def sigmoid(z):
-    return 1 / (1 + np.exp(-np.clip(z, -700, 700)))
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
 
 
 def log_loss(y, z):
@@ -39,7 +39,7 @@ def minimise_quadratic(H, g, penalty, w):
     return u
 
 
-def fit(length, fixed, y, weight, C, start=None):
+def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
     """Weights (B, K) that minimise |w|_1 + C sum_n weight_n log_loss(y_n, w.x_n): B problems at once.
 
     The features are length (B, N) or (1, N), and K - 1 that all problems share, fixed (K - 1, N); y (N,) in [0, 1];
@@ -53,20 +53,20 @@ def fit(length, fixed, y, weight, C, start=None):
     H, step, slope = np.empty((B, K, K)), np.zeros_like(w), np.full(B, -np.inf)
     for _ in range(50):
         p = sigmoid(w[:, :1] * length + w[:, 1:] @ fixed)                                       # (B, N)
-        r = weight * (p - y)
-        g = np.concatenate([(r * length).sum(1, keepdims=True), r @ fixed.T], 1)                # (B, K)
-        r = weight * p * (1 - p)
+        residual = weight * (p - y)
+        g = np.concatenate([np.einsum("bn,bn->b", residual, length)[:, None], residual @ fixed.T], 1) # (B, K)
+        r = weight * (p - p * p)
         H[:, 1:, 1:] = (r @ products.T).reshape(B, K - 1, K - 1)
         r *= length
         H[:, 0, 1:] = H[:, 1:, 0] = r @ fixed.T
-        H[:, 0, 0] = (r * length).sum(1)
+        H[:, 0, 0] = np.einsum("bn,bn->b", r, length)
         # Overshot: where the step ended it is steeper uphill than it was downhill at its start. Half of it, then.
         overshot = ((g + penalty * np.sign(w)) * step).sum(1) > -slope
         new = minimise_quadratic(H + 1e-10 * np.eye(K), g, penalty, w) - w
         step = np.where(overshot[:, None], -step / 2, new)
         slope = np.where(overshot, -np.inf, ((g + penalty * np.sign(w)) * new).sum(1))
         w = w + step
-        if np.abs(step).max() < 1e-3:       # what is left is of the order of its square
+        if np.abs(step).max() < tolerance:  # what is left is of the order of its square
             break
     return w
 
@@ -129,7 +129,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
         samples = []
         for some in np.array_split(counts, max(1, len(counts) // 50)):      # fifty at a time stay in the cache
             length, weight = rows(some)
-            each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0))           # (B, K)
+            each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
             samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
         samples = np.concatenate(samples)
         row["lc_standard_error"] = float(samples.std(ddof=1))

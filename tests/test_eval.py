@@ -368,7 +368,7 @@ def test_the_judge_report_as_a_command(tmp_path):
     assert float(row["Human agreement"]) == pytest.approx(100 * (1 + .5 + 1) / 3)
     assert float(row["Price [$/1000 examples]"]) == pytest.approx(10) and row["# parsed"] == "90"
     assert "Human agreement" in ended.out and "Bias" in ended.out and "Time" not in ended.out
-    second = write(tmp_path / "second.json", [{**pair, "preference": 1 + (pair["generator_2"] < "b")} for pair in pairs])
+    second = write(tmp_path / "2.json", [{**pair, "preference": 1 + (pair["generator_2"] < "b")} for pair in pairs])
     ended = evaluation("--judge_report", path, "--judge=barn", "--second", second, "--out", tmp_path, "--seeds", 2)
     assert ended.code == 0 and ended.out.count("30 asked") == 2
     assert "Spearman" in ended.out and "Price" not in ended.out
