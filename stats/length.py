@@ -8,6 +8,8 @@ l_i = len(reference's answer) - len(model's) in characters, s its standard devia
 controlled win rate is the mean of sigmoid(b D_i + c): what is predicted if l were 0. Without difficulties, as for
 instructions of your own, the term b D_i is dropped (AlpacaEval's "length_controlled_minimal").
 """
+from itertools import product
+
 import numpy as np
 
 from stats.winrate import interval, mean_and_error, usable
@@ -26,16 +28,23 @@ def log_loss(y, z):
     return np.logaddexp(0, z) - y * z
 
 
-def minimise_quadratic(H, g, penalty, w):
-    """The u (B, K) with the least g.(u - w) + (u - w)'H(u - w)/2 + penalty |u|_1; H (B, K, K), penalty (B, 1)."""
-    u = w - np.linalg.solve(H, (g + penalty * np.sign(w))[..., None])[..., 0]     # exact, if no sign changes
-    for _ in range(30):                                                           # else one weight after the other
-        before = u.copy()
-        for k in range(u.shape[1]):
-            pull = (H[:, k] * (w - u)).sum(1) - g[:, k] + H[:, k, k] * u[:, k]
-            u[:, k] = np.sign(pull) * np.maximum(np.abs(pull) - penalty[:, 0], 0) / H[:, k, k]
-        if np.abs(u - before).max() < 1e-10:
-            break
+def minimise_quadratic(H, b, penalty, guess):
+    """The u (B, K) with the least u'Hu/2 - b.u + penalty |u|_1; H (B, K, K), b (B, K), penalty (B, 1).
+
+    With the right signs of u it is linear. `guess` (B, K) has them as a rule; else all combinations are tried, zeros too.
+    """
+    u = np.linalg.solve(H, (b - penalty * np.sign(guess))[..., None])[..., 0]
+    if (wrong := (np.sign(u) != np.sign(guess)).any(1)).any():
+        H, b, penalty = H[wrong, None], b[wrong, None], penalty[wrong, None]
+        signs = np.array(list(product((-1, 0, 1), repeat=u.shape[1])))                          # (3^K, K)
+        free = np.abs(signs)
+        masked = H * free[:, :, None] * free[:, None] + np.eye(len(free[0])) * (1 - free)[:, None]
+        tried = np.linalg.solve(masked, ((b - penalty * signs) * free)[..., None])              # (B, 3^K, K, 1)
+        value = (tried.swapaxes(2, 3) @ (H @ tried / 2 - b[..., None]))[..., 0, 0]
+        tried = tried[..., 0]
+        value = value + (penalty * np.abs(tried)).sum(2)
+        value[(np.sign(tried) != signs).any(2)] = np.inf
+        u[wrong] = np.take_along_axis(tried, value.argmin(1)[:, None, None], 1)[:, 0]
     return u
 
 
@@ -50,24 +59,25 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
     penalty = 1 / np.broadcast_to(C, B).astype(float)[:, None]                                  # (B, 1)
     products = (fixed[:, None] * fixed).reshape(-1, len(y))                                     # ((K - 1)^2, N)
     w = np.zeros((B, K)) if start is None else np.array(start, dtype=float)
-    H, step, slope = np.empty((B, K, K)), np.zeros_like(w), np.full(B, -np.inf)
-    for _ in range(50):
+    H, reach = np.empty((B, K, K)), np.array([np.abs(length).max(), *np.abs(fixed).max(1)])
+    for _ in range(100):
         p = sigmoid(w[:, :1] * length + w[:, 1:] @ fixed)                                       # (B, N)
         residual = weight * (p - y)
-        g = np.concatenate([np.einsum("bn,bn->b", residual, length)[:, None], residual @ fixed.T], 1) # (B, K)
+        g = np.concatenate([np.einsum("bn,bn->b", residual, length)[:, None], residual @ fixed.T], 1)   # (B, K)
         r = weight * (p - p * p)
         H[:, 1:, 1:] = (r @ products.T).reshape(B, K - 1, K - 1)
         r *= length
         H[:, 0, 1:] = H[:, 1:, 0] = r @ fixed.T
         H[:, 0, 0] = np.einsum("bn,bn->b", r, length)
-        # Overshot: where the step ended it is steeper uphill than it was downhill at its start. Half of it, then.
-        overshot = ((g + penalty * np.sign(w)) * step).sum(1) > -slope
-        new = minimise_quadratic(H + 1e-10 * np.eye(K), g, penalty, w) - w
-        step = np.where(overshot[:, None], -step / 2, new)
-        slope = np.where(overshot, -np.inf, ((g + penalty * np.sign(w)) * new).sum(1))
-        w = w + step
-        if np.abs(step).max() < tolerance:  # what is left is of the order of its square
-            break
+        H += 1e-10 * np.eye(K)
+        step = minimise_quadratic(H, (H @ w[..., None])[..., 0] - g, penalty, w) - w
+        if np.abs(step).max() < tolerance:      # what is left is of the order of its square
+            return w + step
+        # Where no log-odds move by more than 1, the curvature stays within a factor that makes every step a descent.
+        moved = np.abs(step) @ reach            # at most
+        if moved.max() > 1:
+            moved = np.abs(step[:, :1] * length + step[:, 1:] @ fixed).max(1)
+        w = w + step / np.maximum(moved, 1)[:, None]
     return w
 
 

@@ -199,6 +199,23 @@ def test_the_fit_is_where_the_penalised_loss_has_no_slope(C):
         assert (both == 0).all()                            # so strong a penalty leaves nothing
 
 
+def test_the_fit_is_right_where_newton_alone_runs_away():
+    """Few rows, all of them won, a feature that hardly varies: no candidate near the solution has a lower loss."""
+    r = np.random.default_rng(0)
+
+    def loss(w, X, y, C):
+        return np.abs(w).sum(-1) / C + (np.logaddexp(0, w @ X) - y * (w @ X)).sum(-1)
+
+    for i in range(120):
+        n, C = r.choice([5, 12, 40, 300]), 10 ** r.uniform(-2, 4)
+        X = np.stack([np.tanh(r.normal(1.5 * r.normal(), r.choice([.01, .3, 1]), n)), r.normal(0, 1.5, n), np.ones(n)])
+        y = [r.choice([0, .5, 1], n), r.random(n), np.ones(n)][i % 3]
+        (w,) = fit(X[:1], X[1:], y, np.ones((1, n)), C)
+        candidates = w + r.normal(size=(2000, 3)) * 10 ** r.uniform(-4, 1, (2000, 1)) * (r.random((2000, 3)) < .6)
+        candidates[:20] = w * (r.random((20, 3)) < .5)
+        assert loss(w, X, y, C) <= loss(candidates, X, y, C).min() + 1e-9, (i, n, C)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_fit_without_a_finite_optimum_stays_finite():
     won = length_controlled([2] * 30, range(30), [9] * 30, counts=winrate.resample(30, 50))
