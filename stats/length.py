@@ -31,7 +31,7 @@ def log_loss(y, z):
 def minimise_quadratic(H, b, penalty, guess):
     """The u (B, K) with the least u'Hu/2 - b.u + penalty |u|_1; H (B, K, K), b (B, K), penalty (B, 1).
 
-    With the right signs of u it is linear. `guess` (B, K) has them as a rule; else all combinations are tried, zeros too.
+    With the right signs of u it is linear. As a rule `guess` (B, K) has them; else all are tried, zeros too.
     """
     u = np.linalg.solve(H, (b - penalty * np.sign(guess))[..., None])[..., 0]
     if (wrong := (np.sign(u) != np.sign(guess)).any(1)).any():

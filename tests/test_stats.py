@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.alpaca_eval import read_length_control
+from data.alpaca_eval import read_column, read_length_control
 from stats import agreement, length, ranking, winrate
 from stats.length import fit, length_controlled, predicted
 from stats.winrate import paired_difference, usable, win_rate
 
-ALPACA_EVAL = Path(__file__).parents[2] / "shared" / "alpaca_eval"
+ROOT = Path(__file__).parents[1]
+ALPACA_EVAL = ROOT.parent / "shared" / "alpaca_eval"
 needs_alpaca_eval = pytest.mark.skipif(not ALPACA_EVAL.exists(), reason="needs AlpacaEval's numbers")
 
 
@@ -320,22 +321,19 @@ def test_both_files_of_difficulties_say_the_same(tmp_path):
 
 # ---- rankings ------------------------------------------------------------------------------------------
 
-TABLE_2 = {"GPT-4": (79.0, 69.8), "ChatGPT": (61.4, 52.9), "PPO": (46.8, 55.1), "Best-of-n": (45.0, 50.7),
-           "Expert iteration": (41.9, 45.7), "SFT 52k": (39.2, 40.7), "SFT 10k": (36.7, 44.3),
-           "Binary FeedME": (36.6, 37.9), "Davinci001": (24.4, 32.5), "LLaMA 7B": (11.3, 6.5)}
-
-
 def test_alpacafarm_s_simulated_ranking_agrees_with_its_human_one():
     """arXiv 2305.14387, Table 2: Spearman 0.98, R2 0.87 as printed."""
-    found = ranking.agreement_of_rankings(*zip(*TABLE_2.values()))
+    simulated, human = (read_column(f"{ROOT}/data/alpacafarm.csv:{name}") for name in ("simulated", "human"))
+    assert (len(simulated), len(human)) == (13, 10)
+    found = ranking.agreement_of_rankings([simulated[name] for name in human], list(human.values()))
     assert found["spearman"]["value"] == pytest.approx(.976, abs=5e-4)
     assert found["r2"]["value"] == pytest.approx(.871, abs=5e-4)
     assert found["kendall"]["value"] == pytest.approx((45 - 2 * 2) / 45)       # two adjacent swaps
     for statistic in ("spearman", "kendall", "r2"):
         assert found[statistic]["ci_low"] < found[statistic]["value"] < found[statistic]["ci_high"]
         assert found[statistic]["p"] < .001
-    trained = ["PPO", "Best-of-n", "Expert iteration", "SFT 52k", "SFT 10k", "Binary FeedME"]
-    found = ranking.agreement_of_rankings(*zip(*(TABLE_2[name] for name in trained)))
+    trained = ["PPO", "Best-of-n", "Expert Iteration", "SFT 52k", "SFT 10k", "Binary FeedME"]
+    found = ranking.agreement_of_rankings(*zip(*((simulated[name], human[name]) for name in trained)))
     assert (found["spearman"]["value"], found["r2"]["value"]) == pytest.approx((.943, .83), abs=.005)
 
 
