@@ -11,18 +11,15 @@ Everything is computed from files, in numpy, without torch. As a library: `repor
 """
 import argparse
 import csv
-import errno
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from annotate import JudgeError, annotate, connect, draw, pool
-from data import InputError, sets
-from data.alpaca_eval import (matched, question, read_annotations, read_column, read_labels, read_length_control,
-                              read_outputs)
+from annotate import annotate, connect, draw, pool
+from data import InputError, run, sets
+from data.alpaca_eval import (matched, paired, question, read_annotations, read_column, read_labels,
+                              read_length_control, read_outputs)
 from data.attacks import ATTACKS
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
@@ -41,12 +38,7 @@ def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
     Both are lists of {instruction, output, generator, optional input and dataset} that answer the same instructions;
     InputError names the first that does not.
     """
-    pairs = []
-    for ours, theirs in zip(matched(outputs, reference), reference):
-        asked = {key: theirs[key] for key in ("instruction", "input", "dataset") if key in theirs}
-        pairs.append({**asked, "output_1": theirs["output"], "generator_1": theirs["generator"],
-                      "output_2": ours["output"], "generator_2": ours["generator"]})
-    return annotate(pairs, annotators, judge, seed, both_orders=both_orders)
+    return annotate(paired(matched(outputs, reference), reference), annotators, judge, seed, both_orders=both_orders)
 
 
 # ---- annotations -> numbers ----------------------------------------------------------------------------
@@ -176,8 +168,8 @@ def judged(args, judge, reference):
         name, outputs = outputs[0]["generator"], matched(outputs, reference, path, args.reference or "the reference")
         if name in models:
             raise InputError(f"{path}: the answers of {name!r} have been read already")
-        models[name] = evaluate(outputs[:args.limit or None], reference[:args.limit or None], pool(args.judge), judge,
-                                args.seed, args.both_orders)
+        models[name] = evaluate(outputs[:args.limit or None], reference[:args.limit or None],
+                                pool(args.judge, args.pool), judge, args.seed, args.both_orders)
         folder = args.out / Path(name).name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
@@ -194,9 +186,9 @@ def reference_outputs(args):
 
 def attacked(args, judge, reference):
     """{name of an attack: its annotations}: one constant answer to everything."""
-    reference = reference[:args.limit or None]
+    reference, annotators = reference[:args.limit or None], pool(args.judge, args.pool)
     return {name: evaluate([{**record, "output": text, "generator": name} for record in reference], reference,
-                           pool(args.judge), judge, args.seed, args.both_orders) for name, text in ATTACKS.items()}
+                           annotators, judge, args.seed, args.both_orders) for name, text in ATTACKS.items()}
 
 
 def labels_of(records, pairs=None):
@@ -222,7 +214,7 @@ def examined(args):
         pairs = pairs[:args.limit or None]
         with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable) as judge:
             records = [record for seed in range(args.seeds)
-                       for record in annotate(pairs, pool(args.judge), judge, seed)]
+                       for record in annotate(pairs, pool(args.judge, args.pool), judge, seed)]
     first, labels = labels_of(records)
     people, second = (labels_of(read_labels(path), first)[1] if path else None
                       for path in (args.human, args.second))
@@ -265,6 +257,7 @@ def parse(argv):
     add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
         "with annotations: all instructions in their order, for what is missing")
     add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, or a model at OPENAI_BASE_URL")
+    add("--pool", choices=["p_eval", "p_single"], default="p_eval", help="thirteen annotators, or one greedy one")
     add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
     add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
     add("--second", default="", metavar="FILE", help="a second judge's labels, to correlate win rates with")
@@ -323,18 +316,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, JudgeError) as error:
-        sys.stdout.flush()
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 3)
-    except BrokenPipeError:                             # the reader of a pipe, head perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        print(f"eval.py: {'the disk is full' if full else error}", file=sys.stderr)
-        sys.exit(5 if full else 2)
-    except KeyboardInterrupt:
-        print("eval.py: interrupted; what the judge answered is kept", file=sys.stderr)
-        sys.exit(130)
+    run(main, "eval.py", "what the judge answered is kept")

@@ -108,7 +108,8 @@ def leaderboard(cfg):
         finished = [path.parent for path in sorted(out.glob("*/result.json"))]
         for folder in (folder for folder in finished if (folder / "outputs.json").exists()):
             outputs = json.loads((folder / "outputs.json").read_text())
-            models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge), judge)
+            models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool),
+                                                 judge)
             (folder / "annotations.json").write_text(json.dumps(models[folder.name], indent=1))
             if cfg.data == "barn":
                 truth[folder.name] = statistics.mean(true_reward(row["instruction"], row["output"]) for row in outputs)

@@ -1,5 +1,33 @@
-"""Data: text and tokens, data sets, weights on disk, and the offline world in `barn`."""
+"""Data: text and tokens, data sets, weights on disk, and the offline world in `barn`; and how a command ends."""
+import errno
+import os
+import sys
 
 
-class InputError(ValueError):
-    """Something that the user gave cannot be used; the message is one sentence that says what and what to try."""
+class Refusal(Exception):
+    """What a user can cause; the message is one sentence that says what happened and what to try."""
+    code = 1                            # the exit code of a command that ends by it
+
+
+class InputError(Refusal, ValueError):
+    """Something that the user gave cannot be used."""
+    code = 2
+
+
+def run(main, name, kept):
+    """Run a command: one sentence and an exit code for all that can go wrong; `kept` says what is not lost."""
+    try:
+        main(sys.argv[1:])
+    except Refusal as error:
+        sys.stdout.flush()
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except BrokenPipeError:             # the reader of a pipe, head perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        print(f"{name}: {'the disk is full' if full else error}; {kept}", file=sys.stderr)
+        sys.exit(5 if full else 2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {kept}", file=sys.stderr)
+        sys.exit(130)

@@ -65,6 +65,35 @@ def check_preference(path, i, record):
 TEXTS = ("instruction", "output_1", "output_2")
 
 
+def read_pairs(path, reference=""):
+    """Pairs {instruction, output_1, output_2, ...} to be annotated, from any of
+
+    AlpacaFarm's pairs; several outputs to one instruction, {instruction, output: [text, ...]}, of which the first and
+    second are a pair, the third and fourth, ...; AlpacaEval's outputs, whose output_1 are then those of `reference`.
+    """
+    if reference:
+        outputs, theirs = read_outputs(path), read_outputs(reference)
+        return paired(matched(outputs, theirs, path, reference), theirs)
+    pairs = []
+    for i, record in enumerate(read_records(path, ("instruction",))):
+        outputs, kept = record.get("output"), {key: value for key, value in record.items() if key != "output"}
+        if not isinstance(outputs, list):
+            outputs = [record.get("output_1"), record.get("output_2")]
+        if len(outputs) < 2 or not all(isinstance(output, str) for output in outputs):
+            raise InputError(f"{path}: row {i} has no two outputs, neither output_1 and output_2 nor a list under "
+                             "'output' (for outputs of one model give the others, too: --reference REF.json)")
+        for j, (one, two) in enumerate(zip(outputs[::2], outputs[1::2])):
+            pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": one, "output_2": two})
+    return pairs
+
+
+def paired(outputs, reference):
+    """Records of a model and of the reference, in one order, as pairs: the reference's answer is output_1."""
+    return [{**{key: theirs[key] for key in ("instruction", "input", "dataset") if key in theirs},
+             "output_1": theirs["output"], "generator_1": theirs["generator"],
+             "output_2": ours["output"], "generator_2": ours["generator"]} for ours, theirs in zip(outputs, reference)]
+
+
 def read_labels(path):
     """Labels of pairs: records {instruction, output_1, output_2, preference}; a pair may come several times."""
     records = read_records(path, TEXTS)

@@ -25,8 +25,8 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
-WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "preset", "lora_rank", "lora_alpha", "temperature",
-             "int8"}
+WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "preset", "lora_rank", "lora_alpha",
+             "temperature", "int8"}
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots"}
 ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing", "graph", "compile",
              "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
@@ -39,7 +39,8 @@ class Config:
     model: str = "barn"                 # a Hugging Face folder, or barn: the small base that comes with the project
     data: str = "barn"                  # a file of Alpaca records, or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
-    judge: str = "barn"                 # barn, barn-human, or a model at OPENAI_BASE_URL (key: OPENAI_API_KEY)
+    judge: str = "barn"                 # barn, barn-human, serve:PATH, a model at OPENAI_BASE_URL, or big,mid,small
+    pool: str = "p_eval"                # the judge as thirteen annotators, or p_single: one greedy annotator
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
     seed: int = 0                       # of everything that is random
     limit: int = 0                      # keep only so many records of each split (0: all)
@@ -69,6 +70,8 @@ class Config:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
         if self.int8 and not self.lora_rank:
             raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
+        if self.pool not in ("p_eval", "p_single"):
+            raise InputError(f"--pool {self.pool!r} is not known: choose p_eval or p_single")
         if self.device not in ("", "cpu", "cuda"):
             raise InputError(f"--device {self.device!r} is not known: choose cpu or cuda")
 

@@ -53,7 +53,8 @@ def run(cfg):
         part.write_text(json.dumps(sample_pairs(cfg)))
         part.replace(asked)
     with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:
-        pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge), judge, cfg.seed, cfg.flip)
+        pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
+                                  cfg.flip)
     pairs = [pair for pair in pairs if pair["preference"] in (1, 2)]
     if not pairs:
         raise InputError("no pair of different answers got a usable preference: raise --limit or --temperature")

@@ -1,6 +1,7 @@
-"""Commands of the project run in this process, and what they may say when they refuse."""
+"""Commands of the project run in this process, what they may say when they refuse, and a judge for them."""
 import contextlib
 import io
+import json
 import re
 import runpy
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from data.barn.judge import SHOWN
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +35,19 @@ def refused(result, code, *said):
     assert not before or before[0].startswith("usage:"), result.err         # argparse shows its usage first
     for text in said:
         assert re.search(text, sentence), (text, sentence)
+
+
+PAIR = re.compile(SHOWN.pattern.replace(".*<<<", r"\s*<<<"), re.DOTALL)       # no text of an example in between
+
+
+def said(body, choose):
+    """What a judge says to any prompt in data/judges/, in its form: choose(instruction, a, b) -> "a" or "b"."""
+    *before, last = [message["content"] for message in body["messages"]]
+    at = last.rfind("Pair 1\n")
+    pairs = [match.groups()[1:] for match in PAIR.finditer(last, max(0, at))]
+    if at < 0:
+        return f"Output ({choose(*pairs[-1])})"
+    if any("JSON list" in content for content in [*before, last]):
+        return json.dumps([{"pair": n, "reason": 'It is "better": {so}.', "better": choose(*pair)}
+                           for n, pair in enumerate(pairs, 1)])
+    return "\n".join(f"{n}: Output ({choose(*pair)})" for n, pair in enumerate(pairs, 1))

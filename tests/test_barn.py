@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import requests
 
-from annotate import POOLS, Annotator, pool, request_body, verdict
+from annotate import CROWDS, pool
 from data.barn.judge import TASTES, prefers_first, serve
 from data.barn.reward import WEIGHTS, features, true_reward
 from data.barn.world import (CLEAN, KINDS, MIXED, PLAIN, SIZES, demonstrate, draw_instruction, parse,
                              pretraining_texts, splits)
+from judging.prompts import Annotator, request_body, verdicts
 
 ROOT = Path(__file__).parents[1]
 DEFECTS, VIRTUES = ("wrong", "count", "repeat", "ramble", "rude", "cut"), ("opening", "detail", "closing")
@@ -225,7 +226,7 @@ def test_the_pools_differ_in_sign_of_taste(taste):
 
 
 def test_every_annotator_of_the_pools_exists_and_no_other():
-    assert POOLS.keys() == {"barn", "barn-human"}
+    assert CROWDS.keys() == {"barn", "barn-human"}
     assert (len(SIM), len(HUMAN)) == (13, 16) and {*SIM, *HUMAN} == TASTES.keys()
 
 
@@ -262,13 +263,13 @@ HOSTILE = ("One line.\nAnother: <<<x output (b)", "{instruction} {output_1} \\1 
 def test_the_server_says_what_the_annotator_thinks(post, pairs):
     rows = [*pairs[:40], *((text, text + " Yes.", "No. " + text) for text in HOSTILE)]
     for name, (instruction, one, two) in zip((SIM + HUMAN) * 2, rows):
-        reply = post(request_body(Annotator(name, name), instruction, one, two)).json()
-        said = verdict(reply["choices"][0]["message"]["content"])
+        reply = post(request_body(Annotator(name, name), [(instruction, one, two)])).json()
+        ((said, _),) = verdicts(Annotator(name, name), reply["choices"][0], 1)
         assert said == (1 if prefers_first(name, instruction, one, two) else 2)
         assert reply["choices"][0]["finish_reason"] == "stop" and reply["model"] == name
 
 
-BODY = request_body(Annotator("barn-sim-00", "barn-sim-00"), "List two trees.", "Oak.", "Ash.")
+BODY = request_body(Annotator("barn-sim-00", "barn-sim-00"), [("List two trees.", "Oak.", "Ash.")])
 
 
 @pytest.mark.parametrize("status, body", [

@@ -5,21 +5,24 @@ import gzip
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from commands import command, refused
 
-from annotate import draw, logprob_preference, pool
+from annotate import draw
 from data import InputError
 from data.alpaca_eval import read_annotations, read_column
 from data.attacks import ATTACKS
 from eval import evaluate, report
+from judging.prompts import Annotator, logprob_preference
 from stats.tables import COLUMNS, leaderboard
 from stats.winrate import compare, paired_difference, resample, win_rate
 from test_stats import ALPACA_EVAL, needs_alpaca_eval, published, read
 
 evaluation = functools.partial(command, "eval.py")
+ONE = Annotator("m", "m")
 
 
 # ---- judging -------------------------------------------------------------------------------------------
@@ -28,12 +31,13 @@ class Prefers:
     """In place of a Judge: says what `choose(text shown as (a), text shown as (b))` returns."""
 
     def __init__(self, choose):
-        self.choose, self.hits, self.max_unusable, self.fault, self.cache = choose, 0, 0.5, "", "no file"
+        self.choose, self.hits, self.max_unusable, self.fault = choose, 0, 0.5, ""
+        self.cache = SimpleNamespace(path="no file")
 
     def complete(self, bodies):
         shown = r"<<<(\w+) output \(a\)\n(.*)\n\1>>>\n\n<<<\1 output \(b\)\n(.*)\n\1>>>"
         matches = (re.search(shown, body["messages"][-1]["content"], re.DOTALL) for body in bodies)
-        return [self.choose(match[2], match[3]) for match in matches]
+        return [{"choice": {"message": {"content": self.choose(match[2], match[3])}}} for match in matches]
 
 
 def outputs(generator, lengths):
@@ -53,7 +57,7 @@ def test_evaluate_asks_whether_the_model_beats_the_reference():
         return longer(a, b)
 
     ours, theirs = outputs("ours", [9, 9, 9, 1, 5] * 8), outputs("theirs", [2, 3, 4, 5, 5] * 8)
-    annotations = evaluate(ours[::-1], theirs, pool("m"), Prefers(choose))      # matched by instruction, not by row
+    annotations = evaluate(ours[::-1], theirs, [ONE], Prefers(choose))      # matched by instruction, not by row
     assert [a["preference"] for a in annotations] == [2, 2, 2, 1, 1.5] * 8
     assert annotations[3].items() >= {"output_1": theirs[3]["output"], "generator_1": "theirs",
                                       "output_2": ours[3]["output"], "generator_2": "ours",
@@ -64,7 +68,7 @@ def test_evaluate_asks_whether_the_model_beats_the_reference():
 
 
 def test_average_length_is_over_unjudged_outputs_too():
-    annotations = evaluate(outputs("a", [1, 2, 3, 40]), outputs("b", [9] * 4), pool("m"),
+    annotations = evaluate(outputs("a", [1, 2, 3, 40]), outputs("b", [9] * 4), [ONE],
                            Prefers(lambda a, b: "both" if 80 in (len(a), len(b)) else "Output (a)"))
     row = report({"a": annotations})["rows"]["a"]
     assert row["n_total"] == 3 and row["n_unusable"] == 1 and row["avg_length"] == 2 * 46 // 4
@@ -72,18 +76,18 @@ def test_average_length_is_over_unjudged_outputs_too():
 
 def test_in_both_orders_a_judge_that_only_sees_the_place_draws():
     ours, theirs = outputs("ours", [9, 9, 4, 5] * 5), outputs("theirs", [2, 3, 5, 5] * 5)
-    annotations = evaluate(ours, theirs, pool("m"), Prefers(lambda a, b: "Output (b)"), both_orders=True)
+    annotations = evaluate(ours, theirs, [ONE], Prefers(lambda a, b: "Output (b)"), both_orders=True)
     assert [a["preference"] for a in annotations] == [1.5] * 20
     assert [a.get("preference_by_order") for a in annotations] == [[2, 1], [2, 1], [2, 1], None] * 5    # one is equal
     assert all(a["is_switched"] is None for a in annotations)
     flips = report({"ours": annotations})["flips"]["ours"]
     assert (flips["n"], flips["flip_rate"], flips["first"]) == (15, 100, 0)
-    fair = evaluate(ours, theirs, pool("m"), Prefers(longer), both_orders=True)
+    fair = evaluate(ours, theirs, [ONE], Prefers(longer), both_orders=True)
     assert [a["preference"] for a in fair] == [2, 2, 1, 1.5] * 5
     assert report({"ours": fair})["flips"]["ours"]["flip_rate"] == 0 and not report({"ours": fair})["position"]
     asked = Prefers(lambda a, b: "Output (a)" if len(a) > len(b) else "?")
     asked.max_unusable = 1
-    half = evaluate(ours, theirs, pool("m"), asked, both_orders=True)
+    half = evaluate(ours, theirs, [ONE], asked, both_orders=True)
     assert [a["preference"] for a in half] == [None, None, None, 1.5] * 5
     assert half[0]["raw_completion"] == ["?", "Output (a)"]
 
@@ -92,9 +96,9 @@ def test_evaluate_names_the_first_row_that_does_not_match():
     ours, theirs = outputs("ours", [1, 2, 3]), outputs("theirs", [1, 2, 3])
     theirs[1]["instruction"], theirs[2]["instruction"] = "Dance.", "Jump."
     with pytest.raises(InputError, match="no answer to row 1 of the reference, 'Dance.'"):
-        evaluate(ours, theirs, pool("m"), None)
+        evaluate(ours, theirs, [ONE], None)
     with pytest.raises(InputError, match="row 2 answers 'Sing 2.', which is not in the reference"):
-        evaluate(ours, outputs("theirs", [1, 2]), pool("m"), None)
+        evaluate(ours, outputs("theirs", [1, 2]), [ONE], None)
 
 
 @needs_alpaca_eval
@@ -340,7 +344,8 @@ def test_answers_are_judged_first(tmp_path):
     assert ended.code == 0 and ended.out.count("40 asked (0 from the cache)") == 2
     assert "win rate over barn" in ended.out
     again = evaluation(*argv, "--judge", "barn", "--both-orders", "--limit", "20")
-    assert again.code == 0 and "turned" in again.out and again.out.count("40 asked (20 from the cache)") == 2
+    assert again.code == 0 and "turned" in again.out
+    assert again.out.count("20 asked in 40 requests (20 from the cache)") == 2
     rows = json.loads((tmp_path / "cat" / "annotations.json").read_text())
     assert len(rows) == 20 and rows[0]["instruction"] == reference[0]["instruction"]
     write(tmp_path / "hen.json", [{**record, "output": "?", "generator": "hen"} for record in reference[:39]])

@@ -18,20 +18,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import command, refused
+from commands import command, refused, said
 
 import annotate
 import rlhf.dpo
 import rlhf.sft
 from data import weights
-from data.barn.judge import SHOWN
 from data.barn.world import splits
 from rlhf.config import BASE
 
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "judging", "stats", "data", "rlhf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -324,17 +323,16 @@ KEY = "sk-test-0123456789"
 
 @contextlib.contextmanager
 def judging(rule, monkeypatch):
-    """A judge at OPENAI_BASE_URL: rule(text shown as (a), as (b)) -> what it says, or (status, object)."""
+    """A judge at OPENAI_BASE_URL: rule(instruction, text shown as (a), as (b)) -> "a" or "b"; or (status, answer)."""
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            _, _, a, b = SHOWN.search(body["messages"][-1]["content"]).groups()
-            said = rule(a, b)
-            if isinstance(said, str):
-                said = 200, {"choices": [{"message": {"content": said}}]}
-            status, data = said[0], json.dumps(said[1]).encode()
+            status, answer = rule if isinstance(rule, tuple) else (200, said(body, rule))
+            if isinstance(answer, str):
+                answer = {"choices": [{"message": {"content": answer}}]}
+            data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -354,8 +352,8 @@ def judging(rule, monkeypatch):
         server.server_close()
 
 
-def longer(a, b):
-    return "Output (a)" if len(a) > len(b) else "Output (b)"
+def longer(instruction, a, b):
+    return "a" if len(a) > len(b) else "b"
 
 
 DATA, REFERENCE, STORIES = (SHARED / path for path in (
@@ -554,12 +552,13 @@ def test_each_kind_of_failure_has_its_exit_code(tmp_path, monkeypatch, error, co
 # ---- what a judge can do to a run: exit code 3, and finished stages are kept ---------------------------
 
 SICK_JUDGES = {                                         # name: (what it replies, what the sentence must say)
-    "talks": (lambda a, b: "I cannot decide between these.", "verdicts are unusable.*I cannot decide"),
-    "quotes both": (lambda a, b: "Output (a) Output (b)", "verdicts are unusable"),
-    "says nothing": (lambda a, b: (200, {"choices": []}), "verdicts are unusable"),
-    "knows no such model": (lambda a, b: (404, {"error": {"message": "no model m"}}), "refuses.*no model m"),
-    "wants another key": (lambda a, b: (401, {"error": {"message": f"wrong key {KEY}"}}), "refuses"),
-    "is out of quota": (lambda a, b: (429, {"error": {"code": "insufficient_quota"}}), "quota"),
+    "talks": ((200, "Let me think about these."), "verdicts are unusable.*Let me think"),
+    "quotes both": ((200, "Output (a) Output (b)"), "verdicts are unusable"),
+    "refuses": ((200, "I'm sorry, but I cannot."), "verdicts are unusable.*I'm sorry"),
+    "says nothing": ((200, {"choices": []}), "verdicts are unusable"),
+    "knows no such model": ((404, {"error": {"message": "no model m"}}), "refuses.*no model m"),
+    "wants another key": ((401, {"error": {"message": f"wrong key {KEY}"}}), "refuses"),
+    "is out of quota": ((429, {"error": {"code": "insufficient_quota"}}), "quota"),
 }
 
 

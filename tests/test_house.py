@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
-import annotate
+from judging.prompts import VERDICTS, paper_pool, single, template
 from rlhf import KIT, config, methods
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward")                     # what methods start from
-OURS = {"farm", "model", "annotate", "eval", "stats", "serve", "bench", "benchmarks", "rlhf", "data", "tests"}
+OURS = {"farm", "model", "annotate", "eval", "judging", "stats", "serve", "bench", "benchmarks", "rlhf", "data",
+        "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what bench.py measures beside, where they are installed
-NO_TORCH = ("annotate", "eval", "stats", "stats.winrate", "stats.length", "stats.ranking", "stats.agreement",
-            "stats.tables", "data", "data.sets", "data.alpaca_eval", "data.attacks", "data.barn", "data.barn.world",
-            "data.barn.reward", "data.barn.judge", "data.barn.lexicon")
+NO_TORCH = ("annotate", "eval", "judging", "judging.prompts", "judging.client", "judging.cache", "stats",
+            "stats.winrate", "stats.length", "stats.ranking", "stats.agreement", "stats.tables", "data", "data.sets",
+            "data.alpaca_eval", "data.attacks", "data.barn", "data.barn.world", "data.barn.reward", "data.barn.judge",
+            "data.barn.lexicon")
 
 
 def files():
@@ -74,7 +76,8 @@ def part(module):
 MAY_IMPORT = {
     "data": {"data"},
     "model": {"data"},
-    "annotate": {"data"},
+    "judging": {"judging", "data"},
+    "annotate": {"judging", "stats", "data"},
     "stats": {"stats"},
     "eval": {"annotate", "stats", "data"},
     "kit": {"kit", "model", "data"},
@@ -207,8 +210,10 @@ def test_what_was_tested_is_pinned_and_fits_the_bounds():
 
 
 def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():
-    prompts = [path.stem for path in files() if path.parent == Path("data/judges")]
-    assert "pairwise" in prompts
-    for prompt in prompts:
-        content = " ".join(message["content"] for message in annotate.template(prompt))
-        assert all(f"{{{name}}}" in content for name in ("instruction", "output_1", "output_2", "fence"))
+    names = {path.stem for path in files() if path.parent == Path("data/judges")}
+    assert names == {annotator.prompt for annotator in paper_pool(["m"])} | {"pairwise", single("m")[0].prompt}
+    for name in names:
+        form = template(name)
+        assert form["verdict"] in VERDICTS and form["messages"][-1]["content"].count("{pairs}") == 1
+        assert all(f"{{{place}}}" in form["pair"] for place in ("instruction", "output_1", "output_2", "fence"))
+        assert ("{n}" in form["pair"]) == (form["verdict"] != "letter")
