@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, run
+from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from judging import JudgeError
 from judging.client import ADDRESS, Judge, dollars, on_this_machine, shorten
@@ -300,12 +300,13 @@ def parse(argv):
     add("--price", default="", metavar="IN,OUT", help="$ per million tokens of prompt and completion")
     add("--dry_run", action="store_true", help="say what would be asked and what it costs, and ask nothing")
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
-    args = parser.parse_args([re.sub(r"(?<=\w)-(?=\w)", "_", token) if token.startswith("--") else token
-                              for token in argv])
+    args = parser.parse_args(underscored(argv))
     args.judge = args.judge_models or args.judge
     args.flip = POOLS[args.pool] if args.flip is None else args.flip
-    if not 0 <= args.flip <= .5 or min(args.seeds, args.workers) < 1 or args.limit < 0:
-        raise InputError("--flip lies between 0 and 0.5, --seeds and --workers are positive, --limit is not negative")
+    if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
+        raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
+    if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
+        raise InputError("--seeds and --workers are positive, --limit, --max_calls and --max_cost not negative")
     return args
 
 

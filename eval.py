@@ -12,12 +12,13 @@ Everything is computed from files, in numpy, without torch. As a library: `repor
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from annotate import annotate, connect, draw, pool
-from data import InputError, run, sets
+from data import InputError, run, sets, underscored
 from data.alpaca_eval import (matched, paired, question, read_annotations, read_column, read_labels,
                               read_length_control, read_outputs)
 from data.attacks import ATTACKS
@@ -62,7 +63,9 @@ class Prompts:
             self.lengths[m, rows] = [len(record["output_2"]) for record in records]
             self.reference_lengths[m, rows] = [len(record["output_1"]) for record in records]
             self.switched[m, rows] = [shown_first(record) for record in records]
-            self.datasets[rows] = [record.get("dataset", "") for record in records]
+        for record in [record for records in [asked, *models.values()] for record in records]:
+            n = self.place[question(record)]
+            self.datasets[n] = self.datasets[n] or record.get("dataset") or ""
         self.there = ~np.isnan(self.lengths)
         self.references = [records[0]["generator_1"] for records in models.values()]
 
@@ -77,7 +80,7 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
     """The length-controlled columns of model m."""
     if lc == "none":
         return {}
-    if records[0]["generator_1"] == records[0]["generator_2"]:
+    if all(record["output_1"] == record["output_2"] for record in records):
         return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # by definition
     difficulty, gamed = lc_data or (None, None)
     if lc == "alpaca_eval":
@@ -85,6 +88,9 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
         # C chosen by cross-validation, and as the error the spread of what was fitted.
         if difficulty is None or len(records) > len(difficulty):
             raise InputError("--lc alpaca_eval needs AlpacaEval's own difficulties (--lc_data), and as many rows")
+        place = [prompts.place[question(record)] for record in records]
+        if place != sorted(place):
+            raise InputError(f"--lc alpaca_eval: annotations of {prompts.names[m]!r} are not in the reference's order")
         p, ours, theirs = zip(*((r["preference"], len(r["output_2"]), len(r["output_1"])) for r in records))
         return length_controlled(p, ours, theirs, difficulty[:len(p)], gamed, lc_C)
     there = prompts.there[m]
@@ -110,9 +116,9 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     matrix      {names, win_rate, predicted}: win rates of row over column, NaN where they never met, and the ratings'
     """
     prompts = Prompts(models, asked)
-    if lc == "default" and lc_data and len(lc_data[0]) != len(prompts.datasets):
-        raise InputError(f"the difficulties are of {len(lc_data[0])} instructions, here are {len(prompts.datasets)}: "
-                         "give the reference outputs with all of them, in AlpacaEval's order, as --reference")
+    if lc_data and lc == "default" and len(lc_data[0]) != len(asked):
+        raise InputError(f"the difficulties are of {len(lc_data[0])} instructions: give the reference outputs with all "
+                         "of them, in AlpacaEval's order, as --reference")
     if baseline and baseline not in models:
         raise InputError(f"--baseline {baseline!r} is not among the models: {', '.join(models)}")
     counts, rows, position, flips = resample(len(prompts.datasets), resamples, seed), {}, {}, {}
@@ -134,10 +140,11 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     clusters = prompts.datasets if len(datasets) > 1 else None
     compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
                 for a, b in pairs if reference[a] == reference[b]]
-    by_dataset = {name: {dataset: win_rate(p[prompts.datasets == dataset]) for dataset in datasets}
-                  for name, p in preferences.items()}
+    by_dataset = {name: {dataset: win_rate(preferences[name][prompts.datasets == dataset]) for dataset in datasets}
+                  for name in rows}
     return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
-            "position": position, "flips": flips, **tournament(models, prompts, counts)}
+            "position": {name: position[name] for name in rows if name in position}, "flips": flips,
+            **tournament(models, prompts, counts)}
 
 
 def tournament(models, prompts, counts):
@@ -160,20 +167,26 @@ def tournament(models, prompts, counts):
 
 # ---- the command ---------------------------------------------------------------------------------------
 
-def judged(args, judge, reference):
-    """Annotations of the outputs in args.outputs, each written to its own folder: {name: records}."""
-    models = {}
+def read_all(args, reference):
+    """{name: outputs in the reference's order} of the files in args.outputs, before a cent is spent on the first."""
+    asked, models = {question(record) for record in reference}, {}
     for path in args.outputs:
         outputs = read_outputs(path)
-        name, outputs = outputs[0]["generator"], matched(outputs, reference, path, args.reference or "the reference")
+        if args.limit:                                  # of the others' answers, too
+            outputs = [record for record in outputs if question(record) in asked]
+        name = outputs[0]["generator"] if outputs else ""
         if name in models:
             raise InputError(f"{path}: the answers of {name!r} have been read already")
-        models[name] = evaluate(outputs[:args.limit or None], reference[:args.limit or None],
-                                pool(args.judge, args.pool), judge, args.seed, args.both_orders)
-        folder = args.out / Path(name).name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
+        models[name] = matched(outputs, reference, path, args.reference or "the reference")
+    folders = [folder_of(name) for name in models]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise InputError(f"two generators have names too much alike: both would go to {args.out / twice[0]}")
     return models
+
+
+def folder_of(name):
+    """A generator's name as the name of a folder, below --out and beside its other files."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-").replace(".json", "-json").replace(".csv", "-csv") or "model"
 
 
 def reference_outputs(args):
@@ -184,11 +197,27 @@ def reference_outputs(args):
     return sets.load()["eval"]                          # the offline world's
 
 
-def attacked(args, judge, reference):
-    """{name of an attack: its annotations}: one constant answer to everything."""
-    reference, annotators = reference[:args.limit or None], pool(args.judge, args.pool)
-    return {name: evaluate([{**record, "output": text, "generator": name} for record in reference], reference,
-                           annotators, judge, args.seed, args.both_orders) for name, text in ATTACKS.items()}
+def judged(args, outputs, reference):
+    """{name: annotations} of {name: outputs}, each written to a folder of its own."""
+    models, annotators = {}, pool(args.judge, args.pool)
+    max_unusable = 1 if args.attack else args.max_unusable          # a judge that loses its head: that is a result, too
+    with connect(args.judge, args.out / "judge.jsonl", args.workers, max_unusable) as judge:
+        for name, records in outputs.items():
+            models[name] = evaluate(records, reference, annotators, judge, args.seed, args.both_orders)
+            folder = args.out / folder_of(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
+    return models
+
+
+def check_against(models, reference, path):
+    """InputError unless annotations are of the reference's instructions, and were judged against its answers."""
+    theirs = {question(record): record["output"] for record in reference}
+    for name, records in models.items():
+        for i, record in enumerate(records):
+            if theirs.get(question(record)) != record["output_1"]:
+                how = "was judged against another answer" if question(record) in theirs else "asks something else"
+                raise InputError(f"annotations of {name!r}: row {i} {how} than {path} (--any_reference: never mind)")
 
 
 def labels_of(records, pairs=None):
@@ -227,7 +256,8 @@ def examined(args):
     row = judge_report(labels, [key[1] for key in first], [key[2] for key in first], people,
                        writers if len(set(writers)) > 2 else None, second,
                        *(values if any(values) else None for values in money))
-    name = args.judge or records[0].get("annotator", Path(args.judge_report[0]).stem)
+    names = {record.get("annotator") for record in records}
+    name = args.judge or (len(names) == 1 and names.pop()) or Path(args.judge_report[0]).stem
     with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([["", *row], [name, *("" if x != x else x for x in row.values())]])
@@ -244,7 +274,9 @@ def correlated(paths):
     found = agreement_of_rankings([one[name] for name in both], [two[name] for name in both])
     lines = [[name, number(found[name]["value"], ".3f"), between(found[name]["ci_low"], found[name]["ci_high"], ".2f"),
               number(found[name]["p"], ".2g")] for name in CORRELATIONS]
-    return (f"{len(both)} models; 95 % over resampled models, p over permutations of them:\n\n" +
+    lonely = len(one) + len(two) - 2 * len(both)
+    return (f"{len(both)} models{f' (and {lonely} in one of the two only)' if lonely else ''}; 95 % over resampled "
+            "models, p over permutations of them:\n\n" +
             table(["", "value", "95 %", "p"], *lines))
 
 
@@ -277,15 +309,29 @@ def parse(argv):
     add("--workers", type=int, default=8, help="questions to the judge at a time")
     add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
     add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
-    flags = [token.replace("-", "_").replace("__", "--", 1) if token.startswith("--") else token for token in argv]
-    args = parser.parse_args(flags)
-    modes = [name for name in ("annotations", "outputs", "judge_report", "rankings", "attack") if getattr(args, name)]
+    args = parser.parse_args(underscored(argv))
+    modes = [mode for mode in MODES if getattr(args, mode)]
     if len(modes) != 1:
         raise InputError(f"give annotations, or one of --outputs, --judge_report, --rankings, --attack, not "
                          f"{' and '.join(modes) or 'nothing'}; --help explains them")
-    if min(args.resamples, args.seeds, args.workers) < 1 or args.limit < 0 or (args.lc_C or 1) <= 0:
-        raise InputError("--resamples, --seeds, --workers and --lc_C must be positive, and --limit not negative")
+    (mode,) = modes
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {*MODES, "out"}
+    if stray := sorted(given - set(MODES[mode].split())):
+        raise InputError(f"--{stray[0]} would change nothing here: it does not go with {mode}")
+    if min(args.seeds, args.workers) < 1 or min(args.limit, args.seed) < 0 or not 2 <= args.resamples <= 10 ** 5:
+        raise InputError("--seeds and --workers are positive, --limit and --seed not negative, --resamples 2 to 100000")
+    if not 0 <= args.max_unusable <= 1 or not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
+        raise InputError("--max_unusable lies between 0 and 1, --lc_C between 1e-6 and 1e6")
     return args
+
+
+NUMBERS = "reference baseline lc lc_data lc_C resamples seed"
+MODES = {                                               # what goes with each
+    "annotations": f"{NUMBERS} any_reference",
+    "outputs": f"{NUMBERS} judge pool both_orders limit workers max_unusable",
+    "attack": "reference judge pool both_orders limit workers resamples seed",
+    "judge_report": "judge pool human second seeds limit workers max_unusable",
+    "rankings": ""}
 
 
 def main(argv):
@@ -295,24 +341,34 @@ def main(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.judge_report:
         return print(examined(args))
+    lc_data = read_length_control(args.lc_data) if args.lc_data else None
     if args.annotations:
         models = read_annotations(args.annotations, args.any_reference)
         asked = read_outputs(args.reference) if args.reference else []
+        if asked and not args.any_reference:
+            check_against(models, asked, args.reference)
     else:
+        if args.reference and not args.judge:
+            raise InputError("who judges? --judge MODEL (barn knows its own world only)")
         args.judge = args.judge or "barn"
-        reference = reference_outputs(args)
-        asked = reference[:args.limit or None]
-        max_unusable = 1 if args.attack else args.max_unusable      # a judge that loses its head: that is a result, too
-        with connect(args.judge, args.out / "judge.jsonl", args.workers, max_unusable) as judge:
-            models = (attacked if args.attack else judged)(args, judge, reference)
-    lc_data = read_length_control(args.lc_data) if args.lc_data else None
+        asked = reference_outputs(args)[:args.limit or None]
+        outputs = read_all(args, asked) if args.outputs else {
+            name: [{**record, "output": text, "generator": name} for record in asked] for name, text in ATTACKS.items()}
+        if args.baseline and args.baseline not in outputs:
+            raise InputError(f"--baseline {args.baseline!r} is not among the models: {', '.join(outputs)}")
+        models = judged(args, outputs, asked)
     lc = "none" if args.attack else args.lc             # one text for everything has no length to control for
     result = report(models, asked, args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed)
     references = sorted({records[0]["generator_1"] for records in models.values()})
-    print(f"win rate over {', '.join(references)} in %:\n\n{write(result, args.out)}\n")
-    if not args.attack and (more := details(result)):
+    print(f"win rate over {', '.join(references)} in %{LC[lc, bool(lc_data)]}:\n\n{write(result, args.out)}\n")
+    if more := details({**result, "compared": [], "ratings": [], "matrix": None} if args.attack else result):
         print(f"{more}\n")
     print(f"leaderboard.csv and report.json are in {args.out}")
+
+
+LC = {("default", True): ", LC: length-controlled, by instruction", ("none", True): "", ("none", False): "",
+      ("default", False): ", LC: length-controlled, without the difficulty of instructions",
+      ("alpaca_eval", True): ", LC: length-controlled, as AlpacaEval published it", ("alpaca_eval", False): ""}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Data: text and tokens, data sets, weights on disk, and the offline world in `barn`; and how a command ends."""
 import errno
 import os
+import re
 import sys
 
 
@@ -14,8 +15,15 @@ class InputError(Refusal, ValueError):
     code = 2
 
 
+def underscored(argv):
+    """Flags with underscores, however they were written: --max-calls=3 is --max_calls=3."""
+    return [re.sub(r"^--[\w-]+", lambda match: "--" + match[0][2:].replace("-", "_"), token) for token in argv]
+
+
 def run(main, name, kept):
     """Run a command: one sentence and an exit code for all that can go wrong; `kept` says what is not lost."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that knows no "±" gets a question mark
     try:
         main(sys.argv[1:])
     except Refusal as error:

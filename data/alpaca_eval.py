@@ -5,6 +5,7 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 import csv
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def read_outputs(path):
     """A model's answers [{instruction, output, generator, ...}], by one generator (default: the file's name)."""
     records = [{"generator": Path(path).name.partition(".")[0], **record} for record in read_records(path)]
     for i, record in enumerate(records):
+        if not isinstance(record["generator"], str):
+            raise InputError(f"{path}: row {i} has no text under 'generator'")
         if record["generator"] != records[0]["generator"]:
             raise InputError(f"{path}: row {i} is by {record['generator']!r}, row 0 by {records[0]['generator']!r}: "
                              "one file holds the answers of one model")
@@ -55,11 +58,27 @@ def matched(outputs, reference, path="the outputs", reference_path="the referenc
     return [by_question[question(record)] for record in reference]
 
 
-def check_preference(path, i, record):
-    """InputError unless it is a number, or null for a verdict that could not be used."""
-    value = record.get("preference", "missing")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise InputError(f"{path}: row {i} has no number or null under 'preference', but {value!r}")
+def is_number(value):
+    return isinstance(value, float) or type(value) is int and abs(value) < 1e9
+
+
+KINDS = {                                               # key: (what it is, unless null)
+    **dict.fromkeys(("preference", "price_per_example", "time_per_example", "preference_price_per_example",
+                     "preference_time_per_example"), ("number", is_number)),
+    **dict.fromkeys(("dataset", "annotator", "generator_1", "generator_2"), ("text", lambda x: isinstance(x, str))),
+    "is_switched": ("true or false", lambda x: isinstance(x, bool)),
+    "preference_by_order": ("two numbers", lambda x: isinstance(x, list) and len(x) == 2
+                            and all(each is None or is_number(each) for each in x))}
+
+
+def check(path, records):
+    """InputError names the first row whose preference is missing, or that holds something of the wrong kind."""
+    for i, record in enumerate(records):
+        for key in record.keys() & KINDS.keys() | {"preference"}:
+            kind, fits = KINDS[key]
+            value = record.get(key, "missing" if key == "preference" else None)
+            if value is not None and not fits(value):
+                raise InputError(f"{path}: row {i} has no {kind} or null under {key!r}, but {value!r:.60}")
 
 
 TEXTS = ("instruction", "output_1", "output_2")
@@ -97,8 +116,7 @@ def paired(outputs, reference):
 def read_labels(path):
     """Labels of pairs: records {instruction, output_1, output_2, preference}; a pair may come several times."""
     records = read_records(path, TEXTS)
-    for i, record in enumerate(records):
-        check_preference(path, i, record)
+    check(path, records)
     return records
 
 
@@ -109,18 +127,18 @@ def read_annotations(paths, any_reference=False):
     reference answers to one instruction must be the same text for all (unless `any_reference`), or win rates could
     not be compared.
     """
-    files = []
+    files = {}
     for path in map(Path, paths):
         found = sorted(path.glob("**/annotations.json")) if path.is_dir() else [path]
         if not found:
             raise InputError(f"{path}: no annotations.json in this folder")
-        files += found
+        files |= {each.resolve(): each for each in found}       # named twice, read once
     groups, references = {}, {}
-    for path in files:
+    for path in files.values():
         records = read_records(path, (*TEXTS, "generator_1", "generator_2"))
         once(path, records, lambda record: (record["generator_1"], record["generator_2"]))
+        check(path, records)
         for i, record in enumerate(records):
-            check_preference(path, i, record)
             groups.setdefault((record["generator_2"], record["generator_1"], str(path)), []).append(record)
             key = record["generator_1"], question(record)
             text, where = references.setdefault(key, (record["output_1"], f"row {i} of {path}"))
@@ -139,18 +157,18 @@ def read_annotations(paths, any_reference=False):
 
 def read_column(path):
     """{name: number} of a leaderboard CSV: FILE.csv (its column win_rate) or FILE.csv:COLUMN; names come first."""
-    path, _, column = str(path).partition(".csv:")
-    path, column = (path + ".csv", column) if column else (path, "win_rate")
+    path, found, column = str(path).partition(".csv:")
+    path, column = (path + ".csv", column) if found else (path, "win_rate")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a CSV file with a header'}") from None
     if column not in header[1:]:
-        raise InputError(f"{path}: no column {column!r}, but {', '.join(header[1:])}")
+        raise InputError(f"{path}: no column {column!r} among {header!r:.200}")
     numbers = {}
     for i, row in enumerate(rows):
-        cell = row[header.index(column)] if len(row) == len(header) else "a row of another length"
+        cell = (row + [""] * len(header))[header.index(column)]
         try:
             if cell.strip():
                 numbers[row[0]] = float(cell)
@@ -158,7 +176,7 @@ def read_column(path):
         except ValueError:
             bad = True
         if bad:
-            raise InputError(f"{path}: row {i} ({row[0]}) has no number under {column!r}, but {cell!r}")
+            raise InputError(f"{path}: row {i}, {row[0]!r}, has no number under {column!r}, but {cell!r}")
         if [other[0] for other in rows].count(row[0]) > 1:
             raise InputError(f"{path}: row {i} is not the only one named {row[0]!r}")
     return numbers
@@ -190,7 +208,8 @@ def read_length_control(path):
             raise ValueError("numbers are missing or out of range")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, OverflowError,
+            zlib.error) as error:
         raise InputError(f"{path}: not AlpacaEval's difficulties and gamed baseline ({type(error).__name__}: {error})"
                          ) from None
     return difficulty, (features, y)

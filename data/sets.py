@@ -5,12 +5,14 @@
 import gzip
 import json
 import random
+import re
 import zlib
 from pathlib import Path
 
 from data import InputError
 from data.barn import world
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFarm's 10k, 10k, 20k, 2k
 
 
@@ -21,7 +23,7 @@ def read_records(path, texts=("instruction", "output")):
     """
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             if ".jsonl" in path.suffixes:
                 records = []
                 for number, line in enumerate(file, 1):
@@ -38,9 +40,14 @@ def read_records(path, texts=("instruction", "output")):
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a list of records")
     for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: row {i} is no record, but {record!r:.60}")
         for key in (*texts, "input"):
-            if not isinstance(record, dict) or not isinstance(record.get(key, "" if key == "input" else None), str):
-                raise InputError(f"{path}: record {i} has no text under {key!r}")
+            if not isinstance(record.get(key, "" if key == "input" else None), str):
+                raise InputError(f"{path}: row {i} has no text under {key!r}")
+        for key, value in record.items():
+            if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+                raise InputError(f"{path}: row {i} has half a surrogate pair under {key!r}, which is no text")
     return records
 
 

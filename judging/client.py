@@ -138,7 +138,8 @@ class Judge:
             stop.set()
             grace = time.monotonic() + 2    # for the calls in flight, which are paid for
             for thread in threads:
-                thread.join(max(0, grace - time.monotonic()))
+                if thread.ident:            # Ctrl-C may come while they are being started
+                    thread.join(max(0, grace - time.monotonic()))
         if errors:
             raise errors[0]
 

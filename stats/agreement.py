@@ -53,6 +53,11 @@ def preferred_share(preferences, one, two):
     return float(((p > 1.5) == two)[asked].mean()) if asked.any() else nan
 
 
+def rate(x):
+    """Mean of what is there in x, of any shape."""
+    return float(np.nanmean(x)) if not np.isnan(x).all() else nan
+
+
 def judge_report(labels, outputs_1, outputs_2, human=None, models=None, second=None, prices=None, times=None):
     """{name in AlpacaEval's evaluators_leaderboard.csv: number} for one judge.
 
@@ -78,16 +83,21 @@ def judge_report(labels, outputs_1, outputs_2, human=None, models=None, second=N
         report["Variance"] = 100 - one_against_rest(labels)
     for name, values in (("Price [$/1000 examples]", prices), ("Time [seconds/1000 examples]", times)):
         if values is not None:
-            report[name] = 1000 * float(np.nanmean(np.array(values, dtype=float)))
+            report[name] = 1000 * rate(np.array(values, dtype=float))
     second = human if second is None else usable(second).reshape(len(labels), -1)
     if second is not None and models is not None:
         models = np.asarray(models)
-        rates = [[np.nanmean(judge[models == model]) for model in sorted(set(models))] for judge in (labels, second)]
-        report["Spearman corr."], report["Pearson corr."] = float(spearman(*rates)), float(pearson(*rates))
+        rates = [[rate(judge[models == model]) for model in sorted(set(models))] for judge in (labels, second)]
+        both = ~np.isnan(np.sum(rates, 0))
+        if both.sum() > 2:
+            one, two = np.array(rates)[:, both]
+            report["Spearman corr."], report["Pearson corr."] = float(spearman(one, two)), float(pearson(one, two))
     longer = np.array([len(a) - len(b) for a, b in zip(outputs_1, outputs_2)])
     report["Proba. prefer longer"] = preferred_share(first, longer > LONGER, longer < -LONGER)
     report["Proba. prefer lists"] = preferred_share(first, *([bool(LIST.search(text)) for text in texts]
                                                              for texts in (outputs_1, outputs_2)))
-    report["Proba. prefer 1"] = 2 - float(np.nanmean(labels))
-    report["# parsed"] = int((~np.isnan(labels)).sum())
+    report["Proba. prefer 1"] = 2 - rate(labels)
+    report["# parsed"], report["# pairs"] = int((~np.isnan(labels)).sum()), len(labels)
+    if human is not None:
+        report["# pairs with people's labels"] = int((~np.isnan(gold)).sum())
     return report

@@ -9,6 +9,7 @@ controlled win rate is the mean of sigmoid(b D_i + c): what is predicted if l we
 instructions of your own, the term b D_i is dropped (AlpacaEval's "length_controlled_minimal").
 """
 from itertools import product
+from math import nan
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     """
     p = usable(preferences)
     fitted = ~np.isnan(p)
-    if not fitted.any():
+    if fitted.sum() < 2:                # says nothing of lengths
         return {}
     gap = np.subtract(reference_lengths, lengths, dtype=float)                                  # (N,)
     fixed = np.ones((1, len(p))) if difficulty is None else np.stack([difficulty, np.ones(len(p))])
@@ -135,14 +136,15 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     mean, spread = mean_and_error(100 * np.broadcast_to(predicted(w[0], difficulty), len(p)))
     row = {"length_controlled_winrate": mean, "lc_standard_error": spread,
            "lc_weights": w[0].tolist(), "lc_C": float(C)}
+    row["lc_name"] = "length_controlled_" + ("minimal" if difficulty is None else "noreg" if gamed is None else "v1")
     if counts is not None:
-        samples = []
+        counts, samples = counts[counts[:, fitted].sum(1) > 1], []
         for some in np.array_split(counts, max(1, len(counts) // 50)):      # fifty at a time stay in the cache
             length, weight = rows(some)
             each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
             samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
         samples = np.concatenate(samples)
-        row["lc_standard_error"] = float(samples.std(ddof=1))
+        row["lc_standard_error"] = float(samples.std(ddof=1)) if len(samples) > 1 else nan
         row["lc_ci_low"], row["lc_ci_high"] = interval(samples)
     return row
 
@@ -150,5 +152,5 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
 def deviation(x, counts):
     """Standard deviation (B,) of x (N,) when its rows count so often: (B, N)."""
     x, n = x - x.mean(), counts.sum(1)
-    return np.sqrt(np.maximum(counts @ x ** 2 - (counts @ x) ** 2 / n, 0) / np.maximum(n - 1, 1))
+    return np.sqrt(np.maximum(counts @ x ** 2 - (counts @ x) ** 2 / n, 0) / (n - 1))
 

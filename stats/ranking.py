@@ -69,10 +69,13 @@ def ratings(names, preferences, first, second, counts, anchor):
     samples = elo(bradley_terry(wins(preferences, first, second, len(names), counts), anchor))
     place = 1 + (samples[:, None, :] > samples[:, :, None]).sum(2)                              # (B, M)
     rows = []
-    for m in np.argsort(-theta, kind="stable"):
-        (low, high), (best, worst) = interval(samples[:, m]), interval(place[:, m])
-        rows.append({"model": names[m], "elo": float(theta[m]), "ci_low": low, "ci_high": high, "rank": len(rows) + 1,
-                     "rank_low": round(best), "rank_high": round(worst)})
+    for m in np.argsort(-theta, kind="stable"):         # those without a rating come last
+        row = {"model": names[m], "elo": float(theta[m]), "rank": None, "rank_low": None, "rank_high": None}
+        row["ci_low"], row["ci_high"] = interval(samples[:, m])
+        if theta[m] == theta[m]:
+            best, worst = interval(place[:, m])
+            row |= {"rank": 1 + int((theta > theta[m]).sum()), "rank_low": round(best), "rank_high": round(worst)}
+        rows.append(row)
     return rows
 
 
@@ -117,16 +120,20 @@ def agreement_of_rankings(x, y, times=10_000, seed=0):
     permutations of the models that agree at least as well, exact for up to eight models.
     """
     x, y, n, random = np.asarray(x, dtype=float), np.asarray(y, dtype=float), len(x), np.random.default_rng(seed)
+    times = int(np.clip(4e8 / n ** 2, 200, times))      # Kendall's tau compares all models with all
     if n < 3:
         raise ValueError(f"{n} models are in both leaderboards; three or more have a ranking to compare")
     drawn = random.integers(0, n, (times, n))
     exact = factorial(n) <= 50_000
     order = list(permutations(range(n))) if exact else random.permuted(np.tile(np.arange(n), (times, 1)), axis=1)
     result = {"n": n}
+    order, parts = np.array(order), max(1, times * n ** 2 // 10 ** 7)                           # of bearable size
     for name, correlation in CORRELATIONS.items():
-        value, by_chance = float(correlation(x, y)), correlation(x, y[np.array(order)])
-        low, high = interval(correlation(x[drawn], y[drawn]))
+        value = float(correlation(x, y))
+        low, high = interval(np.concatenate([correlation(x[i], y[i]) for i in np.array_split(drawn, parts)]))
+        by_chance = np.concatenate([correlation(np.broadcast_to(x, i.shape), y[i])
+                                    for i in np.array_split(order, parts)])
         luck = int((by_chance >= value - 1e-12).sum())
-        p = luck / len(order) if exact else (luck + 1) / (times + 1)
+        p = nan if value != value else luck / len(order) if exact else (luck + 1) / (times + 1)
         result[name] = {"value": value, "ci_low": low, "ci_high": high, "p": p}
     return result

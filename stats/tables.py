@@ -6,7 +6,8 @@ import numpy as np
 
 COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
            "avg_length", "length_controlled_winrate", "lc_standard_error"]      # AlpacaEval's, in its order
-EXTRA = ["win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # ours: bootstrap intervals,
+EXTRA = ["lc_name",                                                             # ours: AlpacaEval's name of the fit,
+         "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
          "diff_sft", "diff_sft_standard_error",                                 # points over the SFT model,
          "true_reward"]                                                         # what only the offline world knows
@@ -15,6 +16,7 @@ MANY = 12                               # models: more of them, and the terminal
 
 def table(*lines):
     """Lines of cells, the first is the header, in columns: the first to the left, others to the right, none empty."""
+    lines = [["".join(c if c.isprintable() else "?" for c in cell) for cell in line] for line in lines]
     lines = list(zip(*(column for column in zip(*lines) if any(column[1:]))))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -28,6 +30,11 @@ def number(x, form=".2f"):
 
 def between(low, high, form=".1f"):
     return "" if low is None or low != low else f"{low:{form}} to {high:{form}}"
+
+
+def plus_minus(row):
+    error = number(row["standard_error"], ".1f")
+    return number(row["win_rate"], ".1f") + (f" ± {error}" if error else "")
 
 
 def leaderboard(rows, path):
@@ -71,8 +78,9 @@ def write(result, out):
 def details(result):
     """What eval.report says beyond the leaderboard, as text: [(title, table)]."""
     parts = [("on the same prompts, in points (clustered: the error if prompts of one data set are alike)", [
-        ["", "difference", "error", "95 %", "clustered", "better", "worse", "McNemar p", "prompts needed"],
-        *([f"{row['a']} over {row['b']}", number(row["difference"], "+.2f"), number(row["standard_error"]),
+        ["", "n", "difference", "error", "95 %", "clustered", "better", "worse", "McNemar p", "prompts needed"],
+        *([f"{row['a']} over {row['b']}", str(row["n"]),
+           number(row["difference"], "+.2f"), number(row["standard_error"]),
            between(row["ci_low"], row["ci_high"], "+.1f"), number(row.get("clustered_standard_error")),
            str(row["n_better"]), str(row["n_worse"]), number(row["mcnemar_p"], ".2g"),
            number(row["prompts_needed"], ",d")] for row in result["compared"])])]
@@ -81,9 +89,8 @@ def details(result):
         parts += [
             ("win rate by data set", [
                 ["model", *next(iter(by_dataset.values()), ())],
-                *([name, *(f"{number(row['win_rate'], '.1f')} ± {number(row['standard_error'], '.1f')}"
-                           for row in rows.values())] for name, rows in by_dataset.items())]),
-            ("win rate by the place where the judge saw the answer", [
+                *([name, *(plus_minus(row) for row in rows.values())] for name, rows in by_dataset.items())]),
+            ("win rate by the place of the answer (as AlpacaEval draws it, where the file does not say)", [
                 ["model", "shown first", "second", "gap", "error"],
                 *([name, *(number(row[key]) for key in ("shown_first", "shown_second", "gap", "standard_error"))]
                   for name, row in result["position"].items())]),
@@ -94,10 +101,14 @@ def details(result):
             ("Bradley-Terry ratings on Elo's scale", [
                 ["model", "Elo", "95 %", "rank", "95 %"],
                 *([row["model"], number(row["elo"], ".0f"), between(row["ci_low"], row["ci_high"], ".0f"),
-                   str(row["rank"]), between(row["rank_low"], row["rank_high"], "d")] for row in result["ratings"])]),
+                   number(row["rank"], "d"), between(row["rank_low"], row["rank_high"], "d")]
+                  for row in result["ratings"])]),
             ("win rate of row over column (~: never met, predicted by the ratings)", [
                 ["", *matrix["names"]],
                 *([name, *("" if i == j else number(won, ".1f") or f"{number(predicted, '.1f')}~"
                            for j, (won, predicted) in enumerate(zip(matrix["win_rate"][i], matrix["predicted"][i])))]
                   for i, name in enumerate(matrix["names"]))])]
-    return "\n\n".join(f"{title}:\n\n{table(*lines)}" for title, lines in parts if len(lines) > 1)
+    shown = [f"{title}:\n\n{table(*lines)}" for title, lines in parts if len(lines) > 1]
+    if len(result["rows"]) > MANY:
+        shown.append("data sets, positions, ratings and who beats whom are in report.json")
+    return "\n\n".join(shown)

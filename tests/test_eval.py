@@ -15,9 +15,9 @@ from annotate import draw
 from data import InputError
 from data.alpaca_eval import read_annotations, read_column
 from data.attacks import ATTACKS
-from eval import evaluate, report
+from eval import evaluate, folder_of, report
 from judging.prompts import Annotator, logprob_preference
-from stats.tables import COLUMNS, leaderboard
+from stats.tables import COLUMNS, details, leaderboard
 from stats.winrate import compare, paired_difference, resample, win_rate
 from test_stats import ALPACA_EVAL, needs_alpaca_eval, published, read
 
@@ -211,7 +211,7 @@ def test_whole_files_are_evaluated_as_published(tmp_path):
     assert float(rows["gpt35_turbo_instruct"]["length_controlled_winrate"]) == pytest.approx(14.96, abs=.1)
     assert rows["gpt35_turbo_instruct"]["n_missing"] == "1"
     refused(evaluation(tmp_path / "alpaca-7b", "--lc", "alpaca_eval", "--out", tmp_path), 2, "--lc_data")
-    refused(evaluation(tmp_path / "gpt35_turbo_instruct", *with_data[:2], "--out", tmp_path), 2, "805.*804.*reference")
+    refused(evaluation(tmp_path / "gpt35_turbo_instruct", *with_data[:2], "--out", tmp_path), 2, "805.*--reference")
 
 
 # ---- leaderboards as files -----------------------------------------------------------------------------
@@ -256,7 +256,8 @@ def test_differences_to_the_baseline_come_after_alpacaeval_s_columns(tmp_path):
 def write(path, records):
     text = records if isinstance(records, str) else json.dumps(records)
     path.parent.mkdir(exist_ok=True, parents=True)
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(text)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.write(text)
     return path
 
 
@@ -303,12 +304,16 @@ def spoilt(row, **changes):
 
 @pytest.mark.parametrize("records, said", [
     ("", "not JSON"), ("[]", "expected a list of records"), ("{}", "expected a list"), ('[{"instruction"', "not JSON"),
-    ([1], "record 0"), (spoilt(3, instruction=7), "record 3 has no text under 'instruction'"),
-    (spoilt(3, output_2=None), "record 3 has no text under 'output_2'"),
-    (spoilt(3, generator_1=...), "record 3.*generator_1"),
+    ([1], "row 0"), (spoilt(3, instruction=7), "row 3 has no text under 'instruction'"),
+    (spoilt(3, output_2=None), "row 3 has no text under 'output_2'"),
+    (spoilt(3, generator_1=...), "row 3.*generator_1"),
     (spoilt(4, preference="2"), "row 4 has no number or null under 'preference', but '2'"),
     (spoilt(4, preference=True), "row 4.*True"), (spoilt(4, preference=...), "row 4.*'missing'"),
-    (spoilt(4, preference=[2]), r"row 4.*\[2\]"),
+    (spoilt(4, preference=[2]), r"row 4.*\[2\]"), (spoilt(4, preference=10 ** 400), "row 4.*100000"),
+    (spoilt(4, dataset=5), "row 4 has no text or null under 'dataset', but 5"),
+    (spoilt(4, is_switched="False"), "row 4 has no true or false"),
+    (spoilt(4, preference_by_order=[1]), r"row 4 has no two numbers.*\[1\]"),
+    (spoilt(4, price_per_example="x"), "row 4 has no number.*price"), (spoilt(4, output_1="\ud800"), "row 4 has half"),
     (spoilt(5, instruction="Sing 2."), "rows 2 and 5 have the same instruction, 'Sing 2.'")])
 def test_a_malformed_row_is_named(tmp_path, records, said):
     path = write(tmp_path / "bad.json", records)
@@ -324,7 +329,7 @@ def test_annotations_against_different_answers_of_one_reference_are_refused(tmp_
 
 @pytest.mark.parametrize("argv, said", [
     ((), "give annotations"), (("a.json", "--attack"), "not annotations and attack"), (("nowhere",), "nowhere"),
-    (("--resamples", 0, "--attack"), "must be positive"), (("--outputs", "o.json", "--judge", "m"), "--reference"),
+    (("--resamples", 0, "--attack"), "2 to 100000"), (("--outputs", "o.json", "--judge", "m"), "--reference"),
     (("--rankings", "one.csv", "two.csv"), "one.csv: No such file"), (("--lc", "best", "x"), "invalid choice")])
 def test_what_makes_no_sense_is_said_in_one_sentence(tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
@@ -349,7 +354,46 @@ def test_answers_are_judged_first(tmp_path):
     rows = json.loads((tmp_path / "cat" / "annotations.json").read_text())
     assert len(rows) == 20 and rows[0]["instruction"] == reference[0]["instruction"]
     write(tmp_path / "hen.json", [{**record, "output": "?", "generator": "hen"} for record in reference[:39]])
-    refused(evaluation(*argv), 2, "hen.json: no answer to row 39 of .*ref.json")
+    refused(evaluation(*argv), 2, "who judges")
+    refused(evaluation(*argv, "--judge", "barn"), 2, "hen.json: no answer to row 39 of .*ref.json")
+    assert evaluation(*argv, "--judge", "barn", "--limit", "39").code == 0
+
+
+def test_what_is_meant_by_a_path_a_name_and_a_flag(tmp_path):
+    path = write(tmp_path / "a.json", annotations("m", random_preferences(.5)))
+    ended = evaluation(path, f"{tmp_path}/./a.json", f"--out={tmp_path}/out-put", "--lc=none")  # the file counts once
+    assert ended.code == 0 and (tmp_path / "out-put" / "leaderboard.csv").exists()
+    assert list(json.loads((tmp_path / "out-put" / "report.json").read_text())["rows"]) == ["m"]
+    for flags in (("--judge", "m"), ("--limit", 3), ("--human", path)):
+        refused(evaluation(path, *flags), 2, "would change nothing here: it does not go with annotations")
+    reference = [{"instruction": row["instruction"], "output": row["output_1"]} for row in annotations("m", [1] * 60)]
+    for changed, said in ((reference[1:], "row 0 asks something else"),
+                          ([{**reference[0], "output": "?"}, *reference[1:]], "row 0 was judged against another")):
+        ref = write(tmp_path / "ref.json", changed)
+        refused(evaluation(path, "--reference", ref, "--out", tmp_path), 2, said)
+        assert evaluation(path, "--reference", ref, "--out", tmp_path, "--any-reference").code == 0
+    assert [folder_of(name) for name in ("meta/x y", "..", "leaderboard.csv", "gpt-3.5")] == [
+        "meta-x-y", "model", "leaderboard-csv", "gpt-3.5"]
+
+
+def test_data_sets_are_known_from_whoever_says_them():
+    rows = annotations("a", random_preferences(.5))
+    silent = [{**row, "generator_2": "b", "dataset": None} for row in rows]
+    found = report({"a": rows, "b": silent}, resamples=9)["by_dataset"]
+    assert found["a"] == found["b"] and list(found["b"]) == ["songs", "hymns"]
+    asked = [{"instruction": row["instruction"], "dataset": row["dataset"]} for row in rows]
+    assert report({"b": silent[:1]}, asked, resamples=9)["by_dataset"]["b"]["songs"]["n_total"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_with_next_to_no_rows_is_no_trouble():
+    models = {"a": annotations("a", random_preferences(.5)), "b": annotations("b", [2, 1, None]),
+              "c": annotations("c", [None])}
+    found = report(models, resamples=50)
+    assert found["rows"]["c"]["n_total"] == 0 and "length_controlled_winrate" not in found["rows"]["c"]
+    ranks = {row["model"]: row["rank"] for row in found["ratings"]}
+    assert ranks["c"] is None and sorted(rank for rank in ranks.values() if rank) in ([1, 2, 3], [1, 1, 3], [1, 2, 2])
+    assert "c" in details(found)
 
 
 def test_an_attack_is_scored_by_the_judge(tmp_path):
@@ -387,7 +431,7 @@ def test_two_leaderboards_as_files(tmp_path):
                                   "ppo,1,55.1\n")
     ended = evaluation("--rankings", tmp_path / "sim.csv", tmp_path / "human.csv")
     assert ended.code == 0 and "6 models" in ended.out and "0.943" in ended.out and "0.833" in ended.out
-    for text, said in ((",win_rate\na,nan\n", r"row 0 \(a\).*'nan'"), (",win_rate\na,x\n", "'x'"),
+    for text, said in ((",win_rate\na,nan\n", "row 0, 'a',.*'nan'"), (",win_rate\na,x\n", "'x'"),
                        (",n\na,1\n", "no column"), (",win_rate\nppo,1\nppo,2\n", "only one named 'ppo'"),
                        (",win_rate\nppo,1\n", "needs three"), ("", "header")):
         write(tmp_path / "bad.csv", text)

@@ -486,7 +486,7 @@ BAD_INPUT = {                                           # name: (arguments, what
     "no data file": ("--method sft --data {}/none.json", "none.json: No such file"),
     "no reference file": ("--method sft --eval_data {}/none.json", "none.json: No such file"),
     "data that is no JSON": ("--method sft --data {}/bad.json", "bad.json: not JSON"),
-    "record without output": ("--method sft --data {}/record.json", "record.json: record 1 .*'output'"),
+    "record without output": ("--method sft --data {}/record.json", "record.json: row 1 .*'output'"),
     "too few records": ("--method sft --data {}/few.json", "few.json: too few"),
     "no model folder": ("--method sft --model {}/none", "none"),
     "no weights": ("--method sft --model {}/no_weights", "no_weights.*model.safetensors"),

@@ -369,6 +369,8 @@ def test_how_often_chance_agrees_as_well():
     r = np.random.default_rng(0)                            # more than eight models: p is uniform without agreement
     p = [ranking.agreement_of_rankings(*r.normal(size=(2, 12)), times=200)["kendall"]["p"] for _ in range(200)]
     assert np.mean(np.array(p) < .2) == pytest.approx(.2, abs=.09)
+    flat = ranking.agreement_of_rankings([1, 2, 3], [5, 5, 5])["kendall"]
+    assert np.isnan(flat["value"]) and np.isnan(flat["p"])
     with pytest.raises(ValueError, match="2 models"):
         ranking.agreement_of_rankings([1, 2], [1, 2])
 
