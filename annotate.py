@@ -96,8 +96,8 @@ def batches(questions):
 
 def ask(groups, judge, logprobs, longer=1):
     """Ask the judge about groups of questions, and file in each what came of it."""
-    bodies = [request_body(group[0].annotator, [one.texts for one in group], logprobs,
-                           longer * group[0].annotator.max_tokens) for group in groups]
+    bodies = [request_body(group[0].annotator, [one.texts for one in group],
+                           longer * group[0].annotator.max_tokens, logprobs) for group in groups]
     for group, line in zip(groups, judge.complete(bodies)):
         found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"))
         for one, (preference, cause) in zip(group, found):
@@ -259,7 +259,8 @@ def price_of(said=""):
 def estimate(questions, judge, logprobs):
     """What asking would take, as text: about four characters make a token, and no answer is longer than allowed."""
     groups = batches(questions)
-    bodies = [request_body(group[0].annotator, [one.texts for one in group], logprobs) for group in groups]
+    bodies = [request_body(group[0].annotator, [one.texts for one in group], logprobs=logprobs)
+              for group in groups]
     missing = {judge.name(body): body for body in bodies if not judge.cache.get(judge.name(body))}.values()
     said, cost = Counter(), 0.0
     for body in missing:

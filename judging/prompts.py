@@ -63,7 +63,7 @@ def fence(*texts):
 SPECIAL = re.compile(r"<(?=\|[^|>\n]{1,40}\|>|/?s>|(?:start|end)_of_turn>|</?SYS>>)|\[(?=/?INST\])")
 
 
-def request_body(annotator, pairs, max_tokens=None, logprobs=False):
+def request_body(annotator, pairs, max_tokens=0, logprobs=False):
     """The chat completion that asks which text is better, of each pair (instruction, text shown first, second)."""
     form = template(annotator.prompt)
     values = {"fence": fence(*itertools.chain(*pairs)), "number": str(len(pairs))}

@@ -88,8 +88,9 @@ def details(result):
         by_dataset, matrix = result["by_dataset"], result["matrix"] or {"names": [], "win_rate": [], "predicted": []}
         parts += [
             ("win rate by data set", [
-                ["model", *next(iter(by_dataset.values()), ())],
-                *([name, *(plus_minus(row) for row in rows.values())] for name, rows in by_dataset.items())]),
+                ["data set", *by_dataset],
+                *([dataset, *(plus_minus(rows[dataset]) for rows in by_dataset.values())]
+                  for dataset in next(iter(by_dataset.values()), ()))]),
             ("win rate by the place of the answer (as AlpacaEval draws it, where the file does not say)", [
                 ["model", "shown first", "second", "gap", "error"],
                 *([name, *(number(row[key]) for key in ("shown_first", "shown_second", "gap", "standard_error"))]

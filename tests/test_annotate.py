@@ -12,146 +12,22 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from judged import (JUDGE, always_first, ask, completion, longer, make_pairs, mirrored, prefer_longer, preferences,
+                    shown)
 
 import annotate
 from annotate import connect, draw, pool
 from judging import JudgeError, client, prompts
-from judging.prompts import Annotator, fence, request_body
+from judging.prompts import fence, request_body
 
 ROOT = Path(annotate.__file__).parent
 ALPACA_EVAL = Path(__file__).parents[2] / "shared" / "alpaca_eval"
 needs_alpaca_eval = pytest.mark.skipif(not ALPACA_EVAL.exists(), reason="needs AlpacaEval's numbers")
 KEY = "sk-secret-0123456789"
-JUDGE = Annotator("judge-model", "judge-model")         # one pair at a time, in the form of pairwise.json
-
-
-# ---- a judge that does what a test tells it ------------------------------------------------------------
-
-SHOWN = re.compile(r"<<<(\w+) instruction\n(.*)\n\1>>>\n\n<<<\1 output \(a\)\n(.*)\n\1>>>\n\n"
-                   r"<<<\1 output \(b\)\n(.*)\n\1>>>", re.DOTALL)
-
-
-def shown(body):
-    """(instruction, text shown as (a), text shown as (b)) of a request."""
-    return SHOWN.search(body["messages"][-1]["content"]).groups()[1:]
-
-
-def longer(body, nth):
-    _, a, b = shown(body)
-    return "Output (a)" if len(a) > len(b) else "Output (b)"
-
-
-def always_first(body, nth):
-    return "Output (a)"
-
-
-def completion(content):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}],
-                       "usage": {"total_tokens": 7}}).encode()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 1 << 16
-
-    def setup(self):
-        super().setup()
-        self.server.connections += 1
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-            self.server.headers.append(dict(self.headers))
-            nth = sum(body == other for other in self.server.requests)
-        self.reply(self.server.rule(body, nth))
-
-    def reply(self, answer):
-        """A verdict; (status, object, headers); the body as bytes; or a function of this handler."""
-        if callable(answer):
-            self.close_connection = True
-            return answer(self)
-        status, data, headers = answer if isinstance(answer, tuple) else (200, answer, {})
-        data = completion(data) if isinstance(data, str) else data
-        data = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
-        pass                                            # a client that hangs up is part of these tests
-
-
-@pytest.fixture
-def server():
-    """`rule(body, how often this body came)` makes its answers, `requests` are all bodies it was sent."""
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.block_on_close = True, False
-    server.requests, server.headers, server.connections, server.rule = [], [], 0, longer
-    server.lock, server.released = threading.Lock(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def judge(server, tmp_path):
-    """make() -> a new Judge of that server, always on the same cache file, impatient enough for a test."""
-    judges = []
-
-    def make(url=server.url, **options):
-        options = {"endpoint": "test", "workers": 4, "backoff": 1e-4, "timeout": 5, "patience": 5, **options}
-        if "key" in options:
-            options["headers"] = {"Authorization": f"Bearer {options['key']}"}
-        judges.append(annotate.Judge(url, tmp_path / "cache" / "judge.jsonl", **options))
-        return judges[-1]
-
-    yield make
-    for one in judges:
-        one.close()
-
-
-def make_pairs(n, seed=0):
-    """Pairs whose answers differ in length, so that the longer one is the same in either order."""
-    r = random.Random(seed)
-    pairs = []
-    for i in range(n):
-        one, two = r.sample(range(1, 40), 2)
-        pairs.append({"instruction": f"Tell me about cow {i}.", "output_1": "x" * one, "output_2": "x" * two,
-                      "generator_1": "one", "generator_2": "two"})
-    return pairs
-
-
-def ask(pairs, judge, **options):
-    return annotate.annotate(pairs, [JUDGE], judge, **options)
-
-
-def preferences(records):
-    return [record["preference"] for record in records]
-
-
-def mirrored(pairs):
-    return [{**pair, "output_1": pair["output_2"], "output_2": pair["output_1"]} for pair in pairs]
-
-
-def prefer_longer(pair):
-    return 2 if len(pair["output_2"]) > len(pair["output_1"]) else 1
 
 
 # ---- what a preference means ---------------------------------------------------------------------------
