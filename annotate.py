@@ -26,7 +26,7 @@ import numpy as np
 from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from judging import JudgeError
-from judging.client import ADDRESS, Judge, dollars, on_this_machine, shorten
+from judging.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
 from judging.prompts import Annotator, paper_pool, request_body, single, verdicts
 from stats.agreement import judge_report
 from stats.tables import number, table
@@ -121,13 +121,14 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
       price_per_example, time_per_example  with `costs`: $ (None: unknown) and seconds; not the same in every run
     A fraction `flip` of the labels is wrong on purpose: 2 * flip of them are coins, tossed instead of asking, so they
     cost nothing. Pairs with one instruction share their draws, unless each has a "seed" string too. A pair without a
-    verdict is asked about once more if it had company or was cut off: alone, with room for a longer answer. JudgeError
-    if more than judge.max_unusable of those asked have no usable verdict.
+    verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer answer.
+    JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
     records, questions = plan(pairs, annotators, seed, flip, both_orders)
     groups = batches(questions)
     ask(groups, judge, logprobs)
-    hits, failed = judge.hits, [one for one in questions if one.cause == "cut off" or one.cause and one.share > 1]
+    hits = judge.hits
+    failed = [one for one in questions if one.cause in ("cut off", NO_MESSAGE) or one.cause and one.share > 1]
     if failed:
         ask([[one] for one in failed], judge, logprobs, longer=2)
 

@@ -22,7 +22,8 @@ from judging.cache import GARBAGE, Cache
 
 MAX_BYTES = 4 << 20     # of one reply: what is longer is cut, and no JSON any more
 MAX_RETRY_AFTER = 120   # seconds: who asks for more has a daily limit
-MAX_GARBAGE = 4         # tries of a request that is answered, but not by a chat completion
+MAX_GARBAGE = 4         # times in a row that a request is answered, but not by a chat completion
+NO_MESSAGE = "no message in the reply"
 BROKE = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing")     # a 429 no waiting cures
 TOO_LONG = re.compile("context_length|context length|too long|too many tokens", re.IGNORECASE)
 FILTERED = re.compile("content_filter|content_policy|content management policy", re.IGNORECASE)
@@ -48,7 +49,7 @@ class Judge:
         self.timeout, self.patience, self.backoff = timeout, patience, backoff
         self.max_calls, self.max_cost, self.price = max_calls, max_cost, price
         self.session = requests.Session()
-        self.session.headers.update({"Content-Type": "application/json", **dict(headers)})
+        self.headers = {"Content-Type": "application/json", **dict(headers)}
         self.session.mount(base_url, requests.adapters.HTTPAdapter(pool_maxsize=workers))
         self.session.trust_env = not on_this_machine(base_url)  # a campus proxy cannot see our loopback
         self.settings = self.session.merge_environment_settings(base_url, {}, True, None, None)
@@ -155,10 +156,12 @@ class Judge:
 
     def _ask(self, key, body, stop):
         """Ask until the answer is stored; else the cause, once this request is seen to be hopeless."""
-        garbage = 0
+        garbage = failed = 0
         for tries in itertools.count():
-            wait = min(60, self.backoff * 2 ** min(tries, 30)) * self.jitter.uniform(0.5, 1)
-            sent, began = self._adapted(body), time.monotonic()
+            # While others are answered the server is well, and this request was unlucky: no reason to wait long.
+            failed = min(failed, 2) if tries and self.heard > began else failed
+            wait = min(60, self.backoff * 2 ** min(failed, 30)) * self.jitter.uniform(0.5, 1)
+            failed, sent, began = failed + 1, self._adapted(body), time.monotonic()
             if not self._enter(stop):
                 return "no answer"
             status = 0
@@ -177,8 +180,10 @@ class Judge:
                     self.fault = f"HTTP {status}, no message: {shorten(data.decode(errors='replace'))}"
                     garbage += 1
                     if garbage == MAX_GARBAGE:
-                        return "no message in the reply"
-            elif status:
+                        return NO_MESSAGE
+            else:
+                garbage = 0
+            if status >= 300:
                 wait, cause = self._outcome(status, headers, data, sent, wait)
                 if cause:
                     return cause
@@ -214,7 +219,7 @@ class Judge:
     def _post(self, url, payload):
         """One exchange -> (status, headers, body)."""
         deadline = time.monotonic() + self.timeout
-        request = self.session.prepare_request(requests.Request("POST", url, data=payload))
+        request = requests.Request("POST", url, headers=self.headers, data=payload).prepare()    # knows no netrc
         with self.session.send(request, timeout=(min(10, self.timeout), self.timeout), allow_redirects=False,
                                **self.settings) as response:
             data = b""

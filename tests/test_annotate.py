@@ -325,7 +325,7 @@ def test_garbage_is_asked_again_and_then_unusable_but_costs_no_other_pair(server
     records = ask(pairs, judge(max_unusable=0.5))
     assert preferences(records) == [None if r["instruction"] in bad else prefer_longer(r) for r in records]
     asked = Counter(shown(body)[0] for body in server.requests)
-    assert all(asked[pair["instruction"]] == (4 if pair["instruction"] in bad else 1) for pair in pairs)
+    assert all(asked[pair["instruction"]] == (8 if pair["instruction"] in bad else 1) for pair in pairs)
     assert f"{len(GARBAGE)} usable, {len(GARBAGE)} unusable" in capsys.readouterr().out
     with pytest.raises(JudgeError, match="17 of 34 verdicts are unusable, for example 'HTTP 200, no message"):
         ask(pairs, judge())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 
 import pytest
@@ -264,7 +265,7 @@ def test_another_checkpoint_in_the_same_place_is_another_judge(tmp_path):
 def test_a_server_that_fails_hangs_and_babbles_costs_nothing_but_time(server, judge):
     """One request in five fails, one in ten hangs, one in ten is answered with garbage."""
     def rule(body, nth):
-        fate = hash((body["messages"][-1]["content"], nth)) % 10
+        fate = zlib.crc32(f"{body['messages'][-1]['content']} {nth}".encode()) % 10
         if fate < 2:
             return 500, {}, {}
         if fate == 2:
@@ -274,9 +275,8 @@ def test_a_server_that_fails_hangs_and_babbles_costs_nothing_but_time(server, ju
     server.rule, pairs = rule, make_pairs(300)
     records = label(pairs, pool("m"), judge(workers=32, timeout=.2))
     assert preferences(records) == [prefer_longer(pair) for pair in pairs]
-    asked = len({json.dumps(body) for body in server.requests})
-    assert ask and label(pairs, pool("m"), judge()) == records
-    assert len({json.dumps(body) for body in server.requests}) == asked
+    asked = len(server.requests)
+    assert label(pairs, pool("m"), judge()) == records and len(server.requests) == asked
 
 
 def test_budgets_end_the_work_and_keep_it(server, judge):
@@ -291,8 +291,8 @@ def test_budgets_end_the_work_and_keep_it(server, judge):
     assert len(server.requests) == 13
     records = ask(pairs, judge(price=price_of("2,4")), costs=True)
     assert None not in preferences(records) and len(server.requests) == 50
-    assert records[-1]["price_per_example"] == 1 and records[-1]["time_per_example"] > 0
-    assert records[0]["price_per_example"] is None          # that server did not count
+    prices = Counter(record["price_per_example"] for record in records)
+    assert prices == {1: 40, None: 10} and records[-1]["time_per_example"] > 0     # of the first ten nobody knows
 
 
 CHILD = """
@@ -307,25 +307,13 @@ print([record["preference"] for record in records])
 
 
 def test_processes_share_a_cache(server, judge, tmp_path):
-    start = threading.Barrier(2)
-
-    def rule(body, nth):
-        if len(server.requests) <= 8 and not server.released.is_set():
-            with_both = threading.BrokenBarrierError
-            try:
-                start.wait(5)
-            except with_both:
-                pass
-        server.released.wait(.002)
-        return longer(body, nth)
-
-    server.rule = rule
+    server.rule = lambda body, nth: server.released.wait(.003) or longer(body, nth)
     command = [sys.executable, "-c", CHILD, server.url, str(tmp_path / "cache" / "judge.jsonl")]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     children = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [child.communicate(timeout=60)[0].splitlines()[-1] for child in children]
     assert outputs[0] == outputs[1] == str([prefer_longer(pair) for pair in make_pairs(200)])
-    assert len(server.requests) <= 200 + 2 * 8              # what both had under way at the same time
+    assert len(server.requests) <= 260                      # not 400: only what both have under way is asked twice
     assert len(judge().cache) == 200 and None not in preferences(ask(make_pairs(200), judge(replay=True)))
 
 
