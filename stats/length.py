@@ -61,6 +61,10 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
     products = (fixed[:, None] * fixed).reshape(-1, len(y))                                     # ((K - 1)^2, N)
     w = np.zeros((B, K)) if start is None else np.array(start, dtype=float)
     H, reach = np.empty((B, K, K)), np.array([np.abs(length).max(), *np.abs(fixed).max(1)])
+
+    def loss(w):
+        return penalty[:, 0] * np.abs(w).sum(1) + (weight * log_loss(y, w[:, :1] * length + w[:, 1:] @ fixed)).sum(1)
+
     for _ in range(100):
         p = sigmoid(w[:, :1] * length + w[:, 1:] @ fixed)                                       # (B, N)
         residual = weight * (p - y)
@@ -78,7 +82,10 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
         moved = np.abs(step) @ reach            # at most
         if moved.max() > 1:
             moved = np.abs(step[:, :1] * length + step[:, 1:] @ fixed).max(1)
-        w = w + step / np.maximum(moved, 1)[:, None]
+        if moved.max() > 1:
+            worse = loss(w + step) > loss(w)
+            step[worse] /= np.maximum(moved, 1)[worse, None]
+        w = w + step
     return w
 
 

@@ -361,7 +361,7 @@ def test_answers_are_judged_first(tmp_path):
 
 def test_what_is_meant_by_a_path_a_name_and_a_flag(tmp_path):
     path = write(tmp_path / "a.json", annotations("m", random_preferences(.5)))
-    ended = evaluation(path, f"{tmp_path}/./a.json", f"--out={tmp_path}/out-put", "--lc=none")  # the file counts once
+    ended = evaluation(path, f"{tmp_path}/../{tmp_path.name}/a.json", f"--out={tmp_path}/out-put", "--lc=none")
     assert ended.code == 0 and (tmp_path / "out-put" / "leaderboard.csv").exists()
     assert list(json.loads((tmp_path / "out-put" / "report.json").read_text())["rows"]) == ["m"]
     for flags in (("--judge", "m"), ("--limit", 3), ("--human", path)):

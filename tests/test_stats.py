@@ -119,8 +119,8 @@ def test_mcnemar_by_enumeration():
         outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=better + worse)]
         lopsided = [abs(2 * wins - better - worse) >= abs(better - worse) for wins in outcomes]
         assert winrate.mcnemar(better, worse) == pytest.approx(sum(lopsided) / len(lopsided))
-    row = winrate.compare([2, 2, 1, 1.5, 1.9, None], [1, 2, 2, 1, 1.1, 2])
-    assert (row["n_better"], row["n_worse"], row["n"]) == (3, 1, 5) and row["mcnemar_p"] == winrate.mcnemar(3, 1)
+    row = winrate.compare([2, 2, 1, 1.5, 1.9, None, 1.9], [1, 2, 2, 1, 1.1, 2, 1.8])       # two wins are no difference
+    assert (row["n_better"], row["n_worse"], row["n"]) == (3, 1, 6) and row["mcnemar_p"] == winrate.mcnemar(3, 1)
 
 
 def test_prompts_of_one_kind_that_are_all_alike_count_once():
