@@ -121,8 +121,8 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
       price_per_example, time_per_example  with `costs`: $ (None: unknown) and seconds; not the same in every run
     A fraction `flip` of the labels is wrong on purpose: 2 * flip of them are coins, tossed instead of asking, so they
     cost nothing. Pairs with one instruction share their draws, unless each has a "seed" string too. A pair without a
-    verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer answer.
-    JudgeError if more than judge.max_unusable of those asked have no usable verdict.
+    verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer
+    answer. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
     records, questions = plan(pairs, annotators, seed, flip, both_orders)
     groups = batches(questions)

@@ -26,8 +26,8 @@ from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
 from stats.ranking import CORRELATIONS, agreement_of_rankings, bradley_terry, ratings, wins
 from stats.tables import between, details, number, table, write
-from stats.winrate import (compare, interval, left_out, position_flips, position_gap, resample, resampled_means, usable,
-                           win_rate)
+from stats.winrate import (compare, left_out, position_flips, position_gap, rate_interval, resample, resampled_means,
+                           usable, win_rate)
 
 
 
@@ -124,8 +124,9 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     counts, rows, position, flips = resample(len(prompts.datasets), resamples, seed), {}, {}, {}
     for m, (name, records) in enumerate(models.items()):
         p, there = prompts.preferences[m], prompts.there[m]
-        low, high = interval(100 * (resampled_means(p, counts) - 1))
-        rows[name] = {**win_rate(p[there]), "mode": "community", "avg_length": int(prompts.lengths[m, there].mean()),
+        row = win_rate(p[there])
+        low, high = rate_interval(row["win_rate"], 100 * (resampled_means(p, counts) - 1), row["n_total"])
+        rows[name] = {**row, "mode": "community", "avg_length": int(prompts.lengths[m, there].mean()),
                       **controlled(records, prompts, m, lc, lc_data, lc_C, counts),
                       "win_rate_ci_low": low, "win_rate_ci_high": high, **left_out(p[there], int((~there).sum()))}
         if by_order := [record["preference_by_order"] for record in records if "preference_by_order" in record]:

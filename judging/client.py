@@ -8,6 +8,7 @@ import email.utils
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import threading
@@ -156,15 +157,15 @@ class Judge:
 
     def _ask(self, key, body, stop):
         """Ask until the answer is stored; else the cause, once this request is seen to be hopeless."""
-        garbage = failed = 0
+        garbage, failed, began = 0, 0, math.inf
         for tries in itertools.count():
             # While others are answered the server is well, and this request was unlucky: no reason to wait long.
-            failed = min(failed, 2) if tries and self.heard > began else failed
+            failed = min(failed, 2) if self.heard > began else failed
             wait = min(60, self.backoff * 2 ** min(failed, 30)) * self.jitter.uniform(0.5, 1)
-            failed, sent, began = failed + 1, self._adapted(body), time.monotonic()
+            sent = self._adapted(body)
             if not self._enter(stop):
                 return "no answer"
-            status = 0
+            failed, began, status = failed + 1, time.monotonic(), 0
             try:
                 status, headers, data = self._post(self.url(body["model"]), json.dumps(sent).encode())
             except (requests.RequestException, HTTPError) as error:

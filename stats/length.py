@@ -13,7 +13,7 @@ from math import nan
 
 import numpy as np
 
-from stats.winrate import interval, mean_and_error, usable
+from stats.winrate import mean_and_error, rate_interval, usable
 
 HARDLY_ANY = 100.0                      # as C: a penalty that only keeps weights finite where every row is won
 GAMED_WEIGHT = 0.1                      # of a row: 0.2 / two gamed models
@@ -152,7 +152,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
             samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
         samples = np.concatenate(samples)
         row["lc_standard_error"] = float(samples.std(ddof=1)) if len(samples) > 1 else nan
-        row["lc_ci_low"], row["lc_ci_high"] = interval(samples)
+        row["lc_ci_low"], row["lc_ci_high"] = rate_interval(mean, samples, int(fitted.sum()))
     return row
 
 

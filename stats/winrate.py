@@ -4,7 +4,7 @@ A preference lies in [1, 2]: at 1 the reference is better, at 2 the model; 1.5 (
 Everything is in percent. Every error here is about the choice of instructions; of the noise between two trainings it
 knows nothing.
 """
-from math import comb, nan
+from math import comb, exp, log, nan
 from statistics import NormalDist
 
 import numpy as np
@@ -70,6 +70,24 @@ def interval(samples, level=0.95):
     if np.isnan(samples).all():
         return nan, nan
     return tuple(map(float, np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])))
+
+
+def rate_interval(rate, samples, n, level=0.95):
+    """The interval (low, high) of a rate of n rows in percent, from its bootstrap samples.
+
+    Symmetric in log-odds, with the error of the samples: near 0 and 100 the percentile interval is too short (a rate of
+    3 % on 200 prompts is in it 83 to 93 times in a hundred, here 94). A rate of 0 or 100, which no resample can leave,
+    has the exact binomial bound.
+    """
+    alpha, p = (1 - level) / 2, rate / 100
+    error = float(np.nanstd(samples, ddof=1)) / 100 if n > 1 else nan
+    if p in (0, 1):
+        bound = 100 * alpha ** (1 / n)
+        return (bound, 100.0) if p else (0.0, 100 - bound)
+    if not error >= 0:
+        return nan, nan
+    logit, reach = log(p / (1 - p)), NormalDist().inv_cdf(1 - alpha) * error / (p * (1 - p))
+    return tuple(100 / (1 + exp(-min(700, max(-700, x)))) for x in (logit - reach, logit + reach))
 
 
 def resampled_means(x, counts):

@@ -146,13 +146,29 @@ def covered(low, high, truth):
     return 100 * np.mean((low <= truth) & (truth <= high))
 
 
-@pytest.mark.parametrize("rate, n", [(.5, 805), (.1, 805), (.5, 100)])
-def test_bootstrap_intervals_of_a_win_rate_cover_the_truth(rate, n):
+@pytest.mark.parametrize("rate, n", [(.5, 805), (.1, 805), (.5, 100), (.03, 200), (.03, 805), (.98, 805)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_bootstrap_intervals_of_a_win_rate_cover_the_truth(rate, n, soft):
     r = np.random.default_rng(5)
-    data = r.random((2000, n)) < rate
-    means = winrate.resample(n, 1000) @ data.T / n                                              # (1000, 2000)
-    assert 93 <= covered(*np.quantile(means, (.025, .975), axis=0), rate) <= 97
-    assert winrate.interval(means[:, 0]) == pytest.approx(np.quantile(means[:, 0], (.025, .975)))
+    data = r.beta(rate / 2, (1 - rate) / 2, (2000, n)) if soft else r.random((2000, n)) < rate
+    means = 100 * (winrate.resample(n, 1000) @ data.T / n)                                      # (1000, 2000)
+    both = [winrate.rate_interval(100 * one.mean(), means[:, i], n) for i, one in enumerate(data)]
+    assert 93 <= covered(*np.array(both).T, 100 * rate) <= 97
+
+
+@pytest.mark.parametrize("n", [200, 805])
+def test_bootstrap_intervals_of_a_difference_cover_the_truth(n):
+    r, counts = np.random.default_rng(6), winrate.resample(n, 1000)
+    ease = r.random((2000, n))                              # some instructions are easy for both models
+    a, b = (1. + (r.random((2000, n)) < .7 * ease + bonus) for bonus in (.15, .1))
+    both = np.array([winrate.interval(row) for row in 100 * ((a - b) @ counts.T / n)])
+    assert 93 <= covered(*both.T, 5) <= 97
+
+
+def test_a_rate_that_no_resample_can_leave_has_the_exact_bound():
+    low, high = winrate.rate_interval(100, np.full(9, 100.), 20)
+    assert high == 100 and (low / 100) ** 20 == pytest.approx(.025)        # so lucky is one model in forty
+    assert winrate.rate_interval(0, np.zeros(9), 20) == (0, pytest.approx(100 - low))
 
 
 def test_resamples_draw_each_row_equally_often_and_missing_rows_nowhere():
@@ -246,15 +262,15 @@ def test_a_taste_for_length_is_taken_out():
     assert row["lc_weights"] == pytest.approx([-1.5, .4], abs=.05)
 
 
-@pytest.mark.parametrize("difficult", [False, True])
-def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(difficult):
+@pytest.mark.parametrize("difficult, skill", [(False, .4), (True, .4), (False, -3)])
+def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(difficult, skill):
     """Instructions are drawn anew each time, the fit sees difficulties as they are."""
     r, low, high = np.random.default_rng(1), [], []
     everywhere = r.normal(0, 1.5, 100_000) * difficult
-    truth = 100 * (1 / (1 + np.exp(-.4 - .6 * everywhere))).mean()
+    truth = 100 * (1 / (1 + np.exp(-skill - .6 * everywhere))).mean()
     for seed in range(500):
         D = r.choice(everywhere, 300)
-        row = length_controlled(*judged_by_length(300, seed, D=D), D if difficult else None,
+        row = length_controlled(*judged_by_length(300, seed, skill, D=D), D if difficult else None,
                                 counts=winrate.resample(300, 300, seed))
         low.append(row["lc_ci_low"])
         high.append(row["lc_ci_high"])
@@ -268,7 +284,10 @@ def test_the_bootstrap_refits_everything():
     drawn = [np.repeat(np.arange(60), counts.astype(int)) for counts in winrate.resample(60, 80, seed=2)]
     each = [length_controlled(p[i], ours[i], theirs[i])["length_controlled_winrate"] for i in drawn]
     assert row["lc_standard_error"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
-    assert (row["lc_ci_low"], row["lc_ci_high"]) == pytest.approx(np.quantile(each, (.025, .975)), abs=1e-3)
+    q = row["length_controlled_winrate"] / 100
+    for end, sign in ((row["lc_ci_low"], -1), (row["lc_ci_high"], 1)):     # symmetric in log-odds
+        reach = 1.96 * np.std(each, ddof=1) / 100 / (q * (1 - q))
+        assert math.log(end / (100 - end)) == pytest.approx(math.log(q / (1 - q)) + sign * reach, abs=1e-3)
 
 
 @needs_alpaca_eval
