@@ -302,8 +302,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.writer.submit(request):
             raise Refused(503, "too many answers are waiting: try again later", "overloaded")
         kind = "chat.completion" if request.chat else "text_completion"
-        head = {"id": f"{'chat' * request.chat}cmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
-                "model": self.server.names[0]}
+        head = {"id": f"{'chat' * request.chat}cmpl-{secrets.token_hex(12)}", "object": kind,
+                "created": int(time.time()), "model": self.server.names[0]}
         try:
             if request.stream:
                 self.stream(request, {**head, "object": kind + ".chunk" * request.chat})

@@ -400,14 +400,15 @@ class Writer(threading.Thread):
         self.fail([*self.waiting, *self.answers.values()], self.farewell)
 
     def fail(self, answers, error):
-        for request in {answer.request for answer in answers}:
+        for request in {id(answer.request): answer.request for answer in answers}.values():
             request.events.put(error)
 
     def write(self, begin):
         """Begin some answers, write a few tokens of all, and hand them out."""
         engine, prompts = self.engine, deque()
-        for request, group in groupby(begin, key=lambda answer: answer.request):        # they share a prefill
+        for _, group in groupby(begin, key=lambda answer: id(answer.request)):          # they share a prefill
             group = list(group)
+            request = group[0].request
             u = request.u[[answer.index for answer in group]]
             prompts.append(engine.join(request.prompt, u, request.temperature))
             self.answers |= zip(prompts[-1][1], group)
