@@ -14,8 +14,8 @@ from rlhf import KIT, config, methods
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward")                     # what methods start from
-OURS = {"farm", "model", "annotate", "eval", "judging", "stats", "serve", "bench", "benchmarks", "rlhf", "data",
-        "tests"}
+OURS = {"farm", "model", "annotate", "eval", "judging", "stats", "serve", "serving", "bench", "benchmarks", "rlhf",
+        "data", "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what bench.py measures beside, where they are installed
 NO_TORCH = ("annotate", "eval", "judging", "judging.prompts", "judging.client", "judging.cache", "stats",
@@ -83,8 +83,9 @@ MAY_IMPORT = {
     "kit": {"kit", "model", "data"},
     "stage": {"kit", "stage", "model", "annotate", "data"},
     "method": {"kit", "stage", "method", "model", "annotate", "eval", "data"},
+    "serving": {"serving", "kit", "model", "data"},
     "benchmarks": {"benchmarks", "kit", "model", "data"},
-    "command": {"benchmarks", "kit", "stage", "method", "model", "annotate", "eval", "data"},
+    "command": {"serving", "benchmarks", "kit", "stage", "method", "model", "annotate", "eval", "data"},
 }
 
 

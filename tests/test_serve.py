@@ -23,6 +23,7 @@ import serve
 from data.text import Text
 from rlhf import policy, rollout, sft
 from rlhf.config import BASE
+from serving import protocol, writer
 
 torch.set_num_threads(1)
 QUESTIONS = [toy.sentence(ids) for ids in tiny.texts([3, 9, 1, 5, 2, 7])]
@@ -151,7 +152,7 @@ def test_no_answer_depends_on_those_beside_it(run, url):
 
 def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
     """64 tokens each, all there before the first step: 64 steps for all, and one pass over the prompts."""
-    begin, step, steps, prefills = serve.Writer.next, rollout.Standing.step, [], []
+    begin, step, steps, prefills = writer.Writer.next, writer.Standing.step, [], []
 
     def next_(self):
         with self.gate:
@@ -161,10 +162,10 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
     def begun(self, waiting):
         prefills.append(len(waiting))
         rollout.Engine.begin(self, waiting)
-    monkeypatch.setattr(serve.Writer, "next", next_)
-    monkeypatch.setattr(rollout.Standing, "step", lambda self, width, span: steps.append(width) or step(
+    monkeypatch.setattr(writer.Writer, "next", next_)
+    monkeypatch.setattr(writer.Standing, "step", lambda self, width, span: steps.append(width) or step(
         self, width, span))
-    monkeypatch.setattr(rollout.Standing, "begin", begun)
+    monkeypatch.setattr(writer.Standing, "begin", begun)
     with serve.serving("barn") as url, ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda i: post(url, "/completions", prompt=f"{i} cows", max_tokens=64), range(16)))
     assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [64] * 16
@@ -172,8 +173,8 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
 
 
 def test_a_lone_answer_runs_in_one_slot_again_after_a_crowd(endless, monkeypatch):
-    widths, step = [], rollout.Standing.step
-    monkeypatch.setattr(rollout.Standing, "step", lambda self, width, span: widths.append(width) or step(
+    widths, step = [], writer.Standing.step
+    monkeypatch.setattr(writer.Standing, "step", lambda self, width, span: widths.append(width) or step(
         self, width, span))
     with serve.serving("barn", slots=8) as url:
         body = {"prompt": "The cows", "temperature": 0, "max_tokens": 6}
@@ -256,7 +257,7 @@ def test_openais_client_understands_refusals(client):
 
 def answer(chat=True, stops=(), prompt=(5,)):
     request = SimpleNamespace(chat=chat, stops=list(stops), logprobs=False, top=0, prompt=list(prompt))
-    return serve.Answer(request, 0, SimpleNamespace(text=BARN, spell=serve.speller(BARN.tokenizer)))
+    return protocol.Answer(request, 0, SimpleNamespace(text=BARN, spell=protocol.speller(BARN.tokenizer)))
 
 
 def fed(answer, ids, portions):
@@ -307,20 +308,20 @@ def test_a_raw_completion_goes_on_where_the_prompt_ends():
 
 
 def test_tokens_are_spelled_in_bytes():
-    text, spell = "The cow \u00e9\u20ac\U0001f404\n", serve.speller(BARN.tokenizer)
+    text, spell = "The cow \u00e9\u20ac\U0001f404\n", protocol.speller(BARN.tokenizer)
     ids = BARN.tokenizer.encode(text).ids
     assert b"".join(map(spell, ids)) == BARN.tokenizer.decode(ids).encode()
     cow = ids[[spell(i)[:1] for i in ids].index(b"\xf0")]
     entry = answer().entry(cow, (-1., (), ()))
     assert entry["token"] == "\\xf0" and entry["bytes"] == [0xf0]
     pieces = SimpleNamespace(decoder=None, id_to_token=["\u2581the", "<0xE2>", None].__getitem__)
-    assert [*map(serve.speller(pieces), range(3))] == [b" the", b"\xe2", b""]
+    assert [*map(protocol.speller(pieces), range(3))] == [b" the", b"\xe2", b""]
 
 
 # --- prompts -----------------------------------------------------------------------------------------------
 
 def prompt(text, *messages):
-    return serve.tokens(text, {"messages": [dict(zip(("role", "content"), each)) for each in messages]}, True)
+    return protocol.tokens(text, {"messages": [dict(zip(("role", "content"), each)) for each in messages]}, True)
 
 
 def test_messages_become_the_prompt_of_training():
@@ -393,13 +394,13 @@ def test_routes_methods_and_sizes(url):
 
 
 def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, capfd):
-    expected, advance = ask(url, QUESTIONS[1], seed=1), rollout.Standing.advance
+    expected, advance = ask(url, QUESTIONS[1], seed=1), writer.Standing.advance
 
     def broken(self, explained):
-        monkeypatch.setattr(rollout.Standing, "advance", advance)
+        monkeypatch.setattr(writer.Standing, "advance", advance)
         advance(self, explained)
         raise FloatingPointError("not finite\nat all")
-    monkeypatch.setattr(rollout.Standing, "advance", broken)
+    monkeypatch.setattr(writer.Standing, "advance", broken)
     reply = post(url, n=9, **HELLO)
     assert reply.status_code == 500 and reply.json()["error"]["type"] == "server_error"
     assert "not finite" in reply.json()["error"]["message"]
@@ -409,14 +410,14 @@ def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, ca
 
 
 def test_a_fault_within_a_stream_is_told_in_it(url, monkeypatch):
-    advance, calls = rollout.Standing.advance, []
+    advance, calls = writer.Standing.advance, []
 
     def broken(self, explained):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("none left")
         advance(self, explained)
-    monkeypatch.setattr(rollout.Standing, "advance", broken)
+    monkeypatch.setattr(writer.Standing, "advance", broken)
     reply = post(url, messages=[{"role": "user", "content": QUESTIONS[1]}], n=4, max_tokens=50, stream=True)
     *_, last = [line for line in reply.text.split("\n\n") if line]
     assert reply.status_code == 200 and "none left" in json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -425,7 +426,7 @@ def test_a_fault_within_a_stream_is_told_in_it(url, monkeypatch):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slot(stream, endless, monkeypatch):
     """It wants 200 tokens and is gone after the first; the writer waits until this is noticed."""
-    begun, gone, write = threading.Event(), threading.Event(), serve.Writer.write
+    begun, gone, write = threading.Event(), threading.Event(), writer.Writer.write
     shut = serve.Server.shutdown_request
 
     def slowly(self, begin):
@@ -436,9 +437,9 @@ def test_a_client_that_hangs_up_frees_its_slot(stream, endless, monkeypatch):
             gone.wait(.01)                              # tokens have to come, for a stream to notice
         else:
             gone.wait(20)
-    steps, step = [], rollout.Standing.step
-    monkeypatch.setattr(rollout.Standing, "step", lambda *args: steps.append(1) or step(*args))
-    monkeypatch.setattr(serve.Writer, "write", slowly)
+    steps, step = [], writer.Standing.step
+    monkeypatch.setattr(writer.Standing, "step", lambda *args: steps.append(1) or step(*args))
+    monkeypatch.setattr(writer.Writer, "write", slowly)
     monkeypatch.setattr(serve.Server, "shutdown_request", lambda *args: gone.set() or shut(*args))
     with serve.serving("barn") as url:
         body = json.dumps({"prompt": "Cows", "max_tokens": 240, "stream": stream}).encode()
@@ -452,22 +453,22 @@ def test_a_client_that_hangs_up_frees_its_slot(stream, endless, monkeypatch):
 
 
 def test_too_many_wait(monkeypatch, url, run):
-    monkeypatch.setattr(serve.Writer, "submit", lambda self, request: False)
+    monkeypatch.setattr(writer.Writer, "submit", lambda self, request: False)
     reply = post(url, **HELLO)
     assert reply.status_code == 503 and reply.json()["error"]["code"] == "overloaded"
     monkeypatch.undo()
-    writer = serve.Writer(None, None, most=2)
-    assert [writer.submit(SimpleNamespace(answers=[1, 2])) for _ in range(2)] == [True, False]
+    waiting = writer.Writer(None, None, most=2)
+    assert [waiting.submit(SimpleNamespace(answers=[1, 2])) for _ in range(2)] == [True, False]
 
 
 def test_who_waits_at_the_end_is_told(endless, monkeypatch):
-    write = serve.Writer.write
+    write = writer.Writer.write
 
     def slowly(self, begin):
         write(self, begin)
         with self.gate:
             self.gate.wait_for(lambda: self.closing, 20)
-    monkeypatch.setattr(serve.Writer, "write", slowly)
+    monkeypatch.setattr(writer.Writer, "write", slowly)
     with ThreadPoolExecutor(2) as pool:
         with serve.serving("barn", slots=1) as url:
             replies = [pool.submit(post, url, max_tokens=99, **HELLO) for _ in range(2)]
