@@ -7,7 +7,6 @@
 A method is a file in rlhf/. Stages that it needs run first; finished ones are reused. Everything is written to --out.
 """
 import argparse
-import errno
 import hashlib
 import importlib
 import json
@@ -15,7 +14,6 @@ import os
 import re
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch  # noqa: E402
 
 import annotate  # noqa: E402
 import eval  # noqa: E402
-from data import InputError, sets  # noqa: E402
+from data import InputError, OutOfMemory, Refusal, run, sets  # noqa: E402
 from data.barn.reward import true_reward  # noqa: E402
 from data.text import read_json  # noqa: E402
 from rlhf import config, methods  # noqa: E402
@@ -155,22 +153,17 @@ def main(argv):
           f"{leaderboard(cfg)}\n\n{time.perf_counter() - start:.0f} s, {peak_gb():.2f} GB; everything is in {cfg.out}")
 
 
-if __name__ == "__main__":
+def within_memory(argv):
+    """main(), with what torch and the numbers may raise said for the user."""
     try:
-        main(sys.argv[1:])
-    except (InputError, annotate.JudgeError, FloatingPointError) as error:
-        sys.stdout.flush()
-        print(f"farm.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 3 if isinstance(error, annotate.JudgeError) else 1)
+        main(argv)
+    except FloatingPointError as error:
+        raise Refusal(error) from None
     except (MemoryError, torch.OutOfMemoryError):
-        print(f"farm.py: out of memory (peak {peak_gb():.1f} GB); finished stages are kept. Try, in this order: a "
-              "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, --int8 (with "
-              "adapters), a smaller model", file=sys.stderr)
-        sys.exit(4)
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        print(f"farm.py: {'the disk is full' if full else error}; finished stages are kept", file=sys.stderr)
-        sys.exit(5 if full else 2)
-    except KeyboardInterrupt:
-        print("farm.py: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
-        sys.exit(130)
+        raise OutOfMemory(f"out of memory (peak {peak_gb():.1f} GB); finished stages are kept. Try, in this order: a "
+                          "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, "
+                          "--int8 (with adapters), a smaller model") from None
+
+
+if __name__ == "__main__":
+    run(within_memory, "farm.py", "finished stages are kept, and the same command goes on after them")

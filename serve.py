@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from data import InputError, run, underscored
+from data import InputError, OutOfMemory, run, underscored
 from data.text import Text, read_json
 from data.weights import assign, load_adapter
 from rlhf.config import BASE, Config
@@ -261,8 +261,7 @@ def main(argv):
     except (MemoryError, RuntimeError) as error:        # on CPUs, torch has no exception of its own for it
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        print("serve.py: out of memory; try fewer --slots, a lower --context, --int8", file=sys.stderr)
-        sys.exit(4)
+        raise OutOfMemory("out of memory; try fewer --slots, a lower --context, --int8") from None
 
 
 if __name__ == "__main__":

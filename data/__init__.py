@@ -15,6 +15,11 @@ class InputError(Refusal, ValueError):
     code = 2
 
 
+class OutOfMemory(Refusal):
+    """What is asked for does not fit; the message says what would take less."""
+    code = 4
+
+
 def underscored(argv):
     """Flags with underscores, however they were written: --max-calls=3 is --max_calls=3."""
     return [re.sub(r"^--[\w-]+", lambda match: "--" + match[0][2:].replace("-", "_"), token) for token in argv]

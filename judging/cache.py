@@ -77,9 +77,6 @@ class Cache:
             self.end += len(line)
             self.answers[key] = entry
 
-    def __len__(self):
-        return len(self.answers)
-
     def close(self):
         with self.lock:
             self.file.close()

@@ -148,7 +148,7 @@ def compare(preferences_a, preferences_b, counts=None, clusters=None):
     a, b = usable(preferences_a), usable(preferences_b)
     both = ~np.isnan(a - b)
     x = 100 * (a - b)
-    difference, error = mean_and_error(x[both])
+    difference, error = paired_difference(a, b)
     better, worse = (int((sign * (discrete(a[both]) - discrete(b[both])) > 0).sum()) for sign in (1, -1))
     deviation = error * both.sum() ** 0.5
     row = {"n": int(both.sum()), "difference": difference, "standard_error": error,

@@ -300,7 +300,7 @@ def test_ctrl_c_stops_promptly_and_keeps_what_arrived(server, judge, tmp_path):
     child = start_child(server, tmp_path, pairs)
     _, errors = child.communicate(timeout=20)           # against the 30 s that the server keeps silent
     assert child.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
-    assert len(judge().cache) == 10
+    assert len(judge().cache.answers) == 10
 
 
 # ---- faults --------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_an_empty_account_stops_everything_and_keeps_what_was_paid(server, judge
     with pytest.raises(JudgeError, match="quota"):
         ask(make_pairs(100), judge())
     assert len(server.requests) <= 10 + 4
-    assert len(judge().cache) == 10
+    assert len(judge().cache.answers) == 10
 
 
 def test_calls_in_flight_when_another_is_refused_are_kept(server, judge):
@@ -445,7 +445,7 @@ def test_calls_in_flight_when_another_is_refused_are_kept(server, judge):
     server.rule = rule
     with pytest.raises(JudgeError, match="402"):
         ask(make_pairs(20), judge(workers=2))
-    assert len(judge().cache) == 1 and len(server.requests) == 2
+    assert len(judge().cache.answers) == 1 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("status", [400, 402, 403, 404, 422])

@@ -283,7 +283,7 @@ def test_budgets_end_the_work_and_keep_it(server, judge):
     pairs = make_pairs(50)
     with pytest.raises(JudgeError, match="stopped after 10 calls"):
         ask(pairs, judge(max_calls=10))
-    assert len(server.requests) == 10 == len(judge().cache)
+    assert len(server.requests) == 10 == len(judge().cache.answers)
     server.rule = lambda body, nth: (200, {"choices": [{"message": {"content": longer(body, nth)}}],
                                            "usage": {"prompt_tokens": 500_000, "completion_tokens": 0}}, {})
     with pytest.raises(JudgeError, match=r"stopped at \$3.00"):
@@ -314,7 +314,7 @@ def test_processes_share_a_cache(server, judge, tmp_path):
     outputs = [child.communicate(timeout=60)[0].splitlines()[-1] for child in children]
     assert outputs[0] == outputs[1] == str([prefer_longer(pair) for pair in make_pairs(200)])
     assert len(server.requests) <= 260                      # not 400: only what both have under way is asked twice
-    assert len(judge().cache) == 200 and None not in preferences(ask(make_pairs(200), judge(replay=True)))
+    assert len(judge().cache.answers) == 200 and None not in preferences(ask(make_pairs(200), judge(replay=True)))
 
 
 # ---- the command ---------------------------------------------------------------------------------------
