@@ -1,7 +1,8 @@
 """The judge report: how far to trust a judge, from labels of the same pairs by judges and people.
 
 AlpacaEval's evaluator table (`analyze_evaluators`), its definitions and its names. Labels are preferences (N, K): K
-labels of each of N pairs, by several people or by one judge with K seeds; NaN where there is none.
+labels of each of N pairs, by several people or by one judge with K seeds; NaN where there is none. (Pairs with some of
+their labels count with those; AlpacaEval leaves them out. A draw coded as 0 is 1.5 everywhere.)
 """
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from stats.ranking import pearson, spearman
 from stats.winrate import mean_and_error, usable
 
 LONGER = 30                             # characters: less is no difference in length
-LIST = re.compile(r"^\s*(?:[*•-]\s*|\d+[.)]\s*|[a-z][.)]\s+)[^\w]*\w", re.MULTILINE | re.IGNORECASE)
+LIST = re.compile(r"^\s*(?:[*•-]\s*|\d+[.)]\s*|[a-zA-Z][.)]\s+)[^\w]*\w", re.MULTILINE)
 
 
 def majority(labels):
@@ -76,7 +77,9 @@ def judge_report(labels, outputs_1, outputs_2, human=None, models=None, second=N
         gold = majority(human)
         each = [agreement(labels[:, k], gold)[0] for k in range(labels.shape[1])]
         report["Human agreement"] = float(np.mean(each))
-        report["Human agreement error"] = agreement(labels.mean(1), gold)[1]
+        there = ~np.isnan(labels).all(1) & ~np.isnan(gold)
+        same = 100 * (1 - np.abs(labels - gold[:, None]))[there]
+        report["Human agreement error"] = mean_and_error(np.nanmean(same, 1))[1] if there.any() else nan
         if several:
             report["Bias"] = 100 - agreement(majority(labels), gold)[0]
     if several:

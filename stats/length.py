@@ -65,7 +65,7 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
     def loss(w):
         return penalty[:, 0] * np.abs(w).sum(1) + (weight * log_loss(y, w[:, :1] * length + w[:, 1:] @ fixed)).sum(1)
 
-    for _ in range(100):
+    for _ in range(1000):
         p = sigmoid(w[:, :1] * length + w[:, 1:] @ fixed)                                       # (B, N)
         residual = weight * (p - y)
         g = np.concatenate([np.einsum("bn,bn->b", residual, length)[:, None], residual @ fixed.T], 1)   # (B, K)
@@ -115,7 +115,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     lengths           (N,) characters of the model's answers; reference_lengths of the reference's
     difficulty        (N,) D of the same instructions in the same order
     gamed             from data.alpaca_eval.read_length_control: the reference told to be brief and to be long, against
-                      itself. Each such row weighs a tenth and has no c; they tie a and b to the reference's
+                      itself. Each such row weighs a tenth and has no c; they tie a and b to the reference's, so that
+                      intervals are of AlpacaEval's regularised number, not of what a model like no other would get
     C                 inverse strength of the L1 penalty; None: chosen by cross-validation
     counts            (B, N) of winrate.resample: lc_standard_error is then the bootstrap's, of the whole fit at this C,
                       and there is an interval. Without them it is what AlpacaEval prints: the spread of the fitted
@@ -152,12 +153,15 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
             samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
         samples = np.concatenate(samples)
         row["lc_standard_error"] = float(samples.std(ddof=1)) if len(samples) > 1 else nan
-        row["lc_ci_low"], row["lc_ci_high"] = rate_interval(mean, samples, int(fitted.sum()))
+        raw = float(p[fitted].mean() - 1)       # all lost, or all won: what the fit says then is up to the penalty
+        row["lc_ci_low"], row["lc_ci_high"] = rate_interval(100 * raw if raw in (0, 1) else mean, samples,
+                                                            int(fitted.sum()))
     return row
 
 
 def deviation(x, counts):
-    """Standard deviation (B,) of x (N,) when its rows count so often: (B, N)."""
+    """Standard deviation (B,) of x (N,) when its rows count so often: (B, N). What rounding leaves of 0 is 0."""
     x, n = x - x.mean(), counts.sum(1)
-    return np.sqrt(np.maximum(counts @ x ** 2 - (counts @ x) ** 2 / n, 0) / (n - 1))
+    s = np.sqrt(np.maximum(counts @ x ** 2 - (counts @ x) ** 2 / n, 0) / (n - 1))
+    return np.where(s > 1e-6 * np.abs(x).max(), s, 0)
 

@@ -1,6 +1,7 @@
 """Many models: who beat whom, Bradley-Terry and Elo ratings, and whether two leaderboards agree."""
 from itertools import permutations
 from math import factorial, nan
+from statistics import NormalDist
 
 import numpy as np
 
@@ -60,18 +61,39 @@ def elo(theta, anchor_rating=1000):
     return anchor_rating + 400 / np.log(10) * theta
 
 
-def ratings(names, preferences, first, second, counts, anchor):
-    """[{model, elo, ci_low, ci_high, rank, rank_low, rank_high}], best first, with percentile intervals.
+def strength_errors(preferences, first, second, theta, anchor, prior=1e-3):
+    """Standard errors (M,) of strengths theta (M,) over the anchor's: the likelihood's sandwich, a prompt a cluster.
 
-    Arguments as for `wins`; first, second and anchor hold indices into names.
+    Better than the spread of resamples where a model hardly ever wins, or loses. Other arguments as for `wins`.
     """
-    theta = elo(bradley_terry(wins(preferences, first, second, len(names)), anchor))[0]
-    samples = elo(bradley_terry(wins(preferences, first, second, len(names), counts), anchor))
+    q, theta = np.array([usable(row) for row in preferences]) - 1, np.nan_to_num(theta)         # (R, N), (M,)
+    p = 1 / (1 + np.exp(theta[first] - theta[second]))                                          # (R,)
+    played, residual = (~np.isnan(q)).sum(1), np.nan_to_num(q - p[:, None])
+    H, scores = prior * np.eye(len(theta)), np.zeros((len(theta), q.shape[1]))                  # (M, M), (M, N)
+    for i, j, curve, left in zip(first, second, played * p * (1 - p), residual):
+        H[[i, j], [i, j]] += curve
+        H[[i, j], [j, i]] -= curve
+        scores[j] += left
+        scores[i] -= left
+    moved = np.linalg.solve(H, scores)
+    return np.sqrt(((moved - moved[anchor]) ** 2).sum(1) * q.shape[1] / max(1, q.shape[1] - 1))
+
+
+def ratings(names, preferences, first, second, counts, anchor):
+    """[{model, elo, ci_low, ci_high, rank, rank_low, rank_high}], best first.
+
+    Arguments as for `wins`; first, second and anchor hold indices into names. The interval of a rating is 1.96 of its
+    standard errors to both sides, that of a rank is the percentiles' over resamples.
+    """
+    strengths = bradley_terry(wins(preferences, first, second, len(names)), anchor)[0]
+    reach = NormalDist().inv_cdf(.975) * strength_errors(preferences, first, second, strengths, anchor)
+    theta, low, high = elo(strengths), elo(strengths - reach), elo(strengths + reach)
+    samples = bradley_terry(wins(preferences, first, second, len(names), counts), anchor)
     place = 1 + (samples[:, None, :] > samples[:, :, None]).sum(2)                              # (B, M)
     rows = []
     for m in np.argsort(-theta, kind="stable"):         # those without a rating come last
         row = {"model": names[m], "elo": float(theta[m]), "rank": None, "rank_low": None, "rank_high": None}
-        row["ci_low"], row["ci_high"] = interval(samples[:, m])
+        row["ci_low"], row["ci_high"] = float(low[m]), float(high[m])
         if theta[m] == theta[m]:
             best, worst = interval(place[:, m])
             row |= {"rank": 1 + int((theta > theta[m]).sum()), "rank_low": round(best), "rank_high": round(worst)}
@@ -89,7 +111,7 @@ def ranks(x):
 
 def pearson(x, y):
     """Correlation along the last axis; NaN where one side does not vary."""
-    x, y = (np.asarray(z, dtype=float) - np.mean(z, -1, keepdims=True) for z in (x, y))
+    x, y = (np.where(np.ptp(z, -1, keepdims=True) > 0, z - np.mean(z, -1, keepdims=True), 0.) for z in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
@@ -117,7 +139,7 @@ def agreement_of_rankings(x, y, times=10_000, seed=0):
     """Do two leaderboards put the same models (N,) in the same order? {spearman, kendall, r2: {...}}.
 
     Each with its `value`, a percentile interval over resampled models (wide: models are few), and the share `p` of
-    permutations of the models that agree at least as well, exact for up to eight models.
+    permutations of the models that agree at least as well (for r2: or disagree), exact for up to eight models.
     """
     x, y, n, random = np.asarray(x, dtype=float), np.asarray(y, dtype=float), len(x), np.random.default_rng(seed)
     times = int(np.clip(4e8 / n ** 2, 200, times))      # Kendall's tau compares all models with all

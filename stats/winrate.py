@@ -81,9 +81,9 @@ def rate_interval(rate, samples, n, level=0.95):
     """
     alpha, p = (1 - level) / 2, rate / 100
     error = float(np.nanstd(samples, ddof=1)) / 100 if n > 1 else nan
-    if p in (0, 1):
+    if min(p, 1 - p) < 1e-12:
         bound = 100 * alpha ** (1 / n)
-        return (bound, 100.0) if p else (0.0, 100 - bound)
+        return (bound, 100.0) if p > .5 else (0.0, 100 - bound)
     if not error >= 0:
         return nan, nan
     logit, reach = log(p / (1 - p)), NormalDist().inv_cdf(1 - alpha) * error / (p * (1 - p))
@@ -128,9 +128,12 @@ def mcnemar(better, worse):
 
 
 def prompts_needed(difference, deviation, level=0.95, power=0.8):
-    """How many prompts tell a `difference` from 0 in a two-sided test, when differences deviate so much per prompt."""
+    """How many prompts tell a `difference` from 0 in a two-sided test, when differences deviate so much per prompt.
+
+    For large numbers, as are needed: where it is below ten, add two.
+    """
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
-    return int(np.ceil((z * deviation / difference) ** 2)) if difference else None
+    return max(2, int(np.ceil((z * deviation / difference) ** 2))) if difference else None
 
 
 def detectable_difference(n, deviation, level=0.95, power=0.8):

@@ -237,6 +237,7 @@ def test_the_fit_is_right_where_newton_alone_runs_away():
 def test_a_fit_without_a_finite_optimum_stays_finite():
     won = length_controlled([2] * 30, range(30), [9] * 30, counts=winrate.resample(30, 50))
     assert 99 < won["length_controlled_winrate"] <= 100 and won["lc_standard_error"] < 1
+    assert (won["lc_ci_low"], won["lc_ci_high"]) == winrate.rate_interval(100, np.zeros(2), 30)
     even = length_controlled([2, 1] * 30, [7] * 60, [7] * 60, counts=winrate.resample(60, 200))     # equal lengths
     assert even["length_controlled_winrate"] == pytest.approx(50)
     assert even["lc_standard_error"] == pytest.approx(50 / 60 ** .5, abs=1)
@@ -400,6 +401,25 @@ def test_strengths_of_two_models_are_the_odds():
     assert ranking.elo(math.log(10)) == pytest.approx(1400)
 
 
+@pytest.mark.parametrize("n", [200, 805])
+def test_intervals_of_strengths_cover_the_truth(n):
+    """Four models against one reference; one hardly ever wins."""
+    r, truth, hits = np.random.default_rng(3), np.array([0, .6, -.3, -3.2, 2.]), []
+    for _ in range(500):
+        preferences = 1. + (r.random((4, n)) < 1 / (1 + np.exp(-truth[1:, None])))
+        theta = ranking.bradley_terry(ranking.wins(preferences, [0] * 4, [1, 2, 3, 4], 5))[0]
+        errors = ranking.strength_errors(preferences, [0] * 4, [1, 2, 3, 4], theta, 0)
+        assert errors[0] == 0
+        hits.append(np.abs(theta - truth)[1:] <= 1.96 * errors[1:])
+    assert 93 <= 100 * np.mean(hits) <= 97 and (np.mean(hits, 0) > .92).all()
+
+
+def test_the_error_of_a_strength_is_that_of_log_odds():
+    q = 1. + (np.arange(400) % 4 == 0)                      # a win in four: the delta method, n - 1
+    error = ranking.strength_errors([q], [0], [1], np.array([0, -math.log(3)]), 0)[1]
+    assert error == pytest.approx(q.std(ddof=1) / 400 ** .5 / (.25 * .75), rel=1e-3)
+
+
 def test_strengths_are_found_again():
     r, truth = np.random.default_rng(0), np.array([0, .8, -.5, 1.6])
     preferences, first, second = [], [], []
@@ -463,6 +483,8 @@ def test_variance_and_bias_by_hand():
     assert report["Bias"] == pytest.approx(50)              # the majorities agree on the first pair only
     assert report["Human agreement"] == pytest.approx(100 * 3 / 8)
     assert report["Human agreement error"] == pytest.approx(37.5)       # of 75 and 0
+    draws = agreement.judge_report([[1, 2], [2, 1], [1, 1]], ["a"] * 3, ["b"] * 3, human=[1.5] * 3)
+    assert (draws["Human agreement"], draws["Human agreement error"]) == (50, 0)     # every label is half right
 
 
 def test_tastes_of_a_judge():
