@@ -147,7 +147,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     row["lc_name"] = "length_controlled_" + ("minimal" if difficulty is None else "noreg" if gamed is None else "v1")
     if counts is not None:
         counts, samples = counts[counts[:, fitted].sum(1) > 1], []
-        for some in np.array_split(counts, max(1, len(counts) // 50)):      # fifty at a time stay in the cache
+        for some in np.array_split(counts, max(1, len(counts) * len(y) // 25_000)):      # what stays in the cache
             length, weight = rows(some)
             each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
             samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
