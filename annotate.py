@@ -94,11 +94,15 @@ def batches(questions):
     return full + list(waiting.values())
 
 
+def requests_of(groups, logprobs, longer=1):
+    """The request for each group of questions, with room for an answer so many times longer than usual."""
+    return [request_body(group[0].annotator, [one.texts for one in group], longer * group[0].annotator.max_tokens,
+                         logprobs) for group in groups]
+
+
 def ask(groups, judge, logprobs, longer=1):
     """Ask the judge about groups of questions, and file in each what came of it."""
-    bodies = [request_body(group[0].annotator, [one.texts for one in group],
-                           longer * group[0].annotator.max_tokens, logprobs) for group in groups]
-    for group, line in zip(groups, judge.complete(bodies)):
+    for group, line in zip(groups, judge.complete(requests_of(groups, logprobs, longer))):
         found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"))
         for one, (preference, cause) in zip(group, found):
             one.answer, one.share = line, len(group)
@@ -259,10 +263,8 @@ def price_of(said=""):
 
 def estimate(questions, judge, logprobs):
     """What asking would take, as text: about four characters make a token, and no answer is longer than allowed."""
-    groups = batches(questions)
-    bodies = [request_body(group[0].annotator, [one.texts for one in group], logprobs=logprobs)
-              for group in groups]
-    missing = {judge.name(body): body for body in bodies if not judge.cache.get(judge.name(body))}.values()
+    bodies = requests_of(batches(questions), logprobs)
+    missing = {key: body for body in bodies if not judge.cache.get(key := judge.name(body))}.values()
     said, cost = Counter(), 0.0
     for body in missing:
         usage = {"prompt_tokens": sum(len(message["content"]) for message in body["messages"]) // 4,

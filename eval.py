@@ -25,7 +25,7 @@ from data.attacks import ATTACKS
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
 from stats.ranking import CORRELATIONS, agreement_of_rankings, bradley_terry, ratings, wins
-from stats.tables import between, details, number, table, write
+from stats.tables import best_first, between, details, number, table, write
 from stats.winrate import (compare, left_out, position_flips, position_gap, rate_interval, resample, resampled_means,
                            usable, win_rate)
 
@@ -133,7 +133,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
             flips[name] = position_flips(by_order)
         else:
             position[name] = position_gap(p, prompts.switched[m])
-    rows = dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
+    rows = best_first(rows)
 
     preferences, reference = (dict(zip(models, x)) for x in (prompts.preferences, prompts.references))
     pairs = [(name, baseline) for name in rows if name != baseline] if baseline else zip(rows, list(rows)[1:])

@@ -27,9 +27,8 @@ import torch
 
 from data import InputError, OutOfMemory, run, underscored
 from data.text import Text, read_json
-from data.weights import assign, load_adapter
 from rlhf.config import BASE, Config
-from rlhf.policy import Policy, load_base
+from rlhf.policy import Policy, load_base, put_on
 from rlhf.rollout import fitting
 from serving.protocol import TOP, Refused, read_request, speller
 from serving.writer import Standing, Writer
@@ -58,18 +57,12 @@ def load(path, device="", int8=False):
         raise InputError(f"{path} is a whole run: choose a stage, as in {folder / stages[0]}")
     if (folder / "head.safetensors").exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
-    base, adapter = folder, (folder / "adapter_config.json").exists()
-    if adapter:
-        tensors, adapted = load_adapter(folder)
-        base = settings.get("model") or adapted.get("base_model_name_or_path")
+    adapted = read_json(folder / "adapter_config.json")
+    base = settings.get("model") or adapted.get("base_model_name_or_path") if adapted else folder
     cfg = Config(model=str(base), device=device, int8=int8)
-    policy, text = Policy(load_base(cfg)), Text(cfg.checkpoint)
-    if adapter:
-        policy.role = "served"
-        policy.gpt.add_role(policy.role, adapted["r"], adapted["lora_alpha"])
-        assign(policy.gpt.adapter(policy.role), tensors, str(folder))
-        policy.gpt.requires_grad_(False)
-    return policy, text, settings.get("max_new_tokens", Config.max_new_tokens)
+    gpt = load_base(cfg)
+    policy = put_on(gpt, "served", folder) if adapted else Policy(gpt)
+    return policy, Text(cfg.checkpoint), settings.get("max_new_tokens", Config.max_new_tokens)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -202,9 +202,13 @@ def load(cfg, stage, beside=None):
     folder = cfg.dir(stage) / "checkpoint"
     if not cfg.lora_rank:
         return Policy(load_base(dataclasses.replace(cfg, model=str(folder))))
-    policy = Policy(beside.gpt if beside else load_base(cfg), stage)
+    return put_on(beside.gpt if beside else load_base(cfg), stage, folder)
+
+
+def put_on(gpt, role, folder):
+    """The frozen policy that wears, as `role`, the adapter in a PEFT folder."""
     tensors, config = weights.load_adapter(folder)
-    policy.gpt.add_role(stage, config["r"], config["lora_alpha"])
-    weights.assign(policy.gpt.adapter(stage), tensors, str(folder))
-    policy.gpt.requires_grad_(False)
-    return policy
+    gpt.add_role(role, config["r"], config["lora_alpha"])
+    weights.assign(gpt.adapter(role), tensors, str(folder))
+    gpt.requires_grad_(False)
+    return Policy(gpt, role)

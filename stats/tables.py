@@ -37,9 +37,14 @@ def plus_minus(row):
     return number(row["win_rate"], ".1f") + (f" ± {error}" if error else "")
 
 
+def best_first(rows):
+    """{name: row} by win rate, those without one last."""
+    return dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
+
+
 def leaderboard(rows, path):
     """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
-    ranked = sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1))
+    ranked = best_first(rows).items()
     extra = [column for column in EXTRA if any(column in row for row in rows.values())]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["", *COLUMNS, *extra], extrasaction="ignore")
@@ -76,7 +81,7 @@ def write(result, out):
 
 
 def details(result):
-    """What eval.report says beyond the leaderboard, as text: [(title, table)]."""
+    """What eval.report says beyond the leaderboard, as text."""
     parts = [("on the same prompts, in points (clustered: the error if prompts of one data set are alike)", [
         ["", "n", "difference", "error", "95 %", "clustered", "better", "worse", "McNemar p", "prompts needed"],
         *([f"{row['a']} over {row['b']}", str(row["n"]),

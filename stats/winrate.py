@@ -127,19 +127,22 @@ def mcnemar(better, worse):
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2 ** n)
 
 
+def errors_apart(level, power):
+    """How many standard errors from 0 a difference must lie for a two-sided test to find it so often."""
+    return NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
+
+
 def prompts_needed(difference, deviation, level=0.95, power=0.8):
     """How many prompts tell a `difference` from 0 in a two-sided test, when differences deviate so much per prompt.
 
     For large numbers, as are needed: where it is below ten, add two.
     """
-    z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
-    return max(2, int(np.ceil((z * deviation / difference) ** 2))) if difference else None
+    return max(2, int(np.ceil((errors_apart(level, power) * deviation / difference) ** 2))) if difference else None
 
 
 def detectable_difference(n, deviation, level=0.95, power=0.8):
     """The smallest difference that n prompts tell from 0: prompts_needed the other way round."""
-    z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
-    return z * deviation / n ** 0.5
+    return errors_apart(level, power) * deviation / n ** 0.5
 
 
 def compare(preferences_a, preferences_b, counts=None, clusters=None):
