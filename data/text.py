@@ -4,12 +4,12 @@ A checkpoint with a chat template is asked in that form; a base model in AlpacaF
 Left out: training new tokenizers (data/barn/pretrain.py), slow tokenizers without a tokenizer.json.
 """
 import json
-from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from data import InputError
+from data.template import renderer
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -33,11 +33,18 @@ def read_json(path):
     return document
 
 
-@lru_cache(None)
-def chat_template(template):
-    """The renderer of a chat template, sandboxed as in transformers: it comes with a download, not to be trusted."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment      # jinja2 is a hard requirement of torch
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
+def template_of(folder, settings):
+    """The chat template of a checkpoint, if it has one: a file (transformers 5), one of the settings, or of several."""
+    file = folder / "chat_template.jinja"
+    try:
+        template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        if isinstance(template, list):                            # several by name, as transformers 4 wrote them
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if not template or isinstance(template, str):
+            return template
+    except (UnicodeDecodeError, LookupError, TypeError):
+        pass
+    raise InputError(f"{folder}: its chat template is not a text")
 
 
 class Text:
@@ -52,12 +59,16 @@ class Text:
         except Exception as error:                                # the library raises bare Exceptions
             raise InputError(f"{folder}/tokenizer.json: {error}") from None
         self.tokenizer.no_padding(), self.tokenizer.no_truncation()
-        self.settings = read_json(folder / "tokenizer_config.json")
-        template = folder / "chat_template.jinja"                 # where transformers 5 puts it; the file wins
-        self.template = template.read_text() if template.is_file() else self.settings.get("chat_template")
-        if isinstance(self.template, list):                       # several by name, as transformers 4 wrote them
-            self.template = {one.get("name"): one.get("template") for one in self.template}.get("default")
-        self.bos_token, eos_token = (self.special(name) for name in ("bos_token", "eos_token"))
+        settings, older = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        self.template = template_of(folder, settings)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        # As in transformers, the older file has the last word, unless the newer one is of the kind that replaced it.
+        self.settings = {**older, **settings} if "added_tokens_decoder" in settings else {**settings, **older}
+        if isinstance(extra := self.settings.get("extra_special_tokens"), dict):
+            self.settings = {**extra, **self.settings}
+        self.specials = {name: token for name in self.settings
+                         if name.endswith("_token") and (token := self.special(name)) is not None}
+        self.bos_token, eos_token = self.specials.get("bos_token"), self.specials.get("eos_token")
         stops = [self.tokenizer.token_to_id(eos_token)] if eos_token else []
         for name in ("config.json", "generation_config.json"):
             eos = read_json(folder / name).get("eos_token_id")
@@ -68,27 +79,35 @@ class Text:
         self.eos, self.stops = stops[0], sorted(set(stops))
 
     def special(self, name):
-        token = self.settings.get(name)                           # a string, or {"content": string, ...}
-        return token["content"] if isinstance(token, dict) else token
+        token = self.settings.get(name)                           # a string, or {"content": string, ...}, or null
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None          # add_bos_token, say, is true or false
 
     def encode(self, text):
         if self.template:                                         # the template itself writes the special tokens
             return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.plain(text)
+
+    def plain(self, text):
+        """Token ids of a text that no template has written, as of one to be continued."""
         ids = self.tokenizer.encode(text).ids
-        if self.settings.get("add_bos_token") and ids[:1] != [self.tokenizer.token_to_id(self.bos_token)]:
-            ids = [self.tokenizer.token_to_id(self.bos_token), *ids]
+        if self.settings.get("add_bos_token") and self.bos_token:
+            bos = self.tokenizer.token_to_id(self.bos_token)
+            ids = ids if ids[:1] == [bos] else [bos, *ids]
         return ids
+
+    def chat(self, messages):
+        """A conversation in the form of the checkpoint's template, up to where the answer begins."""
+        try:
+            return renderer(self.template)(messages, **self.specials)
+        except InputError as error:
+            raise InputError(f"{self.folder}: {error}") from None
 
     def render(self, instruction, input=""):
         """The prompt as text, up to where the answer begins."""
         if self.template:
             content = f"{instruction}\n\n{input}" if input else instruction
-            try:
-                return chat_template(self.template)(
-                    messages=[{"role": "user", "content": content}], add_generation_prompt=True,
-                    bos_token=self.bos_token or "", eos_token=self.special("eos_token") or "")
-            except Exception as error:                            # a template is a program: it can fail in any way
-                raise InputError(f"{self.folder}: its chat template fails: {error}") from None
+            return self.chat([{"role": "user", "content": content}])
         return (ALPACA_INPUT if input else ALPACA).format(instruction=instruction, input=input)
 
     def prompt(self, record):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 from tokenizers.decoders import ByteLevel
 
-from data.text import chat_template
 
 TOP = 20                                # alternatives to a token
 PART = "\ufffd"                         # what a character is decoded to while bytes of it are missing
@@ -59,12 +58,10 @@ def tokens(text, body, chat):
     """The ids of the prompt: by the checkpoint's template, or the last question in the form of training."""
     said = messages(body) if chat else typed(body, "prompt", str, "")
     try:
-        if not chat:                                    # no template has written special tokens there
-            return text.tokenizer.encode(said).ids if text.template else text.encode(said)
+        if not chat:
+            return text.plain(said)
         if text.template:
-            return text.encode(chat_template(text.template)(
-                messages=said, add_generation_prompt=True, bos_token=text.bos_token or "",
-                eos_token=text.special("eos_token") or ""))
+            return text.encode(text.chat(said))
         told, asked = ([each["content"] for each in said if each["role"] == role] for role in ("system", "user"))
         return text.encode(text.render("\n\n".join([*told, *asked[-1:]])))
     except Exception as error:                          # half a surrogate; or a template, which may fail in any way

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from data import InputError
 from data.barn.world import splits
@@ -171,8 +172,19 @@ def test_an_input_joins_the_instruction_in_one_message():
 
 def test_the_template_file_wins(folder):
     path = folder()
-    (path / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
-    assert Text(path).render("Hi") == "[Hi]"
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "default.jinja").write_text("no")
+    assert Text(path).render("Hi") == "<user>Hi<assistant>"
+    (path / "chat_template.jinja").write_bytes("é[{{ messages[0].content }}]\r\n".encode())
+    assert Text(path).render("Hi") == "é[Hi]"
+
+
+def test_a_conversation_has_the_same_form_as_a_prompt(folder):
+    text = Text(BASE)
+    assert text.chat([{"role": "user", "content": "Add up."}]) == text.render("Add up.")
+    text = Text(folder(chat_template="{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"))
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert text.chat(chat) == "system:Be brief.<end>user:Hi<end>"
 
 
 @pytest.mark.parametrize("attack", [
@@ -194,17 +206,126 @@ def test_a_template_cannot_reach_python(folder, attack):
     "{% for m in messages %}", "{{ nothing.at_all }}", "{{ raise_exception('No!') }}", "{{ 1 / 0 }}",
     "{{ messages[7].content }}", "{{ messages.append(1) }}", "{% include 'other' %}"])
 def test_a_template_that_fails_is_an_input_error(folder, broken):
-    with pytest.raises(InputError, match="chat.template"):
-        Text(folder(chat_template=broken)).render("Hi")
+    path = folder(chat_template=broken)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: the chat template fails: "):
+        Text(path).render("Hi")
 
 
-def test_several_templates_are_an_input_error_or_the_default_one(folder):
-    named = {"default": "[{{ messages[0].content }}]", "rag": "no"}
+def test_of_several_templates_the_default_one_is_taken(folder):
+    named = {"rag": "no", "default": "[{{ messages[0].content }}]", "tool_use": "no"}
     listed = [{"name": name, "template": template} for name, template in named.items()]
-    try:
-        assert Text(folder(chat_template=listed)).render("Hi") == "[Hi]"    # as transformers chooses
-    except InputError as error:
-        assert re.search("chat.template", str(error))
+    assert Text(folder(chat_template=listed)).render("Hi") == "[Hi]"        # as transformers chooses
+    assert Text(folder(chat_template=listed[:1])).template is None
+
+
+@pytest.mark.parametrize("template", [3, {"default": "x"}, ["x"], [{"name": "default"}], [{"template": "x"}], [None],
+                                      [{"name": "default", "template": 3}], [{"name": [], "template": "x"}], b"\xff"])
+def test_a_template_that_is_no_text_is_an_input_error(folder, template):
+    path = folder(chat_template="unread" if isinstance(template, bytes) else template)
+    if isinstance(template, bytes):
+        (path / "chat_template.jinja").write_bytes(template)
+    with pytest.raises(InputError, match="its chat template is not a text"):
+        Text(path)
+
+
+# ---- special tokens ------------------------------------------------------------------------------------
+
+EVERY = ("{{ [bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token, image_token, boi_token, "
+         "added_token]|join('|') }} {{ bos_token is defined }} {{ add_bos_token is defined }} "
+         "{{ tokenizer_class is defined }}")
+AS_DICT = {"__type": "AddedToken", "content": "<user>", "lstrip": False, "normalized": False, "rstrip": False,
+           "single_word": False, "special": True}
+DECODER = {"added_tokens_decoder": {}}
+NAMED = {                                               # tokenizer_config.json, special_tokens_map.json
+    "none": ({}, None),
+    "null": ({"bos_token": None, "eos_token": None}, None),
+    "all": ({name: f"<{name}>" for name in re.findall(r"(?!add_bos)\w+_token\b", EVERY)}, None),
+    "dict": ({"bos_token": AS_DICT, "pad_token": {**AS_DICT, "content": "<assistant>"}}, None),
+    "extra": ({"extra_special_tokens": {"image_token": "<image>", "boi_token": "<boi>"}}, None),
+    "list": ({"extra_special_tokens": ["<image>"], "add_bos_token": False}, None),
+    "older": ({}, {"bos_token": "<user>", "eos_token": {"content": "<assistant>", "lstrip": False}}),
+    "both": ({"bos_token": "<user>", "eos_token": "<pad>"}, {"eos_token": "<assistant>", "unk_token": "<pad>"}),
+    "newer": ({**DECODER, "bos_token": "<user>", "eos_token": "<pad>"}, {"bos_token": "<assistant>"}),
+}
+
+
+@pytest.mark.parametrize("settings, older", NAMED.values(), ids=NAMED)
+def test_a_template_is_given_the_special_tokens_that_transformers_gives(folder, settings, older):
+    transformers = pytest.importorskip("transformers")
+    path = folder()
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": EVERY}
+    (path / "tokenizer_config.json").write_text(json.dumps(common | settings))
+    if older is not None:
+        (path / "special_tokens_map.json").write_text(json.dumps(older))
+    theirs, text = transformers.AutoTokenizer.from_pretrained(path), Text(path)
+    chat = [{"role": "user", "content": "Hi"}]
+    assert text.chat(chat) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert (text.bos_token, text.special("eos_token")) == (theirs.bos_token, theirs.eos_token)
+
+
+@pytest.mark.parametrize("newer", [None, {"eos_token": None}, {"eos_token": {"content": None}}, DECODER,
+                                   {**DECODER, "eos_token": None}])
+def test_an_older_file_may_name_the_tokens(folder, newer):
+    path = folder(eos_in_config=None)
+    (path / "tokenizer_config.json").unlink()
+    if newer is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(newer))
+    older = {"eos_token": {"content": "<user>"}, "bos_token": "<pad>"}
+    (path / "special_tokens_map.json").write_text(json.dumps(older))
+    text = Text(path)
+    assert (text.eos, text.stops, text.bos_token, text.special("eos_token")) == (1, [1], "<pad>", "<user>")
+
+
+@needs_stories
+def test_a_real_older_file_names_them_too(tmp_path):
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        shutil.copy(REAL / "pythia-410m" / name, tmp_path)
+    assert Text(tmp_path).specials == {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+                                       "pad_token": "[PAD]", "unk_token": "<|endoftext|>"}
+    assert Text(tmp_path).eos == 0
+
+
+FORMS = {                                               # the shapes of families whose templates write BOS themselves
+    "llama 3": ("<|begin_of_text|>", "{% for m in messages %}{% set said = '<|start_header_id|>' + m.role + "
+                "'<|end_header_id|>\n\n' + m.content|trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+                "{% set said = bos_token + said %}{% endif %}{{ said }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
+    "gemma": ("<bos>", "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}"
+              "{% endif %}{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content|trim + "
+              "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("add_bos_token", [True, False, None])
+def test_a_prompt_begins_with_one_bos_whoever_writes_it(folder, name, post_processor, add_bos_token):
+    transformers = pytest.importorskip("transformers")
+    bos_token, template = FORMS[name]
+    path = folder(chat_template=template, bos_token=bos_token, add_bos_token=add_bos_token)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([bos_token])
+    bos = tokenizer.token_to_id(bos_token)
+    if post_processor:
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos_token, "$A"],
+                                                                 special_tokens=[(bos_token, bos)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    text, theirs = Text(path), transformers.AutoTokenizer.from_pretrained(path)
+    record = {"instruction": "See the cow", "output": "It eats."}
+    chat = [{"role": "user", "content": record["instruction"]}]
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt, response = text.example(record, record["output"])
+    assert prompt == text.prompt(record) == ids
+    assert (prompt + response).count(bos) == 1 and prompt[0] == bos
+    text.template = None                                # the same tokenizer, of a base model
+    prompt, response = text.example(record, record["output"])
+    assert prompt == text.prompt(record)
+    assert (prompt + response).count(bos) == (post_processor or add_bos_token is True) == (prompt[0] == bos)
+
+
+def test_a_bos_that_has_no_name_is_not_added(folder):
+    text = Text(folder(chat_template=None, bos_token=None, add_bos_token=True))
+    assert text.encode("See") == text.tokenizer.encode("See").ids
 
 
 # ---- the end of an answer ------------------------------------------------------------------------------
@@ -241,7 +362,8 @@ def test_a_malformed_tokenizer_is_an_input_error(folder, content):
         Text(path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json",
+                                  "generation_config.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff\xfe"])
 def test_malformed_settings_are_an_input_error(folder, name, content):
     path = folder()
