@@ -1,19 +1,21 @@
 """Weights on disk: safetensors by hand, Hugging Face folders and PEFT folders.
 
-A safetensors file is eight bytes of header length, a JSON header that names every tensor, and the tensors'
-bytes, end to end (https://github.com/huggingface/safetensors, "Format"). Nothing in it is trusted: `_layout`
-holds every rule, and the writer asks it too. Left out: writing shards, quantised formats, and pickles (.bin,
-.pt), which run code when they are opened.
+A safetensors file is eight bytes of header length, a JSON header that names every tensor, and the tensors' bytes, end
+to end (https://github.com/huggingface/safetensors, "Format"). Nothing in it is trusted: `_layout` holds every rule, and
+the writer asks it too. Tensors stay in the page cache until they are used, one at a time: memory never holds a second
+copy of a model. Left out: quantised formats, and pickles (.bin, .pt), which run code when they are opened.
 """
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, UserDict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,9 +23,8 @@ from data import InputError
 
 # In the order in which the official library sorts the tensors of a file, so that both write the same bytes.
 DTYPES = {
-    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
-    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,19 +36,19 @@ STRANGERS = {
     rb"version https://git-lfs": "a Git LFS pointer, not the weights: `git lfs pull` brings the file itself",
     rb"\s*<[!?hH]": "a web page, not the weights: the download met a login or error page, so repeat it",
     rb"GGUF": "a GGUF file: only safetensors is read here, and most models have a repository with it",
-    rb"PK\x03\x04": "a zip, as torch.save writes: the pickle inside can run code, so it is never loaded; "
-                    "take the safetensors version of the model",
-    rb"\x80[\x02-\x05][^\x00]": "a pickle: it can run code, so it is never loaded; "
-                                "take the safetensors version of the model",
+    rb"PK\x03\x04": "a zip, as torch.save writes: its pickle can run code, so it is never loaded; take safetensors",
+    rb"\x80[\x02-\x05][^\x00]": "a pickle: it can run code, so it is never loaded; take the model as safetensors",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
-# PEFT options, and the values that make an adapter lora_alpha / r * B @ A on top of an unchanged base model.
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+                   "added_tokens.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+# PEFT options, and the values that make an adapter one number times B @ A on top of an unchanged base model.
 PLAIN_LORA = {
     "peft_type": ("LORA",), "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),     # pissa, olora, ... move the base
-    **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern",
-                     "modules_to_save", "layer_replication", "alora_invocation_tokens"),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (True, False, None)),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "monteclora_config", "rank_pattern", "alpha_pattern",
+                     "modules_to_save", "target_parameters", "layer_replication", "alora_invocation_tokens"),
                     (None, False, [], {})),
 }
 
@@ -56,15 +57,71 @@ class WeightsError(InputError):
     """Weights that cannot be used: one sentence with the file, the tensor and the broken rule."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# safetensors
+# -- safetensors -----------------------------------------------------------------------------------------------------
+
+class Place(NamedTuple):
+    """Where a tensor is: from byte `begin` of a file that had this `stamp` when its header was checked."""
+    path: Path
+    stamp: tuple
+    begin: int
+    dtype: torch.dtype
+    shape: list
+
+    def tensor(self):
+        """The tensor, on pages of the file that are mapped for it and go with it; to write to it changes no file."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if not size:
+            return torch.empty(self.shape, dtype=self.dtype)        # there is no map of nothing
+        before = self.begin % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            if _stamp(file) != self.stamp:              # to touch what was cut off would kill the process
+                raise WeightsError(f"{self.path}: the file changed while it was being loaded")
+            pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=self.begin - before)
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=before)
+        if before % self.dtype.itemsize:
+            data = data.clone()                         # to an address that suits numbers of this size
+        return data.view(self.dtype).view(self.shape)
+
+
+class Mapped(UserDict):
+    """Tensors by name, each mapped anew when it is looked up: who holds one at a time has one in memory.
+    Behind it, in `data`, are the places by name: to delete or rename some touches no tensor."""
+
+    def __getitem__(self, name):
+        return self.data[name].tensor()
+
 
 def read_safetensors(path):
     """(tensors by name, metadata) of one file. Each tensor owns its memory: no more than the file in all.
-
     Raises WeightsError for a malformed file, before any of that memory is asked for."""
+    _, metadata, places = _header(path)
+    return {name: place.tensor().clone() for name, place in places.items()}, metadata
+
+
+def write_safetensors(path, tensors, metadata=METADATA):
+    """Write one file, whole or not at all. The same tensors give the same bytes, in whatever order they come.
+    Tied tensors are written once for each name: leave one out, as Hugging Face does."""
+    kinds = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+    strange = [f"{name} ({dtype})" for name, (dtype, _) in kinds.items() if dtype not in DTYPE_NAMES]
+    if strange:
+        raise WeightsError(f"{path}: safetensors has no dtype for {', '.join(strange)}")
+    rank = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
+    kinds = dict(sorted(kinds.items(), key=lambda item: (rank[item[1][0]], item[0])))
+    table, end = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in kinds.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)             # whoever maps the file finds its data aligned
+    _layout(path, header, end)                      # what is refused when read is refused when written
+    data = (_bytes(tensors[name].detach().cpu()) for name in kinds)
+    _write(path, itertools.chain([len(header).to_bytes(8, "little"), header], data))
+
+
+def _header(path):
+    """(all bytes before the data, metadata, {name: Place} in the data's order) of one file, every rule checked."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = size, _ = _stamp(file)
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
         if length > min(MAX_HEADER, size - 8) or start[8:9] != b"{":
@@ -72,46 +129,28 @@ def read_safetensors(path):
             for signature, kind in STRANGERS.items():
                 if re.match(signature, start):
                     raise WeightsError(f"{path}: this is {kind}")
-            raise WeightsError(f"{path}: not a safetensors file, or one cut short: its {size} bytes do not "
-                               "begin with the length of a header and the header's {")
-        file.seek(8)
-        metadata, layout = _layout(path, file.read(length), size - 8 - length)
-        tensors = {}
-        for name, dtype, shape in layout:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            buffer = _bytes(tensors[name])
-            if file.readinto(buffer) != len(buffer):
-                raise WeightsError(f"{path}: the file shrank while tensor {name!r:.99} was read")
-    return tensors, metadata
+            raise WeightsError(f"{path}: not a safetensors file, or cut short: its {size} bytes begin with no header")
+        file.seek(0)
+        head = file.read(8 + length)
+    metadata, layout = _layout(path, head[8:], size - 8 - length)
+    return head, metadata, {name: Place(path, stamp, len(head) + begin, dtype, shape)
+                            for begin, _, name, dtype, shape in layout}
 
 
-def write_safetensors(path, tensors, metadata=METADATA):
-    """Write one file, whole or not at all. The same tensors give the same bytes, in whatever order they come.
-
-    Tied tensors are written once for each name: leave one out, as Hugging Face does."""
-    strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items()
-               if tensor.dtype not in DTYPE_NAMES]
-    if strange:
-        raise WeightsError(f"{path}: safetensors has no dtype for {', '.join(strange)}")
-    rank = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (rank[item[1].dtype], item[0])))
-    table, end = {"__metadata__": metadata}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                       "data_offsets": [begin, end]}
-    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)             # whoever maps the file finds its data aligned
-    _layout(path, header, end)                      # what is refused when read is refused when written
-    data = (_bytes(tensor.detach().cpu()) for tensor in tensors.values())
-    _write(path, itertools.chain([len(header).to_bytes(8, "little"), header], data))
+def _stamp(file):
+    """Size and time of the last change: while they stay, the file fits its header."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _layout(path, header, room):
-    """Check a header against `room` bytes of data: metadata, and (name, dtype, shape) in the data's order."""
+    """Hold a header against `room` bytes of data: metadata, and in its order [(begin, end, name, dtype, shape)]."""
     def rule(holds, sentence):
         if not holds:
             raise WeightsError(f"{path}: {sentence}")
+
+    def whole(numbers):                             # True and 1.0 equal 1, but are none
+        return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
 
     rule(len(header) <= MAX_HEADER, f"the header has {len(header)} bytes, more than {MAX_HEADER}")
     table = _json(path, header)
@@ -127,9 +166,9 @@ def _layout(path, header, room):
         rule(isinstance(dtype, str) and dtype in DTYPES, f"{which} has the unknown dtype {dtype!r:.99}")
         # 64 dimensions are all that torch's operators take, and a product of a million numbers never ends.
         # Beside a 0 any size needs no bytes, but torch still multiplies the others into strides.
-        rule(_whole(shape) and len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 2**63,
+        rule(whole(shape) and len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 2**63,
              f"{which} has the impossible shape {shape!r:.99}")
-        rule(_whole(offsets) and len(offsets) == 2, f"{which} has impossible data_offsets {offsets!r:.99}")
+        rule(whole(offsets) and len(offsets) == 2, f"{which} has impossible data_offsets {offsets!r:.99}")
         (begin, end), need = offsets, math.prod(shape) * DTYPES[dtype].itemsize
         rule(end - begin == need, f"{which} of {dtype} {shape} needs {need} bytes, not offsets {offsets}")
         entries.append((begin, end, name, DTYPES[dtype], shape))
@@ -137,17 +176,10 @@ def _layout(path, header, room):
     position = 0
     for begin, end, name, *_ in entries:
         # Overlaps could claim far more memory than the file has bytes; a gap could hide another file.
-        rule(begin == position, f"tensor {name!r:.99} begins at byte {begin} of the data, not at {position}: "
-                                "an overlap or a gap")
+        rule(begin == position, f"tensor {name!r:.99} begins at byte {begin}, not at {position}: an overlap or a gap")
         position = end
-    rule(position == room, f"its tensors end at byte {position} of the data and the file at {room}: "
-                           "cut short, or something was added")
-    return metadata, [entry[2:] for entry in entries]
-
-
-def _whole(numbers):
-    """Is this a list of integers from 0 up? True and 1.0 are none, although they equal 1."""
-    return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+    rule(position == room, f"its tensors end at byte {position}, the file at {room}: cut short, or something was added")
+    return metadata, entries
 
 
 def _json(path, data):
@@ -179,8 +211,7 @@ def _write(path, chunks):
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temp, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            file.writelines(chunks)                 # unlike a loop, lets go of each before it asks for the next
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -188,79 +219,105 @@ def _write(path, chunks):
         temp.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Hugging Face folders
+# -- Hugging Face folders --------------------------------------------------------------------------------------------
 
 def load_weights(folder):
-    """All tensors of a checkpoint folder by name: model.safetensors, or the shards that its index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")[0]
+    """All tensors of a checkpoint folder, Mapped: those of model.safetensors, or of the shards that its index names.
+    Every header is read and checked at once, and not yet a byte of a tensor."""
+    folder, index = Path(folder), Path(folder) / INDEX
+    if (folder / WHOLE).exists():
+        return Mapped(_header(folder / WHOLE)[2])
     if not index.exists():
-        raise _absent(folder, "model.safetensors")
-    places = _json(index, index.read_bytes()).get("weight_map")
-    if not isinstance(places, dict) or not places:
+        raise _absent(folder, WHOLE)
+    shards = _json(index, index.read_bytes()).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{index}: its weight_map must map the tensors to files")
-    for shard in places.values():                   # from a download: it must not lead out of the folder
+    for shard in shards.values():                   # from a download: it must not lead out of the folder
         if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", shard):
             raise WeightsError(f"{index}: {shard!r:.99} is not the plain name of a safetensors file")
-    tensors, missing = {}, []
-    for shard in sorted(set(places.values())):
-        if not (folder / shard).exists():
-            missing.append(f"the file {shard}")
-            continue
-        held = read_safetensors(folder / shard)[0]
-        names = [name for name, place in places.items() if place == shard]
-        tensors.update((name, held[name]) for name in names if name in held)
-        missing += [f"{name} in {shard}" for name in names if name not in held]
+    held = {shard: _header(folder / shard)[2] for shard in sorted(set(shards.values())) if (folder / shard).exists()}
+    missing = [f"the file {shard}" for shard in sorted({*shards.values()} - {*held})]
+    missing += [f"{name} in {shard}" for name, shard in shards.items() if shard in held and name not in held[shard]]
     if missing:
         raise WeightsError(f"{index}: named there, but missing: {', '.join(missing)}")
-    return tensors
+    return Mapped({name: held[shard][name] for name, shard in shards.items()})
 
 
 @torch.no_grad()
 def assign(module_state, loaded, where):
     """Copy each loaded tensor into the tensor of that name in `module_state`, in place and cast to its dtype.
-
-    Strict: before any copy, one WeightsError lists all that are missing, unexpected, misshaped or not finite.
-    `where`, the file or folder they came from, opens its message."""
-    shared = [name for name in module_state if name in loaded]
-    faults = {
-        "missing": [name for name in module_state if name not in loaded],
-        "unexpected": [name for name in loaded if name not in module_state],
-        "misshaped": [f"{name} (is {list(loaded[name].shape)}, should be {list(module_state[name].shape)})"
-                      for name in shared if loaded[name].shape != module_state[name].shape],
-        "not finite": [f"{name} (as {module_state[name].dtype})"
-                       for name in shared if not _finite(loaded[name], module_state[name].dtype)],
-    }
-    if any(faults.values()):
-        lists = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
-        raise WeightsError(f"{where}: these tensors do not fit the model; {'; '.join(lists)}")
-    for name in shared:
-        module_state[name].copy_(loaded[name])
+    Strict: before any copy, one WeightsError lists all that are missing, unexpected or misshaped; after the last, one
+    lists all that are not finite as they arrived. `where`, the file or folder they came from, opens its message."""
+    misfit = f"{where}: these tensors do not fit the model"
+    shapes = {name: list(loaded[name].shape) for name in loaded}            # looking one up reads none of it
+    wanted = {name: list(tensor.shape) for name, tensor in module_state.items()}
+    _refuse(misfit, {
+        "missing": [name for name in wanted if name not in shapes],
+        "unexpected": [name for name in shapes if name not in wanted],
+        "misshaped": [f"{name} (is {shapes[name]}, should be {shape})" for name, shape in wanted.items()
+                      if name in shapes and shapes[name] != shape]})
+    finite = {name: _copy(tensor, loaded[name]) for name, tensor in module_state.items()}
+    _refuse(misfit, {"not finite": [f"{name} (as {module_state[name].dtype})" for name in finite if not finite[name]]})
 
 
-def _finite(tensor, dtype):
-    """Is every value finite, also once it is cast to `dtype`? The extremes tell, for NaN spreads to them.
+def _copy(target, source):
+    """Copy a tensor; whether it is finite where it arrived, and if that is a GPU, nobody has waited for the answer.
+    NaN spreads to the extremes; to ask isfinite of every value takes ten times as long."""
+    if source.dtype != target.dtype or not target.is_contiguous():
+        source = source.to(target.device)           # or the CPU would cast and turn it for the GPU, into one more copy
+    if target.dim() == 2 and target.stride(0) == 1:
+        target, source = target.T, source.T         # several times faster along the rows of what is written
+    target.copy_(source)
+    values = target.float() if target.dtype.itemsize == 1 else target       # torch knows no extremes of float8
+    return values.numel() == 0 or torch.stack(values.aminmax()).isfinite().all()
 
-    isfinite on the tensor itself would take several times its memory, and casting it as much again."""
-    if tensor.numel() == 0:
-        return True
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()                     # torch has no aminmax for float8
-    return all(bound.to(dtype).isfinite() for bound in tensor.aminmax())
+
+def _refuse(sentence, faults):
+    """One WeightsError with every list of `faults` that is not empty, if any is."""
+    lists = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    if lists:
+        raise WeightsError(f"{sentence}; {'; '.join(lists)}")
 
 
-def save_pretrained(folder, tensors, config, tokenizer_from):
-    """Write a folder that transformers loads: config.json, model.safetensors, and whichever TOKENIZER_FILES
-    the folder `tokenizer_from` holds, byte for byte. A model folder in its place is replaced as a whole."""
+def save_pretrained(folder, tensors, config, tokenizer_from, shard_bytes=5_000_000_000):
+    """Write a folder that transformers loads: config.json, model.safetensors (above `shard_bytes` shards, and an index)
+    and the TOKENIZER_FILES of the folder `tokenizer_from`. A model folder in its place is replaced as a whole."""
+    sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    files = _shards(sizes, shard_bytes)
     with _new_folder(folder) as temp:
         _write(temp / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_from) / name).exists():
-                _write(temp / name, [(Path(tokenizer_from) / name).read_bytes()])
-        write_safetensors(temp / "model.safetensors", tensors)
+        _take(TOKENIZER_FILES, tokenizer_from, temp)
+        for file, names in files.items():
+            write_safetensors(temp / file, {name: tensors[name] for name in names})
+        if WHOLE not in files:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            _write(temp / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
+
+
+def _shards(sizes, limit):
+    """{file: names} of at most `limit` bytes, filled as Hugging Face does: in order, and a tensor too large for any
+    alone, ahead of the one that is being filled."""
+    shards, filling, filled = [], [], 0
+    for name, size in sizes.items():
+        if size > limit:
+            shards.append([name])
+            continue
+        if filled + size > limit:
+            shards.append(filling)
+            filling, filled = [], 0
+        filling.append(name)
+        filled += size
+    shards += [filling] * bool(filling or not shards)
+    n = len(shards)
+    return {f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else WHOLE: names for i, names in enumerate(shards, 1)}
+
+
+def _take(names, source, target):
+    """Copy those of the files `names` that the folder `source` has, byte for byte."""
+    for path in (Path(source) / name for name in names):
+        if path.exists():
+            _write(target / path.name, [path.read_bytes()])
 
 
 @contextmanager
@@ -289,22 +346,21 @@ def _new_folder(folder):
 def _absent(folder, wanted):
     """The error for a folder without `wanted`; if it has pickles instead, with why they are left alone."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-    advice = (f", only {', '.join(pickles)}: a pickle can run code, so it is never loaded; name a revision "
-              "of the model that has safetensors, or convert it once with transformers' from_pretrained and "
-              "save_pretrained") if pickles else ""
-    return WeightsError(f"{folder}: there is no {wanted} here{advice}")
+    advice = (f", only {', '.join(pickles)}: a pickle can run code, so it is never loaded; name a revision of the "
+              "model that has safetensors, or convert it once with transformers' from_pretrained and save_pretrained")
+    return WeightsError(f"{folder}: there is no {wanted} here{advice if pickles else ''}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# PEFT folders
+# -- PEFT folders ----------------------------------------------------------------------------------------------------
 
-def save_adapter(folder, tensors, rank, alpha, target_modules, base):
-    """Write LoRA tensors, `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank), as a
-    folder that PEFT loads onto the model `base`. An adapter folder in its place is replaced as a whole."""
+def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_out=False):
+    """Write LoRA tensors, `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank), as a folder that
+    PEFT loads onto the model `base`; fan_in_fan_out where its weights are (in, out), as GPT-2's. An adapter folder in
+    its place is replaced as a whole."""
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
+        "fan_in_fan_out": fan_in_fan_out, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
     }
     with _new_folder(folder) as temp:
         _write(temp / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
@@ -314,21 +370,21 @@ def save_adapter(folder, tensors, rank, alpha, target_modules, base):
 
 def load_adapter(folder):
     """(tensors, adapter_config) of a PEFT folder, with the names and shapes that save_adapter takes.
-
-    Plain LoRA only: one WeightsError lists every option and every tensor that is something else."""
+    Plain LoRA only, on any modules: one WeightsError lists every option and every tensor that is something else."""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).exists():
             raise _absent(folder, name)
     config = _json(folder / "adapter_config.json", (folder / "adapter_config.json").read_bytes())
-    faults = [f"{key} = {config.get(key)!r:.99}" for key, plain in PLAIN_LORA.items()
-              if config.get(key) not in plain]
-    faults += [f"{key} = {config.get(key)!r:.99}" for key in ("r", "lora_alpha")
-               if type(config.get(key)) not in (int, float)]
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    wrong = [key for key, plain in PLAIN_LORA.items() if config.get(key) not in plain]
+    wrong += ["r"] * (type(rank) is not int or rank < 1)
+    wrong += ["lora_alpha"] * (type(alpha) not in (int, float) or not math.isfinite(alpha))
+    faults = [f"{key} = {config.get(key)!r:.99}" for key in wrong]
     tensors, other = {}, {"A": "B", "B": "A"}
     for key, tensor in read_safetensors(folder / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+\.lora_([AB]))\.weight", key)
-        if match and tensor.dim() == 2 and tensor.shape["AB".index(match[2])] == config.get("r"):
+        if match and tensor.dim() == 2 and tensor.shape["AB".index(match[2])] == rank:
             tensors[match[1]] = tensor
         else:
             faults.append(f"{key} {list(tensor.shape)}")
@@ -337,3 +393,48 @@ def load_adapter(folder):
     if faults:
         raise WeightsError(f"{folder}: not a plain LoRA adapter of one rank: {', '.join(faults)}")
     return tensors, config
+
+
+def lora_scale(config):
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski 2023)."""
+    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+
+
+@torch.no_grad()
+def merge(folder, adapter, base):
+    """Write the checkpoint `base` with the PEFT folder `adapter` added in: W + scale B A in fp32, rounded once to the
+    dtype of W. All else is the base's, byte for byte; in memory is one tensor at a time."""
+    folder, base = Path(folder), Path(base)
+    if folder.resolve() in (base.resolve(), Path(adapter).resolve()):
+        raise WeightsError(f"{folder}: would be replaced by what is merged from it; name another folder")
+    if not (base / "config.json").exists():
+        raise _absent(base, "config.json")
+    tensors, config = load_adapter(adapter)
+    turned, scale, places = config.get("fan_in_fan_out"), lora_scale(config), load_weights(base).data
+    factors, faults = {}, {"missing": [], "wrong": []}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        # Files on the hub may leave out the first name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
+        names = f"{path}.weight", f"{path.partition('.')[2]}.weight"
+        name = next((name for name in names if name in places), names[0])
+        A, B = (tensors[f"{path}.lora_{ab}"].float() for ab in "AB")
+        left, right = factors[name] = (A.T, B.T) if turned else (B, A)
+        place, shape = places.get(name), [len(left), right.shape[1]]
+        if place is None:
+            faults["missing"].append(name)
+        elif place.shape != shape or not place.dtype.is_floating_point or place.dtype.itemsize == 1:
+            faults["wrong"].append(f"{name} (is {place.dtype} {place.shape}, should be floating point {shape})")
+    _refuse(f"{base}: these tensors do not fit the adapter {adapter}", faults)
+
+    def merged(name, W):
+        if name in factors:
+            left, right = factors[name]
+            if not _copy(W, W + scale * left @ right):
+                raise WeightsError(f"{base}: {name} is not finite as {W.dtype} once {adapter} is merged into it")
+        return W
+
+    with _new_folder(folder) as temp:
+        _take(("config.json", *TOKENIZER_FILES, *([] if (base / WHOLE).exists() else [INDEX])), base, temp)
+        for path in sorted({place.path for place in places.values()}):
+            head, _, held = _header(path)
+            data = (_bytes(merged(name, place.tensor())) for name, place in held.items())
+            _write(temp / path.name, itertools.chain([head], data))
