@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +34,7 @@ from benchmarks import peers
 from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset,
                                 timed)
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
+from data import families
 from data.weights import write_safetensors
 from rlhf import dpo, policy, ppo, reward, rollout, sft, update
 from rlhf.pairs import pair_lengths
@@ -172,7 +172,7 @@ def bench_dpo(args):
 
     ref = random_policy(args)
     ours, cfg = ref.copy("policy"), settings(args, dpo.Config, shared_prompt=args.shared_prompt)
-    updater = update.Updater(ours.trainable(), 1e-5, 1000)
+    updater = update.Updater(ours.trainable(), 1e-5, 1000, fp16=ours.fp16)
 
     def step(chosen, rejected, known, cfg):
         dpo.learn(ours, updater, chosen, rejected, known, cfg)
@@ -200,7 +200,8 @@ def ppo_roles(args):
     reward_model = reward.fresh(ref.copy("reward"))
     reward_model.head.weight.data.normal_(0, .02)
     ours, value = ref.copy("policy"), reward_model.copy("value")
-    return ours, ref, reward_model, value, update.Updater(ours.trainable() + value.trainable(), 1e-5, 10_000)
+    return ours, ref, reward_model, value, update.Updater(ours.trainable() + value.trainable(), 1e-5, 10_000,
+                                                           fp16=ours.fp16)
 
 
 def ppo_step(args, roles, prompts, caps, cfg):
@@ -271,7 +272,7 @@ def bench_load(args):
             write_safetensors(folder / file, {name: weights[name] for name in part})
         index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **asdict(ours.gpt.config)}))
+        (folder / "config.json").write_text(json.dumps(families.llama(ours.gpt.config)))
         del ours, weights
         took = timed(args, {"ours": lambda: model.load(folder, args.device, args.dtype)})
     seconds, least, peak = took["ours"]

@@ -1,7 +1,10 @@
-"""A Llama-style decoder whose parameters are named as in the Hugging Face checkpoint, with LoRA adapters worn by role.
+"""A decoder for many families of open weights, with LoRA adapters worn by role.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head; gradient checkpointing per block;
-linear layers in int8. Left out: dropout, other families. The KV cache is in rlhf/rollout.py.
+Llama and its heirs (Mistral, Qwen, Phi, OLMo, SmolLM, Gemma), GPT-2 and GPT-NeoX, under the checkpoint's own names.
+GPTConfig lists how families differ, data/families.py reads it from config.json. Linear layers and adapters are in
+lora.py, rotary positions in rope.py, the KV cache is in rlhf/rollout.py. Left out: dropout, mixtures of experts.
+
+    python model.py CHECKPOINT "prompt"               what it writes, before and after training
 
 Rows are right-padded: causal attention never looks right, so neither a padding mask nor position ids are needed. All
 layers but attention treat every token alone, so tokens may come as rows (B, T) or in any other shape; how they see each
@@ -9,10 +12,10 @@ other is a function: `causal` for rows, a Packing for rows without their padding
 Letters: B batch, T tokens, V vocabulary, D width, H heads, K kv heads, hd head size, r LoRA rank.
 """
 import json
-import math
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import pairwise, repeat
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -20,17 +23,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data import families
 from data.weights import WeightsError, assign, load_weights
+from lora import LoRALinear, Together
+from rope import frequencies, rotate
 
 # PyTorch might prefer cuDNN's attention, which makes a plan for every new shape; ours change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass
 class GPTConfig:
-    """The keys of config.json that change the mathematics, under their own names."""
+    """What changes the mathematics, as in config.json where that has a word for it; the defaults are Llama's."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -39,160 +45,77 @@ class GPTConfig:
     num_key_value_heads: int = 0            # 0: as many as attention heads
     head_dim: int = 0                       # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False       # the head is the embedding
+    scaled_embedding: bool = False          # embeddings are multiplied by sqrt(hidden_size)
+    learned_positions: bool = False         # positions are embedded, and added
+
+    norm: str = "rms"                       # rms; rms+1, which is stored less 1; or layer, LayerNorm
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    norm_before: bool = True                # a norm before attention, and one before the MLP
+    norm_after: bool = False                # a norm after each of them
+    parallel_residual: bool = False         # the MLP reads what attention reads, not its result
+
+    attention_bias: bool = False            # of queries, keys and values
+    o_bias: bool = False                    # of attention's output
+    fused_qkv: str = ""                     # one layer for the three: rows (all q, all k, all v) or heads (qkv of each)
+    qk_norm: str = ""                       # a norm of queries and keys: of each head, or of all heads together
+    query_scale: float = 0                  # queries are divided by its root; 0: head_dim
+    windows: tuple = ()                     # how many tokens each layer sees, its own included; 0: all before it
+    ropes: tuple = ({"rope_type": "default", "rope_theta": 10000.},)        # the kinds of RoPE that layers use
+    layer_ropes: tuple = ()                 # and which of them each layer uses; -1: none
+    rotary_dim: int = 0                     # the numbers of a head that it turns; 0: all
+
+    hidden_act: str = "silu"                # silu, gelu, gelu_tanh
+    gated: bool = True                      # the MLP's activation multiplies a second projection
+    fused_gate_up: bool = False             # one layer for both
     mlp_bias: bool = False
+
+    names: dict = field(default_factory=lambda: families.LLAMA_NAMES)       # {ours: the checkpoint's} of parts
+    transposed: bool = False                # linear layers are stored as (in, out)
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.query_scale = self.query_scale or self.head_dim
+        self.rotary_dim = self.rotary_dim or self.head_dim
+        self.windows = self.windows or (0,) * self.num_hidden_layers
+        self.layer_ropes = self.layer_ropes or (0,) * self.num_hidden_layers
 
     @classmethod
     def from_hf(cls, config):
         """Read a config.json dict; ValueError names whatever would change the mathematics and is not implemented."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}     # transformers 5, or before
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        for key, value, known in (("model_type", config.get("model_type"), "llama"),
-                                  ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-                                  ("rope_type", rope_type, "default")):
-            if value != known:
-                raise ValueError(f"{key} {value!r} is not supported; supported: {known}")
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        known["rope_theta"] = float(rope.get("rope_theta") or known.get("rope_theta", 10000.0))
-        wrong = [f.name for f in fields(cls)[:5] if f.name not in known]
-        wrong += [f.name for f in fields(cls) if f.type is int and type(known.get(f.name, 0)) is not int]
-        if wrong:
-            raise ValueError(f"missing or not a whole number: {', '.join(wrong)}")
-        return cls(**known)
+        return cls(**families.fields(config))
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, size, eps, offset=0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.offset = nn.Parameter(torch.ones(size)), eps, offset
 
     def forward(self, x):
+        if self.offset:                     # the sum would round in 16 bits
+            weight = self.weight.float() + self.offset
+            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)                   # sums in fp32, whatever x is
 
 
-class Int8Product(torch.autograd.Function):
-    """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
-
-    W is made 16-bit once more in the backward pass: autograd would keep that copy of every layer.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, scale):
-        ctx.save_for_backward(W, scale)
-        return x @ (W.to(x.dtype) * scale).T
-
-    @staticmethod
-    def backward(ctx, grad):
-        W, scale = ctx.saved_tensors
-        return grad @ (W.to(grad.dtype) * scale), None, None
-
-
-class LoRALinear(nn.Linear):
-    """y = W x + (alpha / r) B A x, with one (A, B) per role and W shared by all (Hu et al. 2021, eq. 3)."""
-
-    def __init__(self, in_features, out_features, bias):
-        super().__init__(in_features, out_features, bias)
-        self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.register_buffer("int8_scale", None, persistent=False)                       # (out, 1) once W is int8
-
-    def add_role(self, role, rank, alpha):
-        A = torch.empty(rank, self.in_features, device=self.weight.device)               # fp32 whatever W is
-        self.lora_A[role] = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
-        self.lora_B[role] = nn.Parameter(A.new_zeros(self.out_features, rank))           # so a fresh role = the base
-        self.scale[role] = alpha / rank
-
-    def delta(self, role):
-        return self.scale[role] * self.lora_B[role] @ self.lora_A[role]                  # (out, in)
-
-    def quantise(self):
-        """Keep W as int8 with a scale per row: half of 16 bits, rounded to 1/254 of the row's largest weight."""
-        W = self.weight.data
-        self.int8_scale = (W.abs().amax(1, keepdim=True) / 127).clamp(min=1e-7)          # fp16 knows nothing smaller
-        W = (W.float() / self.int8_scale.float()).round().clamp(-127, 127)
-        self.weight = nn.Parameter(W.to(torch.int8), requires_grad=False)
-
-    def forward(self, x, role=None):
-        y = product(x, self.weight, self.bias, self.int8_scale)
-        if role is None:
-            return y
-        low = F.linear(x, self.lora_A[role].to(x.dtype))                                 # (..., r)
-        return plus(y, low, self.lora_B[role].to(x.dtype), self.scale[role])
-
-
-def product(x, W, bias, int8_scale):
-    """W x + bias."""
-    if int8_scale is None:
-        return F.linear(x, W, bias)
-    y = Int8Product.apply(x.flatten(0, -2), W, int8_scale).view(*x.shape[:-1], len(W))
-    return y if bias is None else y + bias
-
-
-def plus(y, x, W, scale):
-    """y + scale W x in one kernel."""
-    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), W.T, alpha=scale).view(y.shape)
-
-
-def behind(x, y):
-    """Whether the numbers of y come right behind those of x in memory."""
-    stored = [z.untyped_storage().data_ptr() for z in (x, y)]
-    return stored[0] == stored[1] and x.storage_offset() + x.numel() == y.storage_offset()
-
-
-class Together:
-    """LoRALinears that read the same input. For sampling they are one product; training keeps them apart, so that
-    parameters stay what they are in the checkpoint."""
-
-    def __init__(self, *linears):
-        self.linears, self.settled = linears, None
-
-    def __call__(self, x, role):
-        """(..., in) -> the output (..., out) of each."""
-        if self.settled is None:
-            return [linear(x, role) for linear in self.linears]
-        W, bias, int8_scale, A, B, sizes = self.settled
-        y = product(x, W, bias, int8_scale)
-        y = y if A is None else plus(y, F.linear(x, A), B, 1.)
-        return y.split_with_sizes(sizes, -1)
-
-    def adjoin(self):
-        """Lay the weights behind each other in memory, where one product can read them all without a copy."""
-        rows = torch.cat([linear.weight.data for linear in self.linears])
-        for linear, W in zip(self.linears, rows.split([linear.out_features for linear in self.linears])):
-            linear.weight.data = W
-
-    def settle(self, role):
-        """Do once what each token would do again: put weights together, and the adapter into them; or beside them, as
-        A and B, where rounding would lose it (a bf16 sum drops most of it)."""
-        weights = [linear.weight.detach() for linear in self.linears]
-        if all(behind(*neighbours) for neighbours in pairwise(weights)):
-            W = weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
-        else:
-            W = torch.cat(weights)
-        bias, scale = (None if x[0] is None else torch.cat(x) for x in (
-            [linear.bias for linear in self.linears], [linear.int8_scale for linear in self.linears]))
-        A = B = None
-        if role is not None and W.dtype == torch.float32:
-            W = W + torch.cat([linear.delta(role) for linear in self.linears])
-        elif role is not None:
-            dtype = W.dtype if scale is None else scale.dtype
-            A = torch.cat([linear.lora_A[role] for linear in self.linears]).to(dtype)    # (r + r + ..., in)
-            B = torch.block_diag(*(linear.scale[role] * linear.lora_B[role] for linear in self.linears)).to(dtype)
-        self.settled = W, bias, scale, A, B, [linear.out_features for linear in self.linears]
+def norm(c, size, there=True):
+    """The family's norm over vectors of this size."""
+    if not there:
+        return nn.Identity()
+    return nn.LayerNorm(size, c.rms_norm_eps) if c.norm == "layer" else RMSNorm(size, c.rms_norm_eps, c.norm == "rms+1")
 
 
 # -- how tokens see each other: q (..., H, hd), k and v (..., K, hd) -> (..., H, hd) ---------------------------------
 
-def causal(q, k, v):
-    """Rows (B, T, heads, hd) from their first token on: each token sees those before it and itself."""
+def causal(q, k, v, window=0):
+    """Rows (B, T, heads, hd) from their first token on: each token sees itself and those before it, `window` in all."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, heads, T, hd)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    mask, T = None, q.shape[2]
+    if 0 < window < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 class Packing:
@@ -205,36 +128,57 @@ class Packing:
     def __init__(self, at, source):
         self.at, self.source = at, source
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, window=0):
         """Linear layers have met N tokens; attention meets the rows. They are looked up as embeddings are, since the
         gradient of plain indexing is far slower."""
         q, k, v = (F.embedding(self.at, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))     # (B, T, ...)
-        return causal(q, k, v).flatten(0, 1)[self.source]                                # (N, H, hd)
+        return causal(q, k, v, window).flatten(0, 1)[self.source]                                # (N, H, hd)
 
 
 # -- the decoder ---------------------------------------------------------------------------------------------------
 
-def rotate(x, cos, sin):
-    """Rotary embedding (Su et al. 2021), halves convention of HF: x (..., heads, hd), cos and sin (..., 1, hd), the
-    first half of sin for the negative angle."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.hd = c.head_dim
-        self.q_proj = LoRALinear(c.hidden_size, c.num_attention_heads * c.head_dim, c.attention_bias)
-        self.k_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.v_proj = LoRALinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.o_proj = LoRALinear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.qkv, self.out = Together(self.q_proj, self.k_proj, self.v_proj), Together(self.o_proj)
+        self.hd, self.fused, self.window, self.rope = c.head_dim, c.fused_qkv, c.windows[layer], c.layer_ropes[layer]
+        self.scale = (c.head_dim / c.query_scale) ** .5
+        self.sizes = [heads * c.head_dim for heads in (c.num_attention_heads, *2 * [c.num_key_value_heads])]
+        if self.fused:
+            self.qkv_proj = LoRALinear(c.hidden_size, sum(self.sizes), c.attention_bias)
+            self.qkv = Together(self.qkv_proj)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                LoRALinear(c.hidden_size, size, c.attention_bias) for size in self.sizes)
+            self.qkv = Together(self.q_proj, self.k_proj, self.v_proj)
+        self.o_proj = LoRALinear(self.sizes[0], c.hidden_size, c.o_bias)
+        self.out = Together(self.o_proj)
+        self.q_norm, self.k_norm = (
+            norm(c, c.head_dim if c.qk_norm == "head" else size, c.qk_norm) for size in self.sizes[:2])
 
-    def forward(self, x, rope, role, attend, where):
-        q, k, v = (y.view(*y.shape[:-1], -1, self.hd) for y in self.qkv(x, role))        # (..., heads, hd)
-        y = attend(rotate(q, *rope), rotate(k, *rope), v).flatten(-2)                    # (..., H * hd)
+    def forward(self, x, ropes, role, attend, where):
+        q, k, v = self.heads(self.qkv(x, role))
+        rope = ropes[self.rope]
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y = attend(q if self.scale == 1 else q * self.scale, k, v, self.window).flatten(-2)              # (..., H * hd)
         y, = self.out(y if where is None else places(y, where), role)                    # (..., D) or (N, D)
         return y
+
+    def heads(self, outputs):
+        """Of one layer's output or of three: queries (..., H, hd), keys and values (..., K, hd)."""
+        shape = *outputs[0].shape[:-1], -1
+        if self.fused == "heads":
+            q, k, v = outputs[0].view(*shape, 3, self.hd).unbind(-2)
+        else:
+            outputs = outputs[0].split(self.sizes, -1) if self.fused else outputs
+            q, k, v = (y.view(*shape, self.hd) for y in outputs)
+        return self.whole(self.q_norm, q), self.whole(self.k_norm, k), v
+
+    def whole(self, norm, x):
+        """A norm over each head of x (..., heads, hd), or over all of them: its weight says which."""
+        if isinstance(norm, nn.Identity):
+            return x
+        return norm(x.flatten(-2).unflatten(-1, (-1, len(norm.weight)))).view(x.shape)
 
 
 def places(x, where):
@@ -245,29 +189,45 @@ def places(x, where):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = LoRALinear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = LoRALinear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = LoRALinear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-        self.gate_up, self.down = Together(self.gate_proj, self.up_proj), Together(self.down_proj)
+        D, F = c.hidden_size, c.intermediate_size
+        self.act, self.fused = ACTIVATIONS[c.hidden_act], c.fused_gate_up
+        if self.fused:
+            self.gate_up_proj = LoRALinear(D, 2 * F, c.mlp_bias)
+            self.gate_up = Together(self.gate_up_proj)
+        elif c.gated:
+            self.gate_proj, self.up_proj = LoRALinear(D, F, c.mlp_bias), LoRALinear(D, F, c.mlp_bias)
+            self.gate_up = Together(self.gate_proj, self.up_proj)
+        else:
+            self.up_proj = LoRALinear(D, F, c.mlp_bias)
+            self.gate_up = Together(self.up_proj)
+        self.down_proj = LoRALinear(F, D, c.mlp_bias)
+        self.down = Together(self.down_proj)
 
     def forward(self, x, role):
-        gate, up = self.gate_up(x, role)                                                 # (..., F)
-        y, = self.down(F.silu(gate) * up, role)                                          # (..., D)
+        outputs = self.gate_up(x, role)
+        gate, *up = outputs[0].chunk(2, -1) if self.fused else outputs                   # (..., F)
+        y, = self.down(self.act(gate) * up[0] if up else self.act(gate), role)           # (..., D)
         return y
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.parallel = c.parallel_residual
+        self.input_layernorm = norm(c, c.hidden_size, c.norm_before)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = norm(c, c.hidden_size, c.norm_after)
+        self.pre_feedforward_layernorm = norm(c, c.hidden_size, c.norm_before)
         self.mlp = MLP(c)
+        self.post_feedforward_layernorm = norm(c, c.hidden_size, c.norm_after)
 
-    def forward(self, x, rope, role, attend, where=None):
-        y = self.self_attn(self.input_layernorm(x), rope, role, attend, where)
-        x = y + (x if where is None else places(x, where))
-        return x + self.mlp(self.post_attention_layernorm(x), role)
+    def forward(self, x, ropes, role, attend, where=None):
+        y = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ropes, role, attend, where))
+        x = x if where is None else places(x, where)
+        if self.parallel:
+            return x + y + self.mlp(self.pre_feedforward_layernorm(x), role)
+        x = x + y
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), role))
 
 
 def run_block(block, *args):
@@ -278,8 +238,10 @@ class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if c.learned_positions:
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = norm(c, c.hidden_size)
 
 
 class GPT(nn.Module):
@@ -291,7 +253,7 @@ class GPT(nn.Module):
         self.role = None                        # which adapter is on; None is the raw base
         self.checkpointing = False              # recompute each block's activations in the backward pass
         self.train_block = run_block            # what calls a block when gradients are on
-        self.freq = None                        # rotary frequencies, once they are needed
+        self.ropes = None                       # frequencies of each kind of RoPE, once they are needed
 
     @property
     def head(self):
@@ -343,9 +305,26 @@ class GPT(nn.Module):
         for _, linear in self.linears():
             linear.quantise()
 
+    def name(self, path):
+        """What the checkpoint calls a parameter or module of ours."""
+        return ".".join(self.config.names.get(part, part) for part in path.split("."))
+
+    def renamed(self, tensors):
+        """{our parameter name: tensor} -> the same under the checkpoint's names and in its layout, as views."""
+        return {self.name(name): x.mT if self.config.transposed and name.endswith("_proj.weight") else x
+                for name, x in tensors.items()}
+
+    def weights(self):
+        """The base under its checkpoint names, without any adapter."""
+        return self.renamed({name: w for name, w in self.state_dict().items() if ".lora_" not in name})
+
     def linears(self):
-        """(path, layer) of every linear layer that a role adapts, in the checkpoint's order."""
-        return [(name, m) for name, m in self.named_modules() if isinstance(m, LoRALinear)]
+        """(path in the checkpoint, layer) of every linear layer that a role adapts, in the checkpoint's order."""
+        return [(self.name(path), m) for path, m in self.named_modules() if isinstance(m, LoRALinear)]
+
+    def targets(self):
+        """What PEFT calls these layers: the last parts of their paths."""
+        return sorted({path.rpartition(".")[2] for path, _ in self.linears()})
 
     def add_role(self, role, rank, alpha, start=None):
         """Give every linear layer an adapter for `role`: fresh (the base as it is), or a copy of role `start`."""
@@ -360,29 +339,28 @@ class GPT(nn.Module):
         """{module path + '.lora_A' or '.lora_B': parameter} of one role: (r, in) and (out, r)."""
         return {f"{path}.{ab}": getattr(m, ab)[role] for path, m in self.linears() for ab in ("lora_A", "lora_B")}
 
-    def weights(self):
-        """The base under its checkpoint names, without any adapter."""
-        return {name: w for name, w in self.state_dict().items() if ".lora_" not in name}
-
-    def merged(self, role):
-        """The base with one role's adapter added in, in fp32: rounding the sum to bf16 would lose most of it."""
-        weights = {name: w.float() for name, w in self.weights().items()}
-        for path, linear in self.linears():
-            weights[f"{path}.weight"] = weights[f"{path}.weight"] + linear.delta(role).detach()
-        return weights
+    def merge(self, role):
+        """Add the adapter of `role` to the base, for good."""
+        for _, linear in self.linears():
+            linear.merge(role)
 
     def embed(self, ids, pos=None):
         """Ids (...) at positions `pos` of the same shape (default: rows (B, T) from their beginning) -> their
-        embeddings (..., D), and what rotate() needs."""
+        embeddings (..., D), and for each kind of RoPE, and for none, what rotate() needs."""
+        c = self.config
         if pos is None:
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
-        if self.freq is None or self.freq.device != ids.device:
-            hd = self.config.head_dim
-            freq = self.config.rope_theta ** (-torch.arange(0, hd, 2, device=ids.device) / hd)
-            self.freq = torch.cat((-freq, freq))                                         # (hd,)
-        angle = pos[..., None, None] * self.freq                                         # (..., 1, hd)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
-        return x, (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+        if c.scaled_embedding:                  # by a number that is rounded as the weights are, or Gemma is not itself
+            x = x * torch.tensor(c.hidden_size ** .5).to(x.dtype).item()
+        if c.learned_positions:                 # a row that has ended goes on a little before it is seen to have
+            x = x + self.model.embed_positions(pos.clamp(max=c.max_position_embeddings - 1))
+        if self.ropes is None or self.ropes and self.ropes[0][0].device != ids.device:
+            self.ropes = [(torch.cat((-freq, freq)).to(ids.device), factor)              # (rotary_dim,)
+                          for freq, factor in (frequencies(rope, c.rotary_dim) for rope in c.ropes)]
+        angles = [(pos[..., None, None] * freq, factor) for freq, factor in self.ropes]  # (..., 1, rotary_dim)
+        return x, [*(((angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype))
+                     for angle, factor in angles), None]
 
     def hidden(self, ids, pos=None, attends=None, where=None):
         """Final hidden states (..., D) of ids (...), at positions `pos` as in embed(), that see each other through
@@ -391,11 +369,11 @@ class GPT(nn.Module):
         where (N,): only the states at these places, counted over all ids, are wanted: (N, D). After its attention the
         last block has no use for the others.
         """
-        x, rope = self.embed(ids, pos)
+        x, ropes = self.embed(ids, pos)
         *blocks, last = self.model.layers
         for block, attend in zip((*blocks, last), attends or repeat(causal)):
             # the role travels as an argument: the recomputation happens when the context manager has long exited
-            args = block, x, rope, self.role, attend, where if block is last else None
+            args = block, x, ropes, self.role, attend, where if block is last else None
             if not torch.is_grad_enabled():
                 x = run_block(*args)
             elif self.checkpointing:
@@ -410,7 +388,9 @@ class GPT(nn.Module):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """A frozen GPT from a Hugging Face folder (config.json, safetensors), strictly: WeightsError says what is wrong."""
+    """A frozen GPT from a Hugging Face folder (config.json, safetensors), strictly: WeightsError says what is wrong.
+
+    Tensors are mapped from the files one at a time, and copied to where they belong: a second copy never exists."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
@@ -421,10 +401,21 @@ def load(folder, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         gpt = GPT(config)
     gpt = gpt.to(dtype).to_empty(device=device)
-    loaded = load_weights(folder)
-    if config.tie_word_embeddings and "lm_head.weight" in loaded:       # some files hold the tied head twice
-        if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("model.embed_tokens.weight", torch.empty(0))):
-            raise WeightsError(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
-    assign(gpt.weights(), loaded, str(folder))
     gpt.adjoin()
+    own, loaded = gpt.weights(), load_weights(folder)
+    prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
+    if not any(name.startswith(prefix) for name in loaded):             # saved without its head, as GPT-2 was
+        loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}
+    for name in [name for name in loaded if name not in own and families.BUFFERS.search(name)]:
+        del loaded[name]
+    if config.tie_word_embeddings and head in loaded:                   # some files hold the tied head twice
+        if not torch.equal(loaded.pop(head), loaded.get(gpt.name("model.embed_tokens.weight"), torch.empty(0))):
+            raise WeightsError(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
+    assign(own, loaded, str(folder))
     return gpt.requires_grad_(False)
+
+
+if __name__ == "__main__":              # run as a command, this file stands on all that is built on it
+    from data import run
+    from serving.look import main
+    run(main, "model.py", "nothing is lost")

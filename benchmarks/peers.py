@@ -9,7 +9,6 @@ Sources: github.com/huggingface/transformers (models/llama, generation, trainer.
 (trl/trainer, trl/experimental/ppo); written against transformers 5.23, and TRL 1.16 or for PPO 1.10.
 """
 import contextlib
-import dataclasses
 import functools
 import gc
 import io
@@ -18,7 +17,7 @@ import tempfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import TARGETS
+from data import families
 
 EOS = 0                                 # ends an answer; a prompt may hold it
 
@@ -27,15 +26,13 @@ def lora(rank):
     """Our adapters as PEFT describes them, on all linear layers; None for full fine-tuning."""
     if rank:
         from peft import LoraConfig
-        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def twin(gpt, lora_rank=0):
     """A LlamaForCausalLM with a copy of our base, in its precision and place; with a fresh PEFT adapter if asked."""
     from transformers import AutoModelForCausalLM, LlamaConfig
-    config = dataclasses.asdict(gpt.config)
-    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    config = LlamaConfig(**config, rope_parameters=rope, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**families.llama(gpt.config), bos_token_id=None, eos_token_id=None)
     with gpt.device:
         llama = AutoModelForCausalLM.from_config(config, dtype=gpt.head.dtype)
     llama.load_state_dict({**gpt.weights(), "lm_head.weight": gpt.head})

@@ -89,14 +89,15 @@ class KVCache:
         self.v = [torch.zeros_like(k) for k in self.k]
         self.rows = torch.arange(slots * shape[1], device=device).view(slots, -1) * length               # (slots, K)
         self.columns = torch.arange(length, device=device)                                               # (S,)
+        self.windows = set(config.windows)
         self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
 
     def begin(self, slots, source):
         """Rows (P, T) begin here: row source[i] in slot slots[i], from column 0. One function for each layer."""
-        def attend(keys, values, q, k, v):
+        def attend(keys, values, q, k, v, window):
             keys[slots, :, :k.shape[1]] = k.transpose(1, 2)[source]
             values[slots, :, :v.shape[1]] = v.transpose(1, 2)[source]
-            return causal(q, k, v)
+            return causal(q, k, v, window)
         return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
 
     def go_on(self, pos, span):
@@ -104,15 +105,16 @@ class KVCache:
         are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
         B, (_, K, _, hd) = len(pos), self.k[0].shape
         at = (self.rows[:B] + pos[:, None]).flatten()                                    # (B * K,)
-        unseen = (self.columns[:span] > pos[:, None])[:, None, None]                     # (B, 1, 1, span)
-        bias = torch.zeros(unseen.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(unseen, -torch.inf)
+        ahead = (self.columns[:span] - pos[:, None])[:, None, None]                      # (B, 1, 1, span)
+        biases = {window: torch.zeros(ahead.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(
+            (ahead > 0) | (ahead <= -window) if window else ahead > 0, -torch.inf) for window in self.windows}
 
-        def attend(keys, values, q, k, v):
+        def attend(keys, values, q, k, v, window):
             keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
             values.view(-1, hd).index_copy_(0, at, v.reshape(-1, hd))
             # query heads of one kv head become query rows: the cache is read once and never repeated
             folded = q.reshape(B, K, -1, hd)                                             # (B, K, H/K, hd)
-            k, v = keys[:B, :, :span], values[:B, :, :span]                              # (B, K, span, hd)
+            k, v, bias = keys[:B, :, :span], values[:B, :, :span], biases[window]        # (B, K, span, hd)
             if self.fused:
                 y = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(-1, -1, folded.shape[2], -1))
             else:

@@ -69,8 +69,8 @@ def test_loss_and_gradients_equal_trl(tmp_path):
     losses.mean().backward()
     theirs.backward()
     assert len(params) == len(list(policy.parameters()))
-    for name, p in policy.named_parameters():
-        torch.testing.assert_close(mine.gpt.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-4)
+    for name, p in mine.gpt.named_parameters():
+        torch.testing.assert_close(p.grad, policy.get_parameter(mine.gpt.name(name)).grad, atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_by_hand():

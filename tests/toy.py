@@ -72,7 +72,7 @@ def text(cfg):
 def saved(cfg):
     """The tensors of the checkpoint that a stage has written."""
     folder = cfg.dir() / "checkpoint"
-    return load_adapter(folder)[0] if cfg.lora_rank else load_weights(folder)
+    return load_adapter(folder)[0] if cfg.lora_rank else dict(load_weights(folder))
 
 
 def lines(cfg, name="metrics.jsonl"):

@@ -7,13 +7,13 @@ Takes minutes on one core; the result is committed as a Hugging Face folder, dat
 import argparse
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data import families
 from data.barn import world
 from data.weights import save_pretrained
 from model import GPT, GPTConfig
@@ -89,8 +89,8 @@ def main():
     print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters, {sum(len(y) for _, y in rows):,} tokens")
     train(gpt, rows, held_out, args.lr, args.batch_size)
 
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **asdict(SIZE),
-              "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0, "torch_dtype": "float32"}
+    config = {**families.llama(SIZE), "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0,
+              "torch_dtype": "float32"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>",
                 "model_max_length": SIZE.max_position_embeddings, "chat_template": TEMPLATE}
     with TemporaryDirectory() as folder:
