@@ -29,7 +29,7 @@ import eval  # noqa: E402
 from data import InputError, OutOfMemory, Refusal, run, sets  # noqa: E402
 from data.barn.reward import true_reward  # noqa: E402
 from data.text import read_json  # noqa: E402
-from rlhf import config, methods  # noqa: E402
+from rlhf import config, methods, policy  # noqa: E402
 from rlhf.update import peak_gb  # noqa: E402
 
 
@@ -141,16 +141,23 @@ def main(argv):
     configs = {name: config.build(load(name).Config, {**shared, **given.get(name, {})}) for name in stages}
     cfg, start = configs[args.method], time.perf_counter()
     sets.load(cfg.data, cfg.eval_data, cfg.limit)   # what is wrong with the files or with the judge shows now,
-    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:       # not after an hour of training
-        if not all((each.dir() / "result.json").exists() for each in configs.values()):
-            judge.knock()
+    if cfg.judge != "none":
+        with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:   # not after an hour of training
+            if not all((each.dir() / "result.json").exists() for each in configs.values()):
+                judge.knock()
 
     ids = {}
     for name in stages:                             # a stage that is only needed may have been tuned by its own command
         binding = asdict(configs[name]) if name == args.method else common | given.get(name, {}).keys()
         ids[name] = stage(name, configs[name], binding, ids)
-    print(f"\nwin rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.temperature:g}:\n\n"
-          f"{leaderboard(cfg)}\n\n{time.perf_counter() - start:.0f} s, {peak_gb():.2f} GB; everything is in {cfg.out}")
+    if cfg.merge and (folder := policy.merge(cfg)):
+        print(f"the adapter, merged into its base: {folder}")
+    if cfg.judge == "none":
+        said = f"answers that nobody has judged are in {cfg.dir()}: eval.py has them judged, serve.py lets you ask"
+    else:
+        said = (f"win rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.temperature:g}:\n\n"
+                f"{leaderboard(cfg)}")
+    print(f"\n{said}\n\n{time.perf_counter() - start:.0f} s, {peak_gb():.2f} GB; everything is in {cfg.out}")
 
 
 def within_memory(argv):

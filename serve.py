@@ -26,9 +26,8 @@ from urllib.parse import urlsplit
 import torch
 
 from data import InputError, OutOfMemory, run, underscored
-from data.text import Text, read_json
-from rlhf.config import BASE, Config
-from rlhf.policy import Policy, load_base, put_on
+from data.text import Text
+from rlhf.policy import read
 from rlhf.rollout import fitting
 from serving.protocol import TOP, Refused, read_request, speller
 from serving.writer import Standing, Writer
@@ -44,25 +43,6 @@ def refusal(error):
     said = f"{type(error).__name__}: {error}".partition("\n")[0]
     print(f"serve.py: {said}", file=sys.stderr, flush=True)
     return Refused(500, said, None)
-
-
-def load(path, device="", int8=False):
-    """(policy, text, longest answer) of a Hugging Face folder, a PEFT folder, a stage of a run, or `barn`."""
-    folder = BASE if path == "barn" else Path(path)
-    settings = read_json(folder / "config.json")
-    settings = settings if {"id", "needs"} <= settings.keys() else {}                # a stage writes those
-    if settings:
-        folder = folder / "checkpoint"
-    elif stages := sorted(each.parent.name for each in folder.glob("*/checkpoint")):
-        raise InputError(f"{path} is a whole run: choose a stage, as in {folder / stages[0]}")
-    if (folder / "head.safetensors").exists():
-        raise InputError(f"{path} is a reward model, which scores texts and writes none")
-    adapted = read_json(folder / "adapter_config.json")
-    base = settings.get("model") or adapted.get("base_model_name_or_path") if adapted else folder
-    cfg = Config(model=str(base), device=device, int8=int8)
-    gpt = load_base(cfg)
-    policy = put_on(gpt, "served", folder) if adapted else Policy(gpt)
-    return policy, Text(cfg.checkpoint), settings.get("max_new_tokens", Config.max_new_tokens)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -205,7 +185,8 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
     except OSError as error:
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
-        policy, server.text, longest = load(path, device, int8)
+        policy, cfg, settings = read(path, device, int8)
+        server.text, longest = Text(cfg.checkpoint), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
         server.names, server.spell = [name or str(path), str(path), Path(path).name], speller(server.text.tokenizer)

@@ -1,18 +1,25 @@
 """Data sets as lists of records {instruction, input, output}, in AlpacaFarm's splits.
 
-`barn` is the offline world; anything else is a file of Alpaca records (.json or .jsonl, gzipped or not).
+`barn` is the offline world, `alpaca_farm` the paper's own data from the hub (CC BY-NC 4.0: for research); anything else
+is a file of Alpaca records (.json or .jsonl, gzipped or not).
 """
 import gzip
 import json
 import random
 import re
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
-from data import InputError
+from data import InputError, hub
 from data.barn import world
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+ALPACA_FARM = "tatsu-lab/alpaca_farm"
+SPLITS = {**{split: f"alpaca_instructions/{split}.json" for split in ("sft", "preference", "unlabeled", "val")},
+          "eval": "alpaca_farm_evaluation.json"}
+RELEASED = {"human": "alpaca_human_preference.json", "gpt4": "alpaca_gpt4_preference.json",
+            "noisy": "alpaca_noisy_multi_preference.json"}          # the last is the paper's p_sim^ann
 SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFarm's 10k, 10k, 20k, 2k
 
 
@@ -59,6 +66,10 @@ def load(data="barn", eval_data="", limit=0):
     """
     if data == "barn":
         splits = dict(world.splits())
+    elif data == "alpaca_farm":
+        folder = alpaca_farm(*SPLITS.values())
+        splits = {split: [{"input": "", **record} for record in read_records(folder / file)]
+                  for split, file in SPLITS.items()}
     else:
         records = [{"input": "", **record} for record in read_records(data)]
         random.Random("splits").shuffle(records)
@@ -67,10 +78,62 @@ def load(data="barn", eval_data="", limit=0):
         for split, share in shares.items():
             size = len(records) * share // sum(shares.values())
             splits[split], start = records[start:start + size], start + size
-        splits["sft"] = [record for record in splits["sft"] if record["output"].strip()]
+    splits["sft"] = [record for record in splits["sft"] if record["output"].strip()]
     if eval_data:
         splits["eval"] = read_records(eval_data)
     splits["eval"] = [{"input": "", "generator": "reference", **record} for record in splits["eval"]]
     if empty := [split for split, records in splits.items() if not records]:
         raise InputError(f"{data}: too few records, nothing is left for {', '.join(empty)}")
     return {split: records[:limit or None] for split, records in splits.items()}
+
+
+@lru_cache(None)
+def alpaca_farm(*files):
+    """The folder with these files of the data set, downloaded if they are not there yet."""
+    return hub.data_files(ALPACA_FARM, files)
+
+
+def preferences(source):
+    """Pairs {instruction, input, output_1, output_2, preference (1 or 2)}: those that AlpacaFarm released under a name
+    in RELEASED, or a file of such pairs, or of TRL's (prompt, chosen, rejected; texts, or messages of one turn).
+
+    Ties and pairs of equal answers teach nothing, and are left out."""
+    path = alpaca_farm(RELEASED[source]) / RELEASED[source] if source in RELEASED else source
+    pairs = []
+    for i, record in enumerate(read_records(path, ())):
+        if "chosen" in record:
+            try:
+                record = from_trl(record)
+            except ValueError as error:
+                raise InputError(f"{path}: row {i}: {error}") from None
+        if missing := [key for key in ("instruction", "output_1", "output_2") if not isinstance(record.get(key), str)]:
+            raise InputError(f"{path}: row {i} has no text under {', '.join(missing)}")
+        if not isinstance(record.get("preference"), (int, float)):
+            raise InputError(f"{path}: row {i} has no number under 'preference'")
+        pairs.append({"input": "", **record})
+    pairs = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
+    if not pairs:
+        raise InputError(f"{path}: no pair of different answers with preference 1 or 2")
+    return pairs
+
+
+def from_trl(record):
+    """AlpacaFarm's pair of a TRL record; without a prompt, the messages under chosen and rejected begin with it."""
+    asked, chosen = turn(record.get("prompt"), record.get("chosen"))
+    again, rejected = turn(record.get("prompt"), record.get("rejected"))
+    if asked != again:
+        raise ValueError("chosen and rejected do not answer the same prompt")
+    return {"instruction": asked, "output_1": chosen, "output_2": rejected, "preference": 1}
+
+
+def turn(prompt, answer):
+    """(what the user says, what the assistant says), as texts or as messages."""
+    messages = [{"role": role, "content": said} if isinstance(said, str) else said
+                for role, given in (("user", prompt), ("assistant", answer))
+                for said in ([given] if isinstance(given, str) else given or ())]
+    try:
+        if [message["role"] for message in messages] == ["user", "assistant"]:
+            return tuple(message["content"] for message in messages)
+    except (TypeError, LookupError):
+        pass
+    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn")

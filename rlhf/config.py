@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,8 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError
+from data import InputError, hub
+from data.text import read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
@@ -26,20 +28,33 @@ PRESETS = {
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "preset", "lora_rank", "lora_alpha",
-             "temperature", "int8"}
+             "temperature", "int8", "dtype"}
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots"}
 ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing", "graph", "compile",
-             "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
+             "merge", "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
+
+
+@lru_cache(None)
+def resolve(name):
+    """The folder of a checkpoint: barn, a path, or a name on the hub, downloaded if it is not there yet."""
+    if name == "barn":
+        return BASE
+    if Path(name).exists() or not hub.REPO.fullmatch(name.partition("@")[0]):
+        return Path(name)
+    try:
+        return hub.checkpoint(name)
+    except InputError as error:
+        raise InputError(f"there is no folder {name}; and on the hub: {error}") from None
 
 
 @dataclass
 class Config:
     """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`, with
     all weights trained, and BARN_LORA what is different with adapters."""
-    model: str = "barn"                 # a Hugging Face folder, or barn: the small base that comes with the project
-    data: str = "barn"                  # a file of Alpaca records, or barn: the offline world
+    model: str = "barn"                 # a folder or hub name (org/name@revision), HF or PEFT; barn: a small base
+    data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
-    judge: str = "barn"                 # barn, barn-human, serve:PATH, a model at OPENAI_BASE_URL, or big,mid,small
+    judge: str = "barn"                 # barn, barn-human, serve:PATH, none; one or big,mid,small at OPENAI_BASE_URL
     pool: str = "p_eval"                # the judge as thirteen annotators, or p_single: one greedy annotator
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
     seed: int = 0                       # of everything that is random
@@ -56,6 +71,8 @@ class Config:
     checkpointing: bool = False         # recompute activations in the backward pass: slower, far less memory
     graph: bool = True                  # on a GPU, replay a captured decoding step
     compile: bool = False               # compile the blocks for training: minutes once, then faster
+    dtype: str = ""                     # of the base: float32, bfloat16, float16 (default: what suits the machine)
+    merge: bool = False                 # write the trained adapter merged into its base, too: a Hugging Face folder
     int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
 
     BARN: ClassVar[dict] = {}
@@ -70,6 +87,10 @@ class Config:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
         if self.int8 and not self.lora_rank:
             raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
+        if self.dtype not in ("", "float32", "bfloat16", "float16"):
+            raise InputError(f"--dtype {self.dtype!r} is not known: choose float32, bfloat16 or float16")
+        if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
+            raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
         if self.pool not in ("p_eval", "p_single"):
             raise InputError(f"--pool {self.pool!r} is not known: choose p_eval or p_single")
         if self.device not in ("", "cpu", "cuda"):
@@ -80,9 +101,25 @@ class Config:
         return Path(self.out) / (stage or type(self).__module__.rpartition(".")[2])
 
     @property
+    def adapter(self):
+        """The PEFT folder that --model is, if it is one."""
+        folder = resolve(self.model)
+        return folder if (folder / "adapter_config.json").exists() else None
+
+    @property
+    def base(self):
+        """What --model, or the base of the adapter that it is, is called."""
+        if self.adapter is None:
+            return self.model if self.model != "barn" else str(BASE)
+        name = read_json(self.adapter / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{self.model}: its adapter_config.json does not say which model it adapts")
+        return name
+
+    @property
     def checkpoint(self):
         """The folder of the base checkpoint."""
-        return BASE if self.model == "barn" else Path(self.model)
+        return resolve(self.base)
 
 
 def helps(cls):

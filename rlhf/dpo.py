@@ -82,7 +82,7 @@ def run(cfg, loss_fn=dpo_loss):
 
     lengths = pair_lengths(chosen, rejected)
     steps = update.batches(len(chosen), cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps))
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps), fp16=model.fp16)
     log = update.Log(cfg.dir(), len(steps), ("loss", "rewards/margins", "rewards/accuracies"))
     for step, batch in enumerate(steps):
         metrics = learn(model, updater, [chosen[i] for i in batch], [rejected[i] for i in batch],

@@ -2,6 +2,9 @@
 
 AlpacaFarm's p_sim^ann: a pool of annotators, one drawn for each pair, and a quarter of the labels flipped, which makes
 simulated feedback as noisy as people's (arXiv 2305.14387, section 2.2). Pairs of equal texts are dropped.
+
+Or preferences that others have collected: those that AlpacaFarm released, or a file. They need no judge; but their
+answers are not the SFT model's own.
 """
 import json
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ NEEDS = ("sft",)
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
     flip: float = .25                   # share of the labels that are flipped at random
+    labels: str = ""                    # judge; AlpacaFarm's human, gpt4 or noisy; a file (default: its data: human)
 
     BARN = {"pairs_per_prompt": 3}
 
@@ -27,6 +31,9 @@ class Config(config.Config):
         super().__post_init__()
         if self.flip > .5:
             raise InputError(f"--flip {self.flip} makes no sense: at 0.5 every label is a coin")
+        self.labels = self.labels or ("human" if self.data == "alpaca_farm" else "judge")
+        if (self.labels, self.judge) == ("judge", "none"):
+            raise InputError("--judge none labels no pairs: name a judge, or labels that are there: --pairs.labels")
 
 
 def sample_pairs(cfg):
@@ -46,8 +53,18 @@ def sample_pairs(cfg):
     return [pair for pair in pairs if pair["output_1"] != pair["output_2"]]
 
 
-def run(cfg):
-    asked, answered = cfg.dir() / "unlabelled.json", cfg.dir() / "pairs.json"
+def released(cfg):
+    """Pairs that others have labelled, their answers as tokens."""
+    text, pairs = Text(cfg.checkpoint), sets.preferences(cfg.labels)[:cfg.limit or None]
+    for pair in (pairs := text.fitting(pairs, cfg.max_prompt_tokens)):
+        for i in "12":
+            pair[f"ids_{i}"] = text.example(pair, pair[f"output_{i}"])[1][:cfg.max_new_tokens]   # may lose its EOS
+    return pairs
+
+
+def label(cfg):
+    """Pairs of the SFT model's answers, labelled by the judge."""
+    asked = cfg.dir() / "unlabelled.json"
     if not asked.exists():              # a judge that failed must not cost the sampling again
         part = asked.with_suffix(".part")
         part.write_text(json.dumps(sample_pairs(cfg)))
@@ -58,7 +75,12 @@ def run(cfg):
     pairs = [pair for pair in pairs if pair["preference"] in (1, 2)]
     if not pairs:
         raise InputError("no pair of different answers got a usable preference: raise --limit or --temperature")
-    answered.write_text(json.dumps(pairs, indent=1))
+    return pairs
+
+
+def run(cfg):
+    pairs = label(cfg) if cfg.labels == "judge" else released(cfg)
+    (cfg.dir() / "pairs.json").write_text(json.dumps(pairs, indent=1))
     return {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
 
 

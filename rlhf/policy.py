@@ -13,6 +13,7 @@ import torch
 import model
 from data import InputError, text, weights
 from model import Packing
+from rlhf.config import Config, resolve
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Policy:
         """GPT.hidden() of this role."""
         with self.gpt.wear(self.role):
             return self.gpt.hidden(ids, pos, attends, where)
+
+    @property
+    def fp16(self):
+        """Whether activations are fp16, whose gradients need scaling."""
+        return self.gpt.head.dtype == torch.float16
 
     def trainable(self):
         """The parameters that learning may move, fp32 and with gradients switched on."""
@@ -158,12 +164,12 @@ def load_base(cfg):
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
-    dtype = torch.float32                               # bf16 is 70 times slower on CPUs, and full training needs fp32
+    dtype = "float32"                                   # bf16 is 70 times slower on CPUs, and full training needs fp32
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where weights are fp32
     if device == "cuda" and cfg.lora_rank:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype)
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, getattr(torch, cfg.dtype or dtype))
     if cfg.int8:
         gpt.quantise()                                  # before it goes to a card that may not hold it otherwise
         gpt.to(device).adjoin()
@@ -174,12 +180,25 @@ def load_base(cfg):
 
 
 def fresh(cfg, role):
-    """A policy that answers as the base does: a fresh adapter on it, or with lora_rank 0 the base itself."""
-    policy = Policy(load_base(cfg))
+    """A policy that answers as --model does: a fresh adapter on the base, or with lora_rank 0 the base itself; if
+    --model is an adapter, that one, or with lora_rank 0 the base into which it is merged."""
+    gpt = load_base(cfg)
+    context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + cfg.max_new_tokens
+    if longest > context:
+        raise InputError(f"{cfg.model} knows {context} positions, but a prompt and its answer may take {longest}: "
+                         "lower --max_prompt_tokens or --max_new_tokens")
     torch.manual_seed(cfg.seed)
-    if cfg.lora_rank:
-        policy.gpt.add_role(role, cfg.lora_rank, cfg.lora_alpha)
-        policy.role = role
+    if not cfg.adapter:
+        if cfg.lora_rank:
+            gpt.add_role(role, cfg.lora_rank, cfg.lora_alpha)
+        return Policy(gpt, role if cfg.lora_rank else None)
+    policy = put_on(gpt, role, cfg.adapter)
+    if not cfg.lora_rank:
+        gpt.merge(role)
+        return Policy(gpt)
+    if policy.size() != (cfg.lora_rank, cfg.lora_alpha):
+        rank, alpha = policy.size()
+        raise InputError(f"{cfg.model} is an adapter of another size: give --lora_rank {rank} --lora_alpha {alpha:g}")
     return policy
 
 
@@ -188,7 +207,8 @@ def save(policy, cfg):
     folder = cfg.dir() / "checkpoint"
     if policy.role:
         rank, alpha = policy.size()
-        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, model.TARGETS, str(cfg.checkpoint))
+        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), cfg.base,
+                             policy.gpt.config.transposed)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
         config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
         weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.checkpoint)
@@ -206,9 +226,39 @@ def load(cfg, stage, beside=None):
 
 
 def put_on(gpt, role, folder):
-    """The frozen policy that wears, as `role`, the adapter in a PEFT folder."""
+    """The frozen policy that wears the adapter in a PEFT folder as `role`; where that has none, a fresh one."""
     tensors, config = weights.load_adapter(folder)
-    gpt.add_role(role, config["r"], config["lora_alpha"])
-    weights.assign(gpt.adapter(role), tensors, str(folder))
+    gpt.add_role(role, config["r"], weights.lora_scale(config) * config["r"])
+    ours = gpt.adapter(role)
+    weights.assign({name: ours[name] for name in ours if name in tensors}, tensors, str(folder))
     gpt.requires_grad_(False)
     return Policy(gpt, role)
+
+
+def read(path, device="", int8=False, dtype=""):
+    """(policy, its Config, settings) of what can be talked to: whatever --model takes, or a stage of a run, with the
+    settings that it ran with (else {})."""
+    folder = resolve(path)
+    settings = text.read_json(folder / "config.json")
+    settings = settings if {"id", "needs"} <= settings.keys() else {}                # a stage writes those
+    if settings:
+        folder = folder / "checkpoint"
+    elif stages := sorted(each.parent.name for each in folder.glob("*/checkpoint")):
+        raise InputError(f"{path} is a whole run: choose a stage, as in {folder / stages[0]}")
+    if (folder / "head.safetensors").exists():
+        raise InputError(f"{path} is a reward model, which scores texts and writes none")
+    adapted = (folder / "adapter_config.json").exists()
+    base = settings["model"] if settings and adapted else str(folder)
+    cfg = Config(model=base, device=device, int8=int8, dtype=dtype)
+    gpt = load_base(cfg)
+    return put_on(gpt, "worn", folder) if adapted else Policy(gpt), cfg, settings
+
+
+def merge(cfg):
+    """The adapter of a finished stage merged into its base, as a Hugging Face checkpoint: the folder, None if the stage
+    has trained no adapter that answers."""
+    folder = cfg.dir() / "checkpoint"
+    if (folder / "head.safetensors").exists() or not (folder / "adapter_config.json").exists():
+        return None
+    weights.merge(cfg.dir() / "merged", folder, cfg.checkpoint)
+    return cfg.dir() / "merged"

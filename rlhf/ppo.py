@@ -196,7 +196,8 @@ def run(cfg):
     passes = math.ceil(cfg.steps * cfg.rollout_batch / len(prompts))
     order = [i for once in update.batches(len(prompts), len(prompts), passes, cfg.seed) for i in once]
     updates = cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
-    updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, cfg.steps * updates)
+    updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, cfg.steps * updates,
+                             fp16=model.fp16)
     log = update.Log(cfg.dir(), cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
     kl_coef, best, chosen, kept = cfg.kl_coef, -math.inf, 0, []

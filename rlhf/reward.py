@@ -159,7 +159,7 @@ def run(cfg):
 
     lengths = pair_lengths(chosen, rejected)
     steps = update.batches(n, cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps), weight_decay=cfg.weight_decay)
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps), weight_decay=cfg.weight_decay, fp16=model.fp16)
     log = update.Log(cfg.dir(), len(steps), ("loss", "accuracy", "margin"))
     for step, batch in enumerate(steps):
         each = []

@@ -39,7 +39,7 @@ def train(model, rows, cfg, log, show, start=0):
     """
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     steps = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps))
+    updater = update.Updater(model.trainable(), cfg.lr, len(steps), fp16=model.fp16)
     for step, batch in enumerate(steps):
         nll = torch.zeros((), device=model.gpt.device)
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):

@@ -43,37 +43,46 @@ class Updater:
     """AdamW with warm-up, cosine decay to a tenth and gradient clipping; a step that is not finite is never taken.
 
     add() takes a loss as (sum, denominator); the step divides by the denominator of all its micro-batches, so that
-    accumulation equals one big batch whatever the lengths. Gradients of sums are large enough for fp16 activations
-    without loss scaling: a token's is of order 1, whatever the size of the batch.
+    accumulation equals one big batch whatever the lengths.
+
+    fp16: activations are, so that gradients may be too small or too large for them. The loss is multiplied by a factor
+    that follows (Micikevicius et al. 2018, section 3.2): half of it after a step that overflowed, which is left out,
+    twice as much after many good ones. It starts at 1, as gradients of sums are large already.
     """
 
-    def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1.):
+    def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1., fp16=False):
         self.params, self.lr, self.steps, self.max_grad_norm = list(params), lr, steps, max_grad_norm
         self.warmup = max(1, round(warmup * steps))
         self.optimizer = torch.optim.AdamW(self.params, lr, betas, weight_decay=weight_decay, fused=True)
-        self.taken, self.denominator = 0, 0
+        self.taken, self.denominator, self.overflows = 0, 0, 0
+        self.scaler = torch.amp.GradScaler(self.params[0].device.type, 1., growth_interval=100, enabled=fp16)
 
     def add(self, loss_sum, denominator):
-        loss_sum.backward()
+        self.scaler.scale(loss_sum).backward()
         self.denominator += denominator
 
     def step(self):
-        """Take the step; FloatingPointError if the gradient is not finite. Returns what to log."""
+        """Take the step; FloatingPointError if the gradient is not finite, in fp16 for the twentieth time in a row.
+        Returns what to log."""
+        self.scaler.unscale_(self.optimizer)
         for p in self.params:
             if p.grad is not None:
                 p.grad /= self.denominator
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
-        if not math.isfinite(norm):
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows >= (20 if self.scaler.is_enabled() else 1):
             raise FloatingPointError(f"step {self.taken}: the norm of the gradient is {norm}, so the step was not "
                                      "taken and nothing is saved; try a lower --lr")
         decay = .5 * (1 + math.cos(math.pi * min(1., self.taken / self.steps)))
         lr = self.lr * min(1., (self.taken + 1) / self.warmup) * (.1 + .9 * decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.taken, self.denominator = self.taken + 1, 0
-        return {"lr": lr, "grad_norm": norm}
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        return {"lr": lr, "grad_norm": None if self.overflows else norm, **scale}
 
 
 class Log:

@@ -1,10 +1,16 @@
-"""A scriptable judge on a loopback port, for every test that asks for it."""
+"""A scriptable judge on a loopback port, for every test that asks for it; and no hub for any."""
 import threading
 
 import pytest
 from judged import Handler, Server, longer
 
 from judging.client import Judge
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A name that is no folder must not send a test to the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

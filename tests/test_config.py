@@ -96,7 +96,7 @@ def test_an_int8_base_cannot_be_trained_itself():
 
 def test_the_preset_follows_the_model():
     assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
-    other = build(Knobs, {"model": "some/folder"})
+    other = build(Knobs, {"model": "./some/folder"})
     assert (other.preset, other.lr, other.lora_rank) == ("24gb", 1e-5, 16)
     assert str(other.checkpoint) == "some/folder"
     assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4

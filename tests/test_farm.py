@@ -30,7 +30,7 @@ from rlhf.config import BASE
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "judging", "stats", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "lora.py", "rope.py", "annotate.py", "eval.py", "judging", "stats", "data", "rlhf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -493,7 +493,7 @@ BAD_INPUT = {                                           # name: (arguments, what
     "no tokenizer": ("--method sft --model {}/no_tokenizer", "no_tokenizer.*tokenizer.json"),
     "no config": ("--method sft --model {}/no_config", "no_config.*config.json"),
     "config that is no JSON": ("--method sft --model {}/bad_config", "bad_config.*config.json"),
-    "another architecture": ("--method sft --model {}/gpt2", "config.json: model_type 'gpt2'"),
+    "another architecture": ("--method sft --model {}/gemma2", "config.json: model_type 'gemma2'"),
     "cut weights": ("--method sft --model {}/cut", "cut.*model.safetensors"),
     "web page as weights": ("--method sft --model {}/page", "page.*model.safetensors.*web page"),
     "weights of another shape": ("--method sft --model {}/shape", "shape.*misshaped"),
@@ -521,7 +521,7 @@ def shelf(tmp_path_factory):
     model_folder(shelf / "no_tokenizer", without=["tokenizer.json"])
     model_folder(shelf / "no_config", without=["config.json"])
     model_folder(shelf / "bad_config", config_json=b"{")
-    model_folder(shelf / "gpt2", config_json=json.dumps({**CONFIG, "model_type": "gpt2"}).encode())
+    model_folder(shelf / "gemma2", config_json=json.dumps({**CONFIG, "model_type": "gemma2"}).encode())
     model_folder(shelf / "cut", model_safetensors=WEIGHTS[:-99])
     model_folder(shelf / "page", model_safetensors=b"<!doctype html><title>Sign in</title>")
     model_folder(shelf / "shape", config_json=json.dumps({**CONFIG, "intermediate_size": 64}).encode())

@@ -14,14 +14,14 @@ from rlhf import KIT, config, methods
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward")                     # what methods start from
-OURS = {"farm", "model", "annotate", "eval", "judging", "stats", "serve", "serving", "bench", "benchmarks", "rlhf",
-        "data", "tests"}
+OURS = {"farm", "model", "lora", "rope", "annotate", "eval", "judging", "stats", "serve", "serving", "bench",
+        "benchmarks", "rlhf", "data", "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what bench.py measures beside, where they are installed
 NO_TORCH = ("annotate", "eval", "judging", "judging.prompts", "judging.client", "judging.cache", "stats",
             "stats.winrate", "stats.length", "stats.ranking", "stats.agreement", "stats.tables", "data", "data.sets",
-            "data.alpaca_eval", "data.attacks", "data.barn", "data.barn.world", "data.barn.reward", "data.barn.judge",
-            "data.barn.lexicon")
+            "data.alpaca_eval", "data.attacks", "data.families", "data.hub", "data.template", "data.barn",
+            "data.barn.world", "data.barn.reward", "data.barn.judge", "data.barn.lexicon")
 
 
 def files():
@@ -42,8 +42,11 @@ METHODS = [path for path in SOURCES if path.parent.name == "rlhf" and path.stem 
 
 
 def imports(path):
-    """[(module, at the top level of the file?)] of all that a file imports; ours down to the module."""
+    """[(module, at the top level of the file?)] of all that a file imports; ours down to the module.
+
+    What a file imports only when it is run as a command, below `if __name__`, it does not stand on."""
     tree = ast.parse((ROOT / path).read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,7 +78,9 @@ def part(module):
 
 MAY_IMPORT = {
     "data": {"data"},
-    "model": {"data"},
+    "lora": set(),
+    "rope": set(),
+    "model": {"lora", "rope", "data"},
     "judging": {"judging", "data"},
     "annotate": {"judging", "stats", "data"},
     "stats": {"stats"},

@@ -59,13 +59,11 @@ def client(url):
 @pytest.fixture
 def endless(monkeypatch):
     """Answers of any checkpoint that is loaded now end by their limit only."""
-    load = serve.load
-
-    def patched(*args):
-        model, text, longest = load(*args)
-        text.stops = [10_000]
-        return model, text, longest
-    monkeypatch.setattr(serve, "load", patched)
+    class Endless(Text):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.stops = [10_000]
+    monkeypatch.setattr(serve, "Text", Endless)
 
 
 def post(url, path="/chat/completions", **body):
@@ -126,10 +124,11 @@ def test_a_chat_says_what_a_trained_stage_sampled(kind, tmp_path):
 
 
 def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
-    model, text, longest = serve.load(run.dir() / "checkpoint")
+    model, cfg, settings = policy.read(run.dir() / "checkpoint")
+    text = Text(cfg.checkpoint)
     rows = rollout.sample(model, [text.prompt({"instruction": QUESTIONS[0]})], text.stops, 9, temperature=0)
     assert spoken(text, rows[0][1]) == sampled(run, QUESTIONS[0], max_new_tokens=9, temperature=0)[0][0]
-    assert longest == 300
+    assert not settings and cfg.max_new_tokens == 300
 
 
 def test_no_answer_depends_on_those_beside_it(run, url):

@@ -147,6 +147,32 @@ def test_a_step_that_is_not_finite_is_not_taken(bad):
     assert all(torch.equal(p, q) for p, q in zip(params, before))
 
 
+def test_in_fp16_the_loss_is_scaled_and_a_step_that_overflows_is_left_out():
+    """The scale halves until gradients fit, doubles while they do, and never shows in the step that is taken."""
+    p, bad = torch.nn.Parameter(torch.arange(5.)), torch.tensor([1, math.inf, 1, 1, 1])
+    updater = Updater([p], lr=.1, steps=40, max_grad_norm=2., fp16=True)
+    gradients = [torch.randn(5, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    for g in gradients:
+        updater.add((p * g).sum() * 4, 4)
+        assert updater.step()["grad_norm"] == pytest.approx(g.norm().item(), rel=1e-5)
+    torch.testing.assert_close(p.detach(), steps_by_hand(torch.arange(5.), gradients, .1, 40, 2.), atol=1e-5, rtol=0)
+    before = p.detach().clone()
+    for halved in (.5, .25):
+        updater.add((p * bad).sum(), 1)
+        assert updater.step() == {"lr": pytest.approx(.1, rel=.1), "grad_norm": None, "loss_scale": halved}
+    assert torch.equal(p, before)
+    for _ in range(100):
+        updater.add(p.sum(), 1)
+        metrics = updater.step()
+    assert metrics["loss_scale"] == .5 and not torch.equal(p, before)
+    with pytest.raises(FloatingPointError, match="the gradient is inf|the gradient is nan"):
+        for _ in range(20):
+            assert updater.overflows < 20
+            updater.add((p * bad).sum(), 1)
+            updater.step()
+    assert updater.overflows == 20
+
+
 def test_a_parameter_without_gradient_stays():
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     updater = Updater([used, unused], lr=.1, steps=2)

@@ -1,0 +1,57 @@
+"""What a checkpoint writes: `python model.py CHECKPOINT "prompt"`, so that one can look before training, and after."""
+import argparse
+import sys
+
+from data import InputError, underscored
+from data.text import Text
+from rlhf.policy import read
+from rlhf.rollout import sample
+
+FORMS = {"chat": "the checkpoint's chat template", "alpaca": "AlpacaFarm's prompt", "text": "continued as it is"}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="model.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", help="a Hugging Face folder or name on the hub (org/name@revision), a PEFT adapter, a stage of a "
+                           "run as in runs/barn/dpo, or barn")
+    add("prompt", help="what to answer, or to continue; - reads it from standard input")
+    add("--form", choices=FORMS, help="; ".join(f"{form}: {what}" for form, what in FORMS.items())
+        + " [chat if there is a template, alpaca for what was trained here, else text]")
+    add("--n", type=int, default=1, help="answers [1]")
+    add("--temperature", type=float, default=1., help="0: always the likeliest token [1]")
+    add("--max_new_tokens", type=int, default=0, help="longest answer [300, or a run's own; as the context allows]")
+    add("--seed", type=int, default=0, help="of the random numbers [0]")
+    add("--device", default="", help="cpu or cuda [cuda where there is one]")
+    add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
+    add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
+    args = parser.parse_args(underscored(argv))
+    if args.n < 1 or args.max_new_tokens < 0 or not 0 <= args.temperature < float("inf"):
+        raise InputError("--n is at least 1, --max_new_tokens and --temperature are not negative")
+    return args
+
+
+def ask(text, form, prompt):
+    """Token ids of a prompt in this form."""
+    if form == "text":
+        return text.plain(prompt)
+    if form == "chat" and not text.template:
+        raise InputError(f"{text.folder}: there is no chat template: choose --form alpaca or text")
+    if form == "alpaca":
+        text.template = None
+    return text.prompt({"instruction": prompt})
+
+
+def main(argv):
+    args = parse(argv)
+    policy, cfg, settings = read(args.checkpoint, args.device, args.int8, args.dtype)
+    text, trained = Text(cfg.checkpoint), policy.role or settings
+    form = args.form or ("chat" if text.template else "alpaca" if trained else "text")
+    ids = ask(text, form, sys.stdin.read() if args.prompt == "-" else args.prompt)
+    room = policy.gpt.config.max_position_embeddings - len(ids)
+    if room < 1 or not ids:
+        raise InputError(f"the prompt has {len(ids)} tokens, and {args.checkpoint} knows {room + len(ids)} positions")
+    longest = min(room, args.max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
+    rows = sample(policy, [ids], text.stops, longest, args.temperature, args.seed, args.n)
+    for i, (_, response) in enumerate(rows, 1):
+        print(f"[{i}] " * (args.n > 1) + text.decode(response))

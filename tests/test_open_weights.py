@@ -1,0 +1,265 @@
+"""From open weights to open weights: any family through farm.py, adapters in and out, a look at what is written."""
+import gzip
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import toy
+from commands import command, refused
+
+from data import InputError, hub, sets
+from data.text import Text
+from data.weights import load_adapter, load_weights
+from rlhf import pairs, policy, sft
+from rlhf.config import BASE, resolve
+from rlhf.rollout import sample
+
+torch.set_num_threads(1)
+CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
+needs_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the checkpoints in ../shared")
+SIZE = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": toy.STOPS, "pad_token_id": None}
+FAMILIES = {                                            # one that is fused and transposed, one that is neither
+    "gpt2": {**SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "qwen3": {**tiny.SHAPE, **SIZE, "head_dim": 12, "max_position_embeddings": 64},
+}
+TRAIN = ("--data", "{}/data.json", "--max_prompt_tokens", 12, "--max_new_tokens", 8, "--device", "cpu",
+         "--judge", "none", "--method", "sft", "--epochs", 1, "--lr", .05, "--lora_alpha", 8)
+
+
+@pytest.fixture(params=FAMILIES)
+def world(request, tmp_path):
+    """A folder with data and the base of a family, in bf16, as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    toy.base(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "base" / name).unlink()
+    config = transformers.AutoConfig.for_model(request.param, **FAMILIES[request.param])
+    model = tiny.randomise(transformers.AutoModelForCausalLM.from_config(config)).bfloat16()
+    model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
+    records = [{"instruction": toy.sentence(ids), "output": toy.sentence([30, 31, 32])}
+               for ids in tiny.texts([1 + i % 7 for i in range(220)])]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def train(world, out, *flags):
+    flags = (*TRAIN, "--out", world / out, *flags)
+    return command("farm.py", *(str(flag).replace("{}", str(world)) for flag in flags))
+
+
+def theirs(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, ids):
+    if isinstance(model, policy.Policy):
+        with model.gpt.wear(model.role):
+            return model.gpt(ids)
+    return model(ids).logits
+
+
+def digests(folder):
+    return {name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, tensor in load_weights(folder).items()}
+
+
+def test_a_run_ends_in_an_adapter_that_peft_loads_and_a_checkpoint_that_transformers_loads(world):
+    peft, ids = pytest.importorskip("peft"), tiny.ids(2, 9)
+    base, merged = world / "base", world / "run" / "sft" / "merged"
+    result = train(world, "run", "--lora_rank", 4, "--merge", "--model", base)
+    assert result.code == 0 and f"merged into its base: {merged}" in result.out and "nobody has judged" in result.out
+    ours, cfg, settings = policy.read(world / "run" / "sft")
+    worn = peft.PeftModel.from_pretrained(theirs(base), world / "run" / "sft" / "checkpoint")
+    torch.testing.assert_close(logits(ours, ids), logits(worn, ids), atol=2e-5, rtol=2e-5)
+    assert (logits(ours, ids) - logits(theirs(base), ids)).abs().max() > .1
+    whole, mine = worn.merge_and_unload().state_dict(), theirs(merged).state_dict()
+    for name, w in mine.items():                        # rounded once; the last bit of a sum may decide how
+        torch.testing.assert_close(w, whole[name], atol=1e-4, rtol=2 ** -8)
+        assert (w != whole[name].bfloat16()).float().mean() < .01, name
+
+    before, after, adapter = digests(base), digests(merged), load_adapter(world / "run" / "sft" / "checkpoint")[0]
+    touched = {name.rpartition(".")[0] + ".weight" for name in adapter}
+    assert before.keys() == after.keys() and {name for name in before if before[name] != after[name]} == touched
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
+
+    again = train(world, "run", "--lora_rank", 4, "--model", base)          # a finished stage, and what is asked later
+    shutil.rmtree(merged)
+    assert again.code == 0 and train(world, "run", "--lora_rank", 4, "--merge", "--model", base).code == 0
+    assert digests(merged) == after
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_adapter_is_a_start(world, rank):
+    """Training goes on from what it answers: as an adapter of the same base, or merged into all weights."""
+    ids, adapter = tiny.ids(2, 9), world / "run" / "sft" / "checkpoint"
+    assert train(world, "run", "--lora_rank", 4, "--model", world / "base").code == 0
+    trained, _, _ = policy.read(adapter)
+    cfg = sft.Config(model=str(adapter), lora_rank=rank, lora_alpha=8., max_prompt_tokens=12, max_new_tokens=8)
+    start = policy.fresh(cfg, "sft")
+    torch.testing.assert_close(logits(start, ids), logits(trained, ids), atol=2e-5, rtol=2e-5)
+    assert bool(start.role) == bool(rank) and cfg.checkpoint == world / "base"
+    assert start.trainable()
+    assert train(world, "on", "--lora_rank", rank, "--model", adapter).code == 0
+    on, cfg, _ = policy.read(world / "on" / "sft")
+    assert (logits(on, ids) - logits(trained, ids)).abs().max() > .05
+    if rank:
+        assert load_adapter(world / "on" / "sft" / "checkpoint")[1]["base_model_name_or_path"] == str(world / "base")
+        refused(train(world, "other", "--lora_rank", 2, "--model", adapter), 2, "--lora_rank 4 --lora_alpha 8")
+    else:
+        torch.testing.assert_close(logits(on, ids), logits(theirs(world / "on" / "sft" / "checkpoint"), ids),
+                                   atol=2e-5, rtol=2e-5)
+
+
+def test_a_start_that_covers_a_few_layers_is_completed_by_fresh_ones(world):
+    peft, ids = pytest.importorskip("peft"), tiny.ids(2, 9)
+    model = theirs(world / "base")
+    target = "c_attn" if model.config.model_type == "gpt2" else "v_proj"
+    worn = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target],
+                                                      fan_in_fan_out=target == "c_attn"))
+    for name, p in worn.named_parameters():
+        p.data += .1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * ("lora" in name)
+    worn.peft_config["default"].base_model_name_or_path = str(world / "base")
+    worn.save_pretrained(world / "few")
+    cfg = sft.Config(model=str(world / "few"), lora_rank=4, lora_alpha=8., max_prompt_tokens=12, max_new_tokens=8)
+    start = policy.fresh(cfg, "sft")
+    torch.testing.assert_close(logits(start, ids), logits(worn, ids), atol=2e-5, rtol=2e-5)
+    assert len(start.trainable()) == 2 * len(start.gpt.linears())
+
+
+def test_texts_longer_than_the_model_knows_are_refused(world):
+    result = train(world, "run", "--lora_rank", 4, "--model", world / "base", "--max_prompt_tokens", 60)
+    refused(result, 2, "knows 64 positions, but a prompt and its answer may take 68: lower --max_prompt_tokens")
+
+
+def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "checkpoint", lambda name: {"org/name@v1": tmp_path}[name])
+    assert resolve.__wrapped__("org/name@v1") == tmp_path and resolve.__wrapped__("barn") == BASE
+    assert resolve.__wrapped__(str(tmp_path / "no" / "such")) == tmp_path / "no" / "such"
+
+    def nothing(name):
+        raise InputError("no such repository")
+    monkeypatch.setattr(hub, "checkpoint", nothing)
+    with pytest.raises(InputError, match="there is no folder org/name; and on the hub: no such repository"):
+        resolve.__wrapped__("org/name")
+
+
+# --- python model.py ---------------------------------------------------------------------------------------
+
+@needs_checkpoints
+def test_stories_gives_its_known_answer():
+    result = command("model.py", CHECKPOINTS / "stories260K", "Once upon a time", "--temperature", 0,
+                     "--max_new_tokens", 70)
+    assert result.code == 0 and result.err == ""
+    assert result.out.startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red "
+        "ball. She wanted to play with it, but it was too high.")
+
+
+@pytest.mark.parametrize("flags, form", [
+    ((), "{}"), (("--form", "chat"), "{}"), (("--form", "alpaca"), None), (("--form", "text"), "plain")])
+def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
+    """Barn has a chat template, which is the default; n answers have numbers."""
+    result = command("model.py", "barn", "What do cows eat?", "--n", 3, "--seed", 5, "--max_new_tokens", 9, *flags)
+    text, base = Text(BASE), policy.read("barn")[0]
+    record = {"instruction": "What do cows eat?"}
+    if form is None:
+        text.template = None
+    ids = text.plain(record["instruction"]) if form == "plain" else text.prompt(record)
+    rows = sample(base, [ids], text.stops, 9, 1., 5, 3)
+    assert (result.code, result.err) == (0, "")
+    assert result.out == "".join(f"[{i}] {text.decode(row)}\n" for i, (_, row) in enumerate(rows, 1))
+
+
+@pytest.mark.parametrize("argv, said", [
+    (("barn",), "prompt"), (("nowhere/at all", "x"), "no config.json|no tokenizer"), (("barn", ""), "0 tokens"),
+    (("barn", "cow " * 300), "knows 256 positions"), (("barn", "x", "--n", 0), "--n is at least 1"),
+    (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--dtype", "float8"), "float8")])
+def test_a_look_that_is_not_possible_is_one_sentence(argv, said):
+    refused(command("model.py", *argv, *(("--form", "text") if len(argv) == 2 else ())), 2, said)
+
+
+# --- preferences that others have collected ----------------------------------------------------------------
+
+PAIRS = [{"instruction": "w1 w2", "input": "", "output_1": "w30", "output_2": "w40 w41", "preference": 2},
+         {"instruction": "w3", "input": "w4", "output_1": "w31", "output_2": "w42", "preference": 1},
+         {"instruction": "w5", "output_1": "w33", "output_2": "w33", "preference": 1},            # equal
+         {"instruction": "w5", "output_1": "w33", "output_2": "w34", "preference": 1.5}]          # a tie
+USER, GOOD, BAD = ({"role": role, "content": said} for role, said in (
+    ("user", "w1 w2"), ("assistant", "w40 w41"), ("assistant", "w30")))
+TRL = {"texts": {"prompt": "w1 w2", "chosen": "w40 w41", "rejected": "w30"},
+       "messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+       "a prompt inside": {"chosen": [USER, GOOD], "rejected": [USER, BAD]}}
+
+
+@pytest.fixture
+def farm_files(tmp_path, monkeypatch):
+    """AlpacaFarm's files as the hub would have left them."""
+    folder = tmp_path / "alpaca_farm"
+    files = {**sets.SPLITS, **sets.RELEASED}
+    for name, file in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        rows = PAIRS if name in sets.RELEASED else [
+            {"instruction": f"w{i} w{n}", "input": "", "output": f"{name} w{n}"} for i, n in enumerate(range(12))]
+        (folder / file).write_text(json.dumps(rows))
+    asked = []
+    monkeypatch.setattr(hub, "data_files", lambda repo, names: asked.append((repo, *names)) or folder)
+    sets.alpaca_farm.cache_clear()
+    yield asked
+    sets.alpaca_farm.cache_clear()
+
+
+def test_alpaca_farm_is_the_paper_s_own_splits(farm_files):
+    splits = sets.load("alpaca_farm")
+    assert list(splits) == ["sft", "preference", "unlabeled", "val", "eval"]
+    assert all(record["output"].startswith(split) for split, records in splits.items() for record in records)
+    assert sets.load("alpaca_farm", limit=3)["eval"][2]["instruction"] == "w2 w2"
+    assert farm_files == [("tatsu-lab/alpaca_farm", *sets.SPLITS.values())]        # once, all together
+
+
+def test_released_preferences_need_no_judge(farm_files, tmp_path):
+    toy.base(tmp_path)
+    for labels, used in (("", "human"), ("gpt4", "gpt4"), ("noisy", "noisy")):
+        cfg = toy.settings(tmp_path, "full", pairs.Config, data="alpaca_farm", judge="none", labels=labels)
+        pairs.run(cfg)
+        made, text = json.loads((cfg.dir() / "pairs.json").read_text()), toy.text(cfg)
+        assert farm_files[-1] == ("tatsu-lab/alpaca_farm", sets.RELEASED[used])
+        assert [(pair["instruction"], pair["preference"]) for pair in made] == [("w1 w2", 2), ("w3", 1)]
+        chosen, rejected = pairs.load_pairs(cfg, text)
+        assert [response for _, response in chosen] == [[40, 41, 0], [31, 0]]
+        assert [response for _, response in rejected] == [[30, 0], [42, 0]]
+    with pytest.raises(InputError, match="--judge none labels no pairs"):
+        toy.settings(tmp_path, "full", pairs.Config, judge="none")
+
+
+@pytest.mark.parametrize("form", TRL)
+def test_a_file_of_chosen_and_rejected_is_as_good(tmp_path, form):
+    with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
+        file.write(json.dumps(TRL[form]) + "\n")
+    assert sets.preferences(tmp_path / "pairs.jsonl.gz") == [PAIRS[0] | {
+        "output_1": "w40 w41", "output_2": "w30", "preference": 1}]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"instruction": "x", "output_1": "a", "preference": 1}, "row 1 has no text under output_2"),
+    ({**PAIRS[0], "preference": "2"}, "row 1 has no number under 'preference'"),
+    ({"chosen": "a", "rejected": "b"}, "row 1: expected a prompt"),
+    ({"prompt": [USER, GOOD, USER], "chosen": [GOOD], "rejected": [BAD]}, "row 1: .*one turn"),
+    ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "w9"}, BAD]}, "row 1: .*the same prompt"),
+    ({"prompt": "x", "chosen": [{"role": "assistant"}], "rejected": "b"}, "row 1: expected a prompt"),
+    ([], "row 1 is no record")])
+def test_a_malformed_pair_is_named(tmp_path, row, said):
+    (tmp_path / "pairs.json").write_text(json.dumps([PAIRS[0], row]))
+    with pytest.raises(InputError, match=f"pairs.json: {said}"):
+        sets.preferences(tmp_path / "pairs.json")
+    (tmp_path / "pairs.json").write_text(json.dumps(PAIRS[2:]))
+    with pytest.raises(InputError, match="no pair of different answers"):
+        sets.preferences(tmp_path / "pairs.json")
