@@ -28,7 +28,7 @@ def frequencies(rope, dim):
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    kept = 1 - ((torch.arange(dim // 2) - low) / max(high - low, .001)).clamp(0, 1)
+    kept = 1 - ((torch.arange(dim // 2) - low) / (high - low or .001)).clamp(0, 1)
     above, below = rope.get("mscale"), rope.get("mscale_all_dim")
     above, below = (above, below) if above and below else (1, 0)
     log = .1 * math.log(max(factor, 1))

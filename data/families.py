@@ -80,19 +80,19 @@ def fields(config):
     family = config.get("model_type")
     require("model_type", family, DEFAULTS)
     words = WORDS.get(family, {})
+    said = {ours: theirs for theirs, ours in words.items()}         # which words of the others it does not know
     own = {f"{module}_{family}" for module in ("configuration", "modeling")}    # before transformers had the family
     for place in (config.get("auto_map") or {}).values():
         require("auto_map", place, (), isinstance(place, str) and place.partition(".")[0] in own)
     c = {"max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4,
          **DEFAULTS[family],
-         **{words.get(key, key): value for key, value in config.items() if value is not None}}
+         **{words.get(key, key): value for key, value in config.items() if value is not None and key not in said}}
     if "sliding_window" in config:
         c["sliding_window"] = config["sliding_window"]              # null: none
     for key, plain in PLAIN.items():
         require(key, c.get(key, plain), (plain,))
     if family == "gemma" and c["hidden_act"] == "gelu":
         c["hidden_act"] = "gelu_pytorch_tanh"                       # what it means in the first files of that family
-    said = {ours: theirs for theirs, ours in words.items()}
     require(said.get("hidden_act", "hidden_act"), c["hidden_act"], ACTIVATIONS)
     if family == "gpt2":
         c.setdefault("intermediate_size", 4 * c.get("hidden_size", 0))
@@ -158,7 +158,7 @@ def layer_types(c, family):
     if family not in ("mistral", "phi3"):
         kinds = c.get("layer_types", kinds)
     for kind in kinds:
-        require("layer_types", kind, ("full_attention", "sliding_attention"))
+        require("layer_types", kind, ("full_attention", "sliding_attention")[:1 + (family in SLIDES)])
     return kinds
 
 
@@ -187,7 +187,10 @@ def read_ropes(c, family):
         if wrong:
             raise ValueError(f"of RoPE, missing or not a number above 0: {', '.join(wrong)}")
         ropes.append(rope)
-    rotary_dim = int(c["head_dim"] * ropes[0].get("partial_rotary_factor", c.get("partial_rotary_factor", 1)))
+    part = ropes[0].get("partial_rotary_factor", c.get("partial_rotary_factor", 1))
+    if family not in ("gpt_neox", "phi3"):
+        require("partial_rotary_factor", part, (1,))
+    rotary_dim = int(c["head_dim"] * part)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"RoPE turns {rotary_dim} numbers of each head, which is not even")
     return tuple(ropes), rotary_dim

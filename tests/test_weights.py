@@ -972,14 +972,14 @@ def merging(tmp_path, tensors, modules, size=(4, 4), value=1., **options):
 def test_a_merge_lists_all_that_does_not_fit(tmp_path):
     base, folder = merging(tmp_path, {
         "a.good.weight": torch.zeros(4, 6), "a.turned.weight": torch.zeros(6, 4), "flat.weight": torch.zeros(24),
-        "a.int.weight": torch.zeros(4, 6).to(torch.int8), "a.small.weight": torch.zeros(4, 6).to(torch.float8_e4m3fn),
+        "a.int.weight": torch.zeros(4, 6).to(torch.int32), "a.small.weight": torch.zeros(4, 6).to(torch.float8_e4m3fn),
     }, ["a.good", "a.turned", "b.flat", "a.int", "a.small", "a.lost", "last"], size=(4, 6))
     with pytest.raises(WeightsError) as error:
         merge(tmp_path / "merged", folder, base)
     wanted = "should be floating point [4, 6])"
     assert str(error.value) == (
         f"{base}: these tensors do not fit the adapter {folder}; missing: a.lost.weight, last.weight; "
-        f"wrong: a.int.weight (is torch.int8 [4, 6], {wanted}, "
+        f"wrong: a.int.weight (is torch.int32 [4, 6], {wanted}, "
         f"a.small.weight (is torch.float8_e4m3fn [4, 6], {wanted}, "
         f"a.turned.weight (is torch.float32 [6, 4], {wanted}, flat.weight (is torch.float32 [24], {wanted}")
     assert not (tmp_path / "merged").exists()
@@ -1014,8 +1014,10 @@ def test_a_merge_takes_the_place_of_an_older_one_but_never_of_its_base_or_adapte
 def test_a_merge_holds_one_tensor_of_the_base_at_a_time(tmp_path, maps):
     made, live = maps
     base, folder = merging(tmp_path, {f"{i}.weight": torch.zeros(4, 4) for i in range(9)}, ["3", "5"])
+    index_of(base, {"left": "from-an-older-save.safetensors"})      # nobody reads it beside model.safetensors
     made.clear()
     merge(tmp_path / "merged", folder, base)
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == ["config.json", "model.safetensors"]
     assert max(alive for alive, _ in made) == 1 and not live
     assert changed(base, tmp_path / "merged") == {"3.weight", "5.weight"}
 
