@@ -65,7 +65,7 @@ def stage(name, cfg, binding, ids):
     An id stands for all that made a result: the settings and the ids of the stages that were needed.
     """
     module, folder = load(name), cfg.dir()
-    settings = {k: v for k, v in asdict(cfg).items() if k not in config.ELSEWHERE}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in config.ELSEWHERE} | {"revision": cfg.revision}
     needs = {need: ids[need] for need in module.NEEDS}
     id = hashlib.sha256(json.dumps([settings, needs], sort_keys=True).encode()).hexdigest()[:16]
     there = read_json(folder / "config.json")
@@ -73,7 +73,7 @@ def stage(name, cfg, binding, ids):
         raise InputError(f"{folder} holds something else than a stage of a run: choose another --out")
     if (folder / "result.json").exists():
         differ = [f"{k} is {there.get(k)!r} there and {settings[k]!r} here" for k in settings
-                  if k in binding and there.get(k) != settings[k]]
+                  if (k in binding or k == "revision") and there.get(k) != settings[k]]
         differ += [f"its {need} has been made anew since" for need in needs if there["needs"].get(need) != needs[need]]
         if differ:
             raise InputError(f"{folder} is finished with other settings ({'; '.join(differ)}): choose another --out, "

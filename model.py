@@ -349,6 +349,7 @@ class GPT(nn.Module):
         embeddings (..., D), and for each kind of RoPE, and for none, what rotate() needs."""
         c = self.config
         if pos is None:
+            assert not c.learned_positions or ids.shape[-1] <= c.max_position_embeddings, "longer than what is known"
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
         if c.scaled_embedding:                  # by a number that is rounded as the weights are, or Gemma is not itself

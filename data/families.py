@@ -170,6 +170,8 @@ def read_ropes(c, family):
     given = c.get("rope_scaling") or c.get("rope_parameters") or {}
     kinds = [given]
     if family == "gemma3_text":
+        if c.get("rope_parameters") and not {"full_attention", "sliding_attention"} & c["rope_parameters"].keys():
+            raise ValueError("rope_parameters must be those of full_attention and those of sliding_attention")
         kinds = [given.get("full_attention", {} if "sliding_attention" in given else given),
                  given.get("sliding_attention") or {"rope_theta": c["rope_local_base_freq"]}]
     ropes = []

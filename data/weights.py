@@ -353,12 +353,13 @@ def _absent(folder, wanted):
 
 # -- PEFT folders ----------------------------------------------------------------------------------------------------
 
-def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_out=False):
+def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_out=False, revision=None):
     """Write LoRA tensors, `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank), as a folder that
-    PEFT loads onto the model `base`; fan_in_fan_out where its weights are (in, out), as GPT-2's. An adapter folder in
-    its place is replaced as a whole."""
+    PEFT loads onto the model `base` at a revision of the hub; fan_in_fan_out where its weights are (in, out), as
+    GPT-2's. An adapter folder in its place is replaced as a whole."""
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "revision": revision, "r": rank,
         "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
         "fan_in_fan_out": fan_in_fan_out, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
     }

@@ -108,18 +108,24 @@ class Config:
 
     @property
     def base(self):
-        """What --model, or the base of the adapter that it is, is called."""
+        """What --model, or the model that it is an adapter of, is called: a path, or a name on the hub."""
         if self.adapter is None:
             return self.model if self.model != "barn" else str(BASE)
-        name = read_json(self.adapter / "adapter_config.json").get("base_model_name_or_path")
+        adapter = read_json(self.adapter / "adapter_config.json")
+        name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
         if not isinstance(name, str) or not name:
             raise InputError(f"{self.model}: its adapter_config.json does not say which model it adapts")
-        return name
+        return f"{name}@{revision}" if revision and not Path(name).exists() else name
 
     @property
     def checkpoint(self):
         """The folder of the base checkpoint."""
         return resolve(self.base)
+
+    @property
+    def revision(self):
+        """The commit of a base checkpoint that came from the hub."""
+        return self.checkpoint.name if self.checkpoint.parent.name == "snapshots" else ""
 
 
 def helps(cls):
@@ -156,10 +162,11 @@ def build(cls, given):
 
 
 def provenance(cfg):
-    """What config.json keeps beside the options: versions and the commit."""
+    """What config.json keeps beside the options: versions, our commit, and that of a model from the hub."""
     commit = ""
     if shutil.which("git"):
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=BASE, capture_output=True, text=True)
         commit = git.stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, tokenizers, requests, numpy)}
-    return {**asdict(cfg), "commit": commit, "versions": {"python": platform.python_version(), **versions}}
+    return {**asdict(cfg), "revision": cfg.revision, "commit": commit,
+            "versions": {"python": platform.python_version(), **versions}}

@@ -207,8 +207,9 @@ def save(policy, cfg):
     folder = cfg.dir() / "checkpoint"
     if policy.role:
         rank, alpha = policy.size()
-        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), cfg.base,
-                             policy.gpt.config.transposed)
+        base = cfg.base.partition("@")[0] if cfg.revision else cfg.base
+        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
+                             policy.gpt.config.transposed, cfg.revision or None)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
         config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
         weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.checkpoint)
@@ -248,7 +249,7 @@ def read(path, device="", int8=False, dtype=""):
     if (folder / "head.safetensors").exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     adapted = (folder / "adapter_config.json").exists()
-    base = settings["model"] if settings and adapted else str(folder)
+    base = "barn" if settings.get("model") == "barn" and adapted else str(folder)    # wherever that lies by now
     cfg = Config(model=base, device=device, int8=int8, dtype=dtype)
     gpt = load_base(cfg)
     return put_on(gpt, "worn", folder) if adapted else Policy(gpt), cfg, settings

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from data import InputError
 from model import causal
 from rlhf.policy import pack
 from rlhf.update import micro_batches
@@ -64,7 +65,10 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     without one. slots 0: as many as fit. graph: on CUDA, replay a captured step.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
-    longest = max(map(len, prompts)) + max(limits)
+    longest, c = max(map(len, prompts)) + max(limits), policy.gpt.config
+    if c.learned_positions and longest > c.max_position_embeddings:
+        raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has learned "
+                         f"{c.max_position_embeddings} positions: lower --max_new_tokens")
     slots = min(slots or fitting(policy.gpt, longest), len(limits))
     share = min(n, slots)                               # rows that share one prefill
     waiting = deque(sorted(((prompt, range(i * n + j, i * n + min(j + share, n)))

@@ -19,8 +19,17 @@ PROMPTS = tiny.texts([3, 9, 1, 5, 40, 2, 7, 30, 11, 4], vocab=500)
 ROWS = [(prompt, answer) for prompt, answer in zip(PROMPTS, tiny.texts([20, 7, 1, 33, 9, 15, 3, 8, 2, 40], 90, 500))]
 
 
-def on_gpu(kind, dtype=torch.float32):
-    model = tiny.policy(kind, **SHAPE)
+FAMILIES = {  # what is not Llama's, several at a time
+    "windows": {"windows": (0, 9), "norm": "rms+1", "qk_norm": "head", "norm_after": True, "scaled_embedding": True},
+    "gpt2": {"norm": "layer", "gated": False, "fused_qkv": "rows", "learned_positions": True, "ropes": (),
+             "layer_ropes": (-1, -1), "hidden_act": "gelu_tanh", "num_key_value_heads": 4},
+    "neox": {"norm": "layer", "gated": False, "fused_qkv": "heads", "rotary_dim": 8, "parallel_residual": True,
+             "hidden_act": "gelu", "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def on_gpu(kind, dtype=torch.float32, **changes):
+    model = tiny.policy(kind, **SHAPE | changes)
     model.gpt.to("cuda", dtype)
     if kind == "lora":
         for p in model.gpt.adapter("sft").values():
@@ -40,9 +49,21 @@ def test_a_captured_step_samples_what_an_eager_one_does(kind, dtype, slots):
     assert eager == graph == again
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_greedy_answers_equal_a_full_forward_pass_per_token(kind):
-    model = on_gpu(kind)
+def test_other_families_are_captured_and_trained_as_well(kind, family):
+    model, limits = on_gpu(kind, **family), [5 + 13 * i % 150 for i in range(20)]
+    eager, graph = (rollout.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, 8, graph) for graph in (False, True))
+    assert eager == graph
+    there, here = (token_logps(m, *pack(ROWS, device)).sum() for m, device in (
+        (model, "cuda"), (tiny.policy(kind, **SHAPE | family), "cpu")))
+    torch.testing.assert_close(there.cpu(), here, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [{}, *FAMILIES.values()], ids=["llama", *FAMILIES])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
+    model = on_gpu(kind, **family)
     for prompt, response in rollout.sample(model, PROMPTS, [500], 12, temperature=0, slots=4):
         with model.gpt.wear(model.role), torch.no_grad():
             logits = model.gpt(torch.tensor([prompt + response], device="cuda"))[0, len(prompt) - 1:-1]

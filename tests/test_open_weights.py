@@ -152,6 +152,30 @@ def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(monkeypatch, tmp_path)
         resolve.__wrapped__("org/name")
 
 
+def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkeypatch):
+    """The adapter names its base as PEFT does, with the revision; a run does not go on with another one."""
+    commits = [str(i) * 40 for i in (1, 2)]
+    for commit in commits:
+        shutil.copytree(world / "base", world / "snapshots" / commit)
+    asked, heads = [], list(commits)
+
+    def checkpoint(name):
+        asked.append(name)
+        return world / "snapshots" / (name.partition("@")[2] or heads[0])
+    monkeypatch.setattr(hub, "checkpoint", checkpoint)
+    resolve.cache_clear()
+    assert train(world, "run", "--lora_rank", 4, "--model", "org/name").code == 0
+    adapter = load_adapter(world / "run" / "sft" / "checkpoint")[1]
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/name", commits[0])
+    assert json.loads((world / "run" / "sft" / "config.json").read_text())["revision"] == commits[0]
+    assert asked == ["org/name"]
+    heads.pop(0)
+    resolve.cache_clear()
+    assert policy.read(world / "run" / "sft")[1].checkpoint.name == commits[0] and asked[-1] == f"org/name@{commits[0]}"
+    refused(train(world, "run", "--lora_rank", 4, "--model", "org/name"), 2, f"revision is '{commits[0]}' there")
+    resolve.cache_clear()
+
+
 # --- python model.py ---------------------------------------------------------------------------------------
 
 @needs_checkpoints

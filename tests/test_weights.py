@@ -734,7 +734,7 @@ def test_our_adapter_comes_back_as_it_was(tmp_path, llama):
     assert same(back, tensors) and list(tmp_path.iterdir()) == [tmp_path / "adapter"]
     assert config == {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6, "lora_dropout": 0,
-        "base_model_name_or_path": "org/base", "target_modules": sorted(TARGETS), "bias": "none",
+        "base_model_name_or_path": "org/base", "revision": None, "target_modules": sorted(TARGETS), "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "modules_to_save": None}
 
 
