@@ -16,7 +16,7 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError, hub
+from data import InputError, Refusal, hub
 from data.text import read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
@@ -39,12 +39,14 @@ def resolve(name):
     """The folder of a checkpoint: barn, a path, or a name on the hub, downloaded if it is not there yet."""
     if name == "barn":
         return BASE
-    if Path(name).exists() or not hub.REPO.fullmatch(name.partition("@")[0]):
+    if Path(name).exists():
         return Path(name)
+    if not hub.REPO.fullmatch(name.partition("@")[0]):
+        raise InputError(f"there is no folder {name}")
     try:
         return hub.checkpoint(name)
-    except InputError as error:
-        raise InputError(f"there is no folder {name}; and on the hub: {error}") from None
+    except Refusal as error:
+        raise type(error)(f"there is no folder {name}, and as a name on the hub: {error}") from None
 
 
 @dataclass

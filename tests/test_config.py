@@ -94,11 +94,11 @@ def test_an_int8_base_cannot_be_trained_itself():
     assert Config(int8=True, lora_rank=4).int8
 
 
-def test_the_preset_follows_the_model():
+def test_the_preset_follows_the_model(tmp_path):
     assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
-    other = build(Knobs, {"model": "./some/folder"})
+    other = build(Knobs, {"model": str(tmp_path)})
     assert (other.preset, other.lr, other.lora_rank) == ("24gb", 1e-5, 16)
-    assert str(other.checkpoint) == "some/folder"
+    assert other.checkpoint == tmp_path
     assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4
     assert build(Knobs, {}).checkpoint == config.BASE
 

@@ -143,13 +143,16 @@ def test_texts_longer_than_the_model_knows_are_refused(world):
 def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "checkpoint", lambda name: {"org/name@v1": tmp_path}[name])
     assert resolve.__wrapped__("org/name@v1") == tmp_path and resolve.__wrapped__("barn") == BASE
-    assert resolve.__wrapped__(str(tmp_path / "no" / "such")) == tmp_path / "no" / "such"
-
-    def nothing(name):
-        raise InputError("no such repository")
-    monkeypatch.setattr(hub, "checkpoint", nothing)
-    with pytest.raises(InputError, match="there is no folder org/name; and on the hub: no such repository"):
-        resolve.__wrapped__("org/name")
+    assert resolve.__wrapped__(str(tmp_path)) == tmp_path
+    for error in InputError, hub.HubError:
+        def nothing(name, error=error):
+            raise error("no such repository")
+        monkeypatch.setattr(hub, "checkpoint", nothing)
+        with pytest.raises(error, match="no folder org/name, and as a name on the hub: no such repository"):
+            resolve.__wrapped__("org/name")
+        for path in (str(tmp_path / "none"), "./none", "../none", "a/b/c", "-x"):
+            with pytest.raises(InputError, match=f"there is no folder {path}$"):
+                resolve.__wrapped__(path)
 
 
 def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkeypatch):
@@ -204,7 +207,7 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (("barn",), "prompt"), (("nowhere/at all", "x"), "no config.json|no tokenizer"), (("barn", ""), "0 tokens"),
+    (("barn",), "prompt"), (("nowhere/at all", "x"), "there is no folder nowhere/at all"), (("barn", ""), "0 tokens"),
     (("barn", "cow " * 300), "knows 256 positions"), (("barn", "x", "--n", 0), "--n is at least 1"),
     (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--dtype", "float8"), "float8")])
 def test_a_look_that_is_not_possible_is_one_sentence(argv, said):

@@ -491,7 +491,7 @@ def test_the_command_says_its_url_and_ends_quietly_with_ctrl_c():
 def test_a_command_that_cannot_serve_says_why_in_a_sentence(run, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused(command("serve.py", "barn", "--port", taken.getsockname()[1]), 2, "cannot listen on port", "in use")
-    refused(command("serve.py", tmp_path / "nothing", "--port", 0), 2, "nothing: no config.json")
+    refused(command("serve.py", tmp_path / "nothing", "--port", 0), 2, "there is no folder .*nothing")
     refused(command("serve.py", run.out, "--port", 0), 2, "is a whole run", "reward|sft")
     refused(command("serve.py", run.dir().parent / "reward" / "checkpoint", "--port", 0), 2, "reward model")
     refused(command("serve.py", "barn", "--slots", -1), 2, "not negative")
