@@ -22,15 +22,14 @@ from pathlib import Path
 # Without that two threads are hardly faster than one; spinning three times as long, the default, only heats the room.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
-import torch  # noqa: E402
 
 import annotate  # noqa: E402
 import eval  # noqa: E402
-from data import InputError, OutOfMemory, Refusal, run, sets  # noqa: E402
+from data import InputError, run, sets  # noqa: E402
 from data.barn.reward import true_reward  # noqa: E402
 from data.text import read_json  # noqa: E402
 from rlhf import config, methods, policy  # noqa: E402
-from rlhf.update import peak_gb  # noqa: E402
+from rlhf.update import peak_gb, plainly  # noqa: E402
 
 
 def load(name):
@@ -92,7 +91,7 @@ def stage(name, cfg, binding, ids):
     metrics = module.run(cfg)
     seconds = time.perf_counter() - start
     (folder / "result.json").write_text(json.dumps({"seconds": seconds, "metrics": metrics}, indent=1))    # last
-    shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None)
     print(f"== {name}: done in {seconds:.0f} s ({shown})", flush=True)
     return id
 
@@ -140,6 +139,8 @@ def main(argv):
     shared = {k: v for k, v in given[args.method].items() if k in common}
     configs = {name: config.build(load(name).Config, {**shared, **given.get(name, {})}) for name in stages}
     cfg, start = configs[args.method], time.perf_counter()
+    if getattr(configs.get("pairs"), "labels", "judge") != "judge":
+        sets.preferences(configs["pairs"].labels)
     sets.load(cfg.data, cfg.eval_data, cfg.limit)   # what is wrong with the files or with the judge shows now,
     if cfg.judge != "none":
         with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:   # not after an hour of training
@@ -150,8 +151,9 @@ def main(argv):
     for name in stages:                             # a stage that is only needed may have been tuned by its own command
         binding = asdict(configs[name]) if name == args.method else common | given.get(name, {}).keys()
         ids[name] = stage(name, configs[name], binding, ids)
-    if cfg.merge and (folder := policy.merge(cfg)):
-        print(f"the adapter, merged into its base: {folder}")
+    if cfg.merge:
+        merged = policy.merge(cfg)
+        print(f"the adapter, merged into its base: {merged}" if merged else f"{cfg.dir()} has no adapter to merge")
     if cfg.judge == "none":
         said = f"answers that nobody has judged are in {cfg.dir()}: eval.py has them judged, serve.py lets you ask"
     else:
@@ -160,17 +162,12 @@ def main(argv):
     print(f"\n{said}\n\n{time.perf_counter() - start:.0f} s, {peak_gb():.2f} GB; everything is in {cfg.out}")
 
 
-def within_memory(argv):
-    """main(), with what torch and the numbers may raise said for the user."""
-    try:
+def plain(argv):
+    """main(), and what may go wrong in it said in a sentence."""
+    with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
+                 "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
         main(argv)
-    except FloatingPointError as error:
-        raise Refusal(error) from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise OutOfMemory(f"out of memory (peak {peak_gb():.1f} GB); finished stages are kept. Try, in this order: a "
-                          "lower --micro_batch_tokens, --checkpointing, fewer --slots, a lower --max_new_tokens, "
-                          "--int8 (with adapters), a smaller model") from None
 
 
 if __name__ == "__main__":
-    run(within_memory, "farm.py", "finished stages are kept, and the same command goes on after them")
+    run(plain, "farm.py", "finished stages are kept, and the same command goes on after them")

@@ -24,13 +24,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import families
-from data.weights import WeightsError, assign, load_weights
+from data.weights import WeightsError, assign, check, load_weights
 from lora import LoRALinear, Together
 from rope import frequencies, rotate
 
 # PyTorch might prefer cuDNN's attention, which makes a plan for every new shape; ours change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+# Only the kernel of these cards, for 16 bits and without a mask, reads grouped keys and values as they are; what torch
+# falls back to holds B x H x T x T.
+FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -111,11 +114,12 @@ def norm(c, size, there=True):
 def causal(q, k, v, window=0):
     """Rows (B, T, heads, hd) from their first token on: each token sees itself and those before it, `window` in all."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, heads, T, hd)
-    mask, T = None, q.shape[2]
+    mask, T, groups = None, q.shape[2], q.shape[1] // k.shape[1]
     if 0 < window < T:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    if groups > 1 and q.is_cuda and not (FLASH and mask is None and q.dtype != torch.float32):
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1).transpose(1, 2)
 
 
 class Packing:
@@ -189,18 +193,18 @@ def places(x, where):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        D, F = c.hidden_size, c.intermediate_size
+        D, inner = c.hidden_size, c.intermediate_size
         self.act, self.fused = ACTIVATIONS[c.hidden_act], c.fused_gate_up
         if self.fused:
-            self.gate_up_proj = LoRALinear(D, 2 * F, c.mlp_bias)
+            self.gate_up_proj = LoRALinear(D, 2 * inner, c.mlp_bias)
             self.gate_up = Together(self.gate_up_proj)
         elif c.gated:
-            self.gate_proj, self.up_proj = LoRALinear(D, F, c.mlp_bias), LoRALinear(D, F, c.mlp_bias)
+            self.gate_proj, self.up_proj = LoRALinear(D, inner, c.mlp_bias), LoRALinear(D, inner, c.mlp_bias)
             self.gate_up = Together(self.gate_proj, self.up_proj)
         else:
-            self.up_proj = LoRALinear(D, F, c.mlp_bias)
+            self.up_proj = LoRALinear(D, inner, c.mlp_bias)
             self.gate_up = Together(self.up_proj)
-        self.down_proj = LoRALinear(F, D, c.mlp_bias)
+        self.down_proj = LoRALinear(inner, D, c.mlp_bias)
         self.down = Together(self.down_proj)
 
     def forward(self, x, role):
@@ -401,18 +405,19 @@ def load(folder, device="cpu", dtype=torch.float32):
         raise WeightsError(f"{path}: {error}") from None
     with torch.device("meta"):
         gpt = GPT(config)
-    gpt = gpt.to(dtype).to_empty(device=device)
-    gpt.adjoin()
-    own, loaded = gpt.weights(), load_weights(folder)
+    names, loaded = gpt.weights().keys(), load_weights(folder)
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
     if not any(name.startswith(prefix) for name in loaded):             # saved without its head, as GPT-2 was
         loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}
-    for name in [name for name in loaded if name not in own and families.BUFFERS.search(name)]:
+    for name in [name for name in loaded if name not in names and families.BUFFERS.fullmatch(name)]:
         del loaded[name]
     if config.tie_word_embeddings and head in loaded:                   # some files hold the tied head twice
         if not torch.equal(loaded.pop(head), loaded.get(gpt.name("model.embed_tokens.weight"), torch.empty(0))):
             raise WeightsError(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
-    assign(own, loaded, str(folder))
+    check(gpt.weights(), loaded, str(folder))                           # before memory is taken
+    gpt = gpt.to(dtype).to_empty(device=device)
+    gpt.adjoin()
+    assign(gpt.weights(), loaded, str(folder))
     return gpt.requires_grad_(False)
 
 

@@ -23,12 +23,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 
-from data import InputError, OutOfMemory, run, underscored
+from data import InputError, run, underscored
 from data.text import Text
 from rlhf.policy import read
 from rlhf.rollout import fitting
+from rlhf.update import plainly
 from serving.protocol import TOP, Refused, read_request, speller
 from serving.writer import Standing, Writer
 
@@ -177,15 +177,15 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0, name="", device="", int8=False,
-            graph=True):
+def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0, name="", device="", dtype="",
+            int8=False, graph=True):
     """Serve a checkpoint for the length of a with block; yields the base URL. port 0: any that is free."""
     try:
         server = Server((host, port), Handler)
     except OSError as error:
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
-        policy, cfg, settings = read(path, device, int8)
+        policy, cfg, settings = read(path, device, int8, dtype)
         server.text, longest = Text(cfg.checkpoint), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
@@ -215,6 +215,7 @@ def parse(argv):
     add("--max_new_tokens", type=int, default=0, help="longest answer if a request does not say [300; a run's own]")
     add("--name", default="", help="what the model is called [its path]")
     add("--device", default="", help="cpu or cuda [cuda where there is one]")
+    add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
     add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
     add("--no_graph", dest="graph", action="store_false", help="on a GPU, do without captured decoding steps")
     args = parser.parse_args(underscored(argv))
@@ -226,16 +227,12 @@ def parse(argv):
 def main(argv):
     args = parse(argv)
     try:
-        with serving(**vars(args)) as url:
+        with plainly("try fewer --slots, a lower --context, --int8"), serving(**vars(args)) as url:
             gc.freeze()                                 # or each search for garbage halts all for a third of a second
             print(f"OPENAI_BASE_URL={url}", flush=True)
             threading.Event().wait()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:        # on CPUs, torch has no exception of its own for it
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemory("out of memory; try fewer --slots, a lower --context, --int8") from None
 
 
 if __name__ == "__main__":

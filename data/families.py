@@ -57,7 +57,7 @@ NAMES = {
                  "self_attn": "attention", "qkv_proj": "query_key_value", "o_proj": "dense",
                  "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h", "lm_head": "embed_out"},
 }
-BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq")      # that old files keep as tensors
+BUFFERS = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")      # that old files keep as tensors
 PLAIN = {  # keys that change the mathematics, and the one value that is computed; absent and null are fine as well
     **dict.fromkeys(("quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
                      "num_experts", "num_local_experts")),
@@ -124,7 +124,7 @@ def fields(config):
         "query_scale": c.get("query_pre_attn_scalar", 0),
         "windows": tuple(window if slides[i] else 0 for i in layers),
         "ropes": ropes, "rotary_dim": rotary_dim,
-        "layer_ropes": tuple((len(ropes) > 1 and slides[i]) + 0 if ropes and turns(c, i) else -1 for i in layers),
+        "layer_ropes": tuple(int(len(ropes) > 1 and slides[i]) if ropes and turns(c, i) else -1 for i in layers),
         "names": NAMES.get(family, LLAMA_NAMES), **FIELDS[family],
     }
 

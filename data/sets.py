@@ -108,13 +108,13 @@ def preferences(source):
                 raise InputError(f"{path}: row {i}: {error}") from None
         if missing := [key for key in ("instruction", "output_1", "output_2") if not isinstance(record.get(key), str)]:
             raise InputError(f"{path}: row {i} has no text under {', '.join(missing)}")
-        if not isinstance(record.get("preference"), (int, float)):
+        if type(record.get("preference")) not in (int, float):
             raise InputError(f"{path}: row {i} has no number under 'preference'")
         pairs.append({"input": "", **record})
-    pairs = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
-    if not pairs:
+    kept = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
+    if not kept:
         raise InputError(f"{path}: no pair of different answers with preference 1 or 2")
-    return pairs
+    return kept
 
 
 def from_trl(record):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from data import InputError
+from data.hub import INDEX, SHARD
 
 # In the order in which the official library sorts the tensors of a file, so that both write the same bytes.
 DTYPES = {
@@ -39,7 +40,7 @@ STRANGERS = {
     rb"PK\x03\x04": "a zip, as torch.save writes: its pickle can run code, so it is never loaded; take safetensors",
     rb"\x80[\x02-\x05][^\x00]": "a pickle: it can run code, so it is never loaded; take the model as safetensors",
 }
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
                    "added_tokens.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 # PEFT options, and the values that make an adapter one number times B @ A on top of an unchanged base model.
@@ -84,7 +85,8 @@ class Place(NamedTuple):
 
 
 class Mapped(UserDict):
-    """Tensors by name, each mapped anew when it is looked up: who holds one at a time has one in memory.
+    """Tensors by name, each mapped anew when it is looked up: who holds one at a time has one in memory, and one open
+    file (a thousand may be more than a process is allowed).
     Behind it, in `data`, are the places by name: to delete or rename some touches no tensor."""
 
     def __getitem__(self, name):
@@ -233,7 +235,7 @@ def load_weights(folder):
     if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{index}: its weight_map must map the tensors to files")
     for shard in shards.values():                   # from a download: it must not lead out of the folder
-        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", shard):
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise WeightsError(f"{index}: {shard!r:.99} is not the plain name of a safetensors file")
     held = {shard: _header(folder / shard)[2] for shard in sorted(set(shards.values())) if (folder / shard).exists()}
     missing = [f"the file {shard}" for shard in sorted({*shards.values()} - {*held})]
@@ -243,21 +245,28 @@ def load_weights(folder):
     return Mapped({name: held[shard][name] for name, shard in shards.items()})
 
 
-@torch.no_grad()
-def assign(module_state, loaded, where):
-    """Copy each loaded tensor into the tensor of that name in `module_state`, in place and cast to its dtype.
-    Strict: before any copy, one WeightsError lists all that are missing, unexpected or misshaped; after the last, one
-    lists all that are not finite as they arrived. `where`, the file or folder they came from, opens its message."""
-    misfit = f"{where}: these tensors do not fit the model"
+def check(module_state, loaded, where):
+    """One WeightsError lists all loaded tensors that are missing, unexpected or misshaped for `module_state`, which may
+    be on no device yet. `where`, the file or folder they came from, opens its message."""
     shapes = {name: list(loaded[name].shape) for name in loaded}            # looking one up reads none of it
     wanted = {name: list(tensor.shape) for name, tensor in module_state.items()}
-    _refuse(misfit, {
+    _refuse(f"{where}: these tensors do not fit the model", {
         "missing": [name for name in wanted if name not in shapes],
         "unexpected": [name for name in shapes if name not in wanted],
         "misshaped": [f"{name} (is {shapes[name]}, should be {shape})" for name, shape in wanted.items()
-                      if name in shapes and shapes[name] != shape]})
+                      if name in shapes and shapes[name] != shape],
+        "no floating point": [f"{name} (is {loaded[name].dtype})" for name, tensor in module_state.items()
+                              if name in shapes and tensor.is_floating_point() > loaded[name].is_floating_point()]})
+
+
+@torch.no_grad()
+def assign(module_state, loaded, where):
+    """Copy each loaded tensor into the tensor of that name in `module_state`, in place and cast to its dtype, once they
+    pass check(). After the last, one WeightsError lists all that are not finite as they arrived."""
+    check(module_state, loaded, where)
     finite = {name: _copy(tensor, loaded[name]) for name, tensor in module_state.items()}
-    _refuse(misfit, {"not finite": [f"{name} (as {module_state[name].dtype})" for name in finite if not finite[name]]})
+    _refuse(f"{where}: these tensors do not fit the model", {
+        "not finite": [f"{name} (as {module_state[name].dtype})" for name in finite if not finite[name]]})
 
 
 def _copy(target, source):

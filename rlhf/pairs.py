@@ -59,7 +59,7 @@ def released(cfg):
     for pair in (pairs := text.fitting(pairs, cfg.max_prompt_tokens)):
         for i in "12":
             pair[f"ids_{i}"] = text.example(pair, pair[f"output_{i}"])[1][:cfg.max_new_tokens]   # may lose its EOS
-    return pairs
+    return [pair for pair in pairs if pair["ids_1"] != pair["ids_2"]]
 
 
 def label(cfg):
@@ -72,14 +72,13 @@ def label(cfg):
     with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:
         pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
-    pairs = [pair for pair in pairs if pair["preference"] in (1, 2)]
-    if not pairs:
-        raise InputError("no pair of different answers got a usable preference: raise --limit or --temperature")
-    return pairs
+    return [pair for pair in pairs if pair["preference"] in (1, 2)]
 
 
 def run(cfg):
     pairs = label(cfg) if cfg.labels == "judge" else released(cfg)
+    if not pairs:
+        raise InputError("no pair of different answers has a usable preference: raise --limit or --temperature")
     (cfg.dir() / "pairs.json").write_text(json.dumps(pairs, indent=1))
     return {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
 

@@ -5,6 +5,7 @@ The alignment rule of the whole project: rows are right-padded prompt + response
 """
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -196,8 +197,8 @@ def fresh(cfg, role):
     if not cfg.lora_rank:
         gpt.merge(role)
         return Policy(gpt)
-    if policy.size() != (cfg.lora_rank, cfg.lora_alpha):
-        rank, alpha = policy.size()
+    rank, alpha = policy.size()
+    if rank != cfg.lora_rank or not math.isclose(alpha, cfg.lora_alpha, rel_tol=1e-4):
         raise InputError(f"{cfg.model} is an adapter of another size: give --lora_rank {rank} --lora_alpha {alpha:g}")
     return policy
 

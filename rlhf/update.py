@@ -5,8 +5,11 @@ import random
 import resource
 import sys
 import time
+from contextlib import contextmanager
 
 import torch
+
+from data import OutOfMemory, Refusal
 
 
 def batches(n, batch_size, epochs, seed):
@@ -47,7 +50,7 @@ class Updater:
 
     fp16: activations are, so that gradients may be too small or too large for them. The loss is multiplied by a factor
     that follows (Micikevicius et al. 2018, section 3.2): half of it after a step that overflowed, which is left out,
-    twice as much after many good ones. It starts at 1, as gradients of sums are large already.
+    twice as much after many good ones. It need not start high, as gradients of sums are large already.
     """
 
     def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1., fp16=False):
@@ -55,7 +58,7 @@ class Updater:
         self.warmup = max(1, round(warmup * steps))
         self.optimizer = torch.optim.AdamW(self.params, lr, betas, weight_decay=weight_decay, fused=True)
         self.taken, self.denominator, self.overflows = 0, 0, 0
-        self.scaler = torch.amp.GradScaler(self.params[0].device.type, 1., growth_interval=100, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.params[0].device.type, 1024., growth_interval=100, enabled=fp16)
 
     def add(self, loss_sum, denominator):
         self.scaler.scale(loss_sum).backward()
@@ -70,9 +73,10 @@ class Updater:
                 p.grad /= self.denominator
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm).item()
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
-        if self.overflows >= (20 if self.scaler.is_enabled() else 1):
+        fp16 = self.scaler.is_enabled()
+        if self.overflows >= (20 if fp16 else 1):
             raise FloatingPointError(f"step {self.taken}: the norm of the gradient is {norm}, so the step was not "
-                                     "taken and nothing is saved; try a lower --lr")
+                                     "taken and nothing is saved; try a lower --lr" + ", or --dtype float32" * fp16)
         decay = .5 * (1 + math.cos(math.pi * min(1., self.taken / self.steps)))
         lr = self.lr * min(1., (self.taken + 1) / self.warmup) * (.1 + .9 * decay)
         for group in self.optimizer.param_groups:
@@ -81,7 +85,7 @@ class Updater:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.taken, self.denominator = self.taken + 1, 0
-        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        scale = {"loss_scale": self.scaler.get_scale()} if fp16 else {}
         return {"lr": lr, "grad_norm": None if self.overflows else norm, **scale}
 
 
@@ -122,3 +126,16 @@ def peak_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+@contextmanager
+def plainly(advice):
+    """What torch and the numbers may raise in a with block, said for the user; `advice`: what takes less memory."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise Refusal(error) from None
+    except (MemoryError, RuntimeError) as error:        # on CPUs, torch has no exception of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(f"out of memory (peak {peak_gb():.1f} GB); {advice}") from None

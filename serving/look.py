@@ -6,6 +6,7 @@ from data import InputError, underscored
 from data.text import Text
 from rlhf.policy import read
 from rlhf.rollout import sample
+from rlhf.update import plainly
 
 FORMS = {"chat": "the checkpoint's chat template", "alpaca": "AlpacaFarm's prompt", "text": "continued as it is"}
 
@@ -26,13 +27,18 @@ def parse(argv):
     add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
     add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
     args = parser.parse_args(underscored(argv))
-    if args.n < 1 or args.max_new_tokens < 0 or not 0 <= args.temperature < float("inf"):
-        raise InputError("--n is at least 1, --max_new_tokens and --temperature are not negative")
+    numbers = args.max_new_tokens, args.temperature, args.seed
+    if args.n < 1 or not all(0 <= number < 1 << 63 for number in numbers):
+        raise InputError("--n is at least 1; --max_new_tokens, --temperature and --seed are not negative")
     return args
 
 
 def ask(text, form, prompt):
     """Token ids of a prompt in this form."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8") from None
     if form == "text":
         return text.plain(prompt)
     if form == "chat" and not text.template:
@@ -44,14 +50,15 @@ def ask(text, form, prompt):
 
 def main(argv):
     args = parse(argv)
-    policy, cfg, settings = read(args.checkpoint, args.device, args.int8, args.dtype)
-    text, trained = Text(cfg.checkpoint), policy.role or settings
-    form = args.form or ("chat" if text.template else "alpaca" if trained else "text")
-    ids = ask(text, form, sys.stdin.read() if args.prompt == "-" else args.prompt)
-    room = policy.gpt.config.max_position_embeddings - len(ids)
-    if room < 1 or not ids:
-        raise InputError(f"the prompt has {len(ids)} tokens, and {args.checkpoint} knows {room + len(ids)} positions")
-    longest = min(room, args.max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
-    rows = sample(policy, [ids], text.stops, longest, args.temperature, args.seed, args.n)
+    with plainly("try fewer --n, a lower --max_new_tokens, --int8"):
+        policy, cfg, settings = read(args.checkpoint, args.device, args.int8, args.dtype)
+        text, trained = Text(cfg.checkpoint), policy.role or settings
+        form = args.form or ("chat" if text.template else "alpaca" if trained else "text")
+        ids = ask(text, form, sys.stdin.read() if args.prompt == "-" else args.prompt)
+        context = policy.gpt.config.max_position_embeddings
+        if not 0 < len(ids) < context:
+            raise InputError(f"the prompt has {len(ids)} tokens, and {args.checkpoint} knows {context} positions")
+        longest = min(context - len(ids), args.max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
+        rows = sample(policy, [ids], text.stops, longest, args.temperature, args.seed, args.n)
     for i, (_, response) in enumerate(rows, 1):
         print(f"[{i}] " * (args.n > 1) + text.decode(response))

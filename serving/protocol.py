@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 from tokenizers.decoders import ByteLevel
 
-
 TOP = 20                                # alternatives to a token
 PART = "\ufffd"                         # what a character is decoded to while bytes of it are missing
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -305,6 +305,23 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         model.load(tmp_path)
 
 
+def test_what_does_not_fit_costs_no_memory(tmp_path):
+    save_llama(tmp_path)
+    edit(tmp_path, vocab_size=10 ** 13)
+    with pytest.raises(WeightsError, match=r"misshaped: .*should be \[10000000000000, 32\]"):
+        model.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+def test_weights_of_a_quantised_file_are_not_taken_for_numbers(tmp_path, dtype):
+    save_llama(tmp_path)
+    weights = dict(load_weights(tmp_path))
+    weights["model.layers.1.mlp.up_proj.weight"] = (weights["model.layers.1.mlp.up_proj.weight"] * 9).to(dtype)
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    with pytest.raises(WeightsError, match="no floating point: model.layers.1.mlp.up_proj.weight .is torch"):
+        model.load(tmp_path)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="no config.json"):
         model.load(tmp_path)

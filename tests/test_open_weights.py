@@ -119,6 +119,19 @@ def test_an_adapter_is_a_start(world, rank):
                                    atol=2e-5, rtol=2e-5)
 
 
+def test_an_adapter_of_any_scale_can_be_continued(world):
+    """Of rank-stabilised LoRA alpha is no round number; what the refusal proposes has to work."""
+    assert train(world, "run", "--lora_rank", 4, "--model", world / "base").code == 0
+    adapter = world / "run" / "sft" / "checkpoint"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True, "lora_alpha": 7}))
+    result = train(world, "on", "--lora_rank", 4, "--model", adapter, "--limit", 16)
+    refused(result, 2, "--lora_rank 4 --lora_alpha 14$")
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 4, "use_rslora": True, "lora_alpha": 7.1}))
+    advice = train(world, "on", "--lora_rank", 4, "--model", adapter, "--limit", 16).err.split()[-4:]
+    assert train(world, "on", "--model", adapter, "--limit", 16, *advice).code == 0
+
+
 def test_a_start_that_covers_a_few_layers_is_completed_by_fresh_ones(world):
     peft, ids = pytest.importorskip("peft"), tiny.ids(2, 9)
     model = theirs(world / "base")
@@ -209,7 +222,8 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
 @pytest.mark.parametrize("argv, said", [
     (("barn",), "prompt"), (("nowhere/at all", "x"), "there is no folder nowhere/at all"), (("barn", ""), "0 tokens"),
     (("barn", "cow " * 300), "knows 256 positions"), (("barn", "x", "--n", 0), "--n is at least 1"),
-    (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--dtype", "float8"), "float8")])
+    (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--seed", 1 << 64), "--seed"),
+    (("barn", "\udcff"), "not UTF-8"), (("barn", "x", "--dtype", "float8"), "float8")])
 def test_a_look_that_is_not_possible_is_one_sentence(argv, said):
     refused(command("model.py", *argv, *(("--form", "text") if len(argv) == 2 else ())), 2, said)
 
@@ -263,8 +277,18 @@ def test_released_preferences_need_no_judge(farm_files, tmp_path):
         chosen, rejected = pairs.load_pairs(cfg, text)
         assert [response for _, response in chosen] == [[40, 41, 0], [31, 0]]
         assert [response for _, response in rejected] == [[30, 0], [42, 0]]
+    short = toy.settings(tmp_path, "full", pairs.Config, data="alpaca_farm", max_new_tokens=1)
+    (tmp_path / "alpaca_farm" / sets.RELEASED["human"]).write_text(json.dumps(
+        [*PAIRS, {"instruction": "w9", "output_1": "w30 w31", "output_2": "w30 w32", "preference": 1}]))
+    assert pairs.run(short)["pairs"] == 2                   # the last two differ only beyond the longest answer
     with pytest.raises(InputError, match="--judge none labels no pairs"):
         toy.settings(tmp_path, "full", pairs.Config, judge="none")
+
+
+def test_preferences_that_are_not_there_are_missed_before_anything_runs(tmp_path):
+    result = command("farm.py", "--method", "dpo", "--pairs.labels", tmp_path / "none.json", "--out", tmp_path / "run")
+    refused(result, 2, "none.json: No such file")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*/config.json"))
 
 
 @pytest.mark.parametrize("form", TRL)
@@ -277,6 +301,7 @@ def test_a_file_of_chosen_and_rejected_is_as_good(tmp_path, form):
 
 @pytest.mark.parametrize("row, said", [
     ({"instruction": "x", "output_1": "a", "preference": 1}, "row 1 has no text under output_2"),
+    ({**PAIRS[0], "preference": True}, "row 1 has no number under 'preference'"),
     ({**PAIRS[0], "preference": "2"}, "row 1 has no number under 'preference'"),
     ({"chosen": "a", "rejected": "b"}, "row 1: expected a prompt"),
     ({"prompt": [USER, GOOD, USER], "chosen": [GOOD], "rejected": [BAD]}, "row 1: .*one turn"),
