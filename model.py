@@ -11,7 +11,6 @@ layers but attention treat every token alone, so tokens may come as rows (B, T) 
 other is a function: `causal` for rows, a Packing for rows without their padding, a KVCache for rows that go on.
 Letters: B batch, T tokens, V vocabulary, D width, H heads, K kv heads, hd head size, r LoRA rank.
 """
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import families
+from data.text import read_json
 from data.weights import WeightsError, assign, check, load_weights
 from lora import LoRALinear, Together
 from rope import frequencies, rotate
@@ -400,11 +400,11 @@ def load(folder, device="cpu", dtype=torch.float32):
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
     try:
-        config = GPTConfig.from_hf(json.loads(path.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
+        config = GPTConfig.from_hf(read_json(path))
+        with torch.device("meta"):
+            gpt = GPT(config)
+    except (ValueError, RuntimeError) as error:         # RuntimeError: more bytes than can be counted
         raise WeightsError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        gpt = GPT(config)
     names, loaded = gpt.weights().keys(), load_weights(folder)
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
     if not any(name.startswith(prefix) for name in loaded):             # saved without its head, as GPT-2 was

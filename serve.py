@@ -186,7 +186,7 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
         policy, cfg, settings = read(path, device, int8, dtype)
-        server.text, longest = Text(cfg.checkpoint), settings.get("max_new_tokens", cfg.max_new_tokens)
+        server.text, longest = Text(*cfg.words), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
         server.names, server.spell = [name or str(path), str(path), Path(path).name], speller(server.text.tokenizer)

@@ -111,9 +111,13 @@ def preferences(source):
         if type(record.get("preference")) not in (int, float):
             raise InputError(f"{path}: row {i} has no number under 'preference'")
         pairs.append({"input": "", **record})
+    if {pair["preference"] for pair in pairs} == {0, 1}:
+        raise InputError(f"{path}: the preferences are 0 and 1; 1 is for output_1, and 2 for output_2")
     kept = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
     if not kept:
         raise InputError(f"{path}: no pair of different answers with preference 1 or 2")
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are ties or of equal answers, and left out")
     return kept
 
 
@@ -127,13 +131,14 @@ def from_trl(record):
 
 
 def turn(prompt, answer):
-    """(what the user says, what the assistant says), as texts or as messages."""
+    """(what the user says, what the assistant says), as texts or as messages; those of the answer may be all."""
+    whole = isinstance(answer, list) and len(answer) > 1
     messages = [{"role": role, "content": said} if isinstance(said, str) else said
-                for role, given in (("user", prompt), ("assistant", answer))
+                for role, given in (("user", None if whole else prompt), ("assistant", answer))
                 for said in ([given] if isinstance(given, str) else given or ())]
     try:
         if [message["role"] for message in messages] == ["user", "assistant"]:
             return tuple(message["content"] for message in messages)
     except (TypeError, LookupError):
         pass
-    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn")
+    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn, without a system's")

@@ -26,7 +26,7 @@ def read_json(path):
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -50,7 +50,8 @@ def template_of(folder, settings):
 class Text:
     """The tokenizer and prompt form of a checkpoint folder; `eos` ends an answer, `stops` are all ids that may."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, model=None):
+        """`model` is the folder of the model, if it is another one."""
         folder = self.folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder}: no tokenizer.json (a tokenizer in another form must be converted first)")
@@ -70,13 +71,22 @@ class Text:
                          if name.endswith("_token") and (token := self.special(name)) is not None}
         self.bos_token, eos_token = self.specials.get("bos_token"), self.specials.get("eos_token")
         stops = [self.tokenizer.token_to_id(eos_token)] if eos_token else []
-        for name in ("config.json", "generation_config.json"):
-            eos = read_json(folder / name).get("eos_token_id")
+        config, generation = (read_json(Path(model or folder) / f"{name}config.json") for name in ("", "generation_"))
+        for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
             stops += eos if isinstance(eos, list) else [eos]
         stops = [stop for stop in stops if stop is not None]
         if not stops:
             raise InputError(f"{folder}: no end-of-text token is named in its config files, so answers could not end")
-        self.eos, self.stops = stops[0], sorted(set(stops))
+        vocab = config.get("vocab_size")
+        self.vocab = vocab if isinstance(vocab, int) else self.tokenizer.get_vocab_size()
+        self.eos, self.stops = self.spoken(stops)[0], sorted(set(stops))
+
+    def spoken(self, ids):
+        """These ids, if the model has embeddings for all of them."""
+        for i in ids:
+            if type(i) is not int or not 0 <= i < self.vocab:
+                raise InputError(f"{self.folder}: the model has {self.vocab} tokens, and {i!r:.99} is none of them")
+        return ids
 
     def special(self, name):
         token = self.settings.get(name)                           # a string, or {"content": string, ...}, or null
@@ -85,7 +95,7 @@ class Text:
 
     def encode(self, text):
         if self.template:                                         # the template itself writes the special tokens
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.spoken(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return self.plain(text)
 
     def plain(self, text):
@@ -93,8 +103,8 @@ class Text:
         ids = self.tokenizer.encode(text).ids
         if self.settings.get("add_bos_token") and self.bos_token:
             bos = self.tokenizer.token_to_id(self.bos_token)
-            ids = ids if ids[:1] == [bos] else [bos, *ids]
-        return ids
+            ids = ids if ids[:1] == [bos] or bos is None else [bos, *ids]
+        return self.spoken(ids)
 
     def chat(self, messages):
         """A conversation in the form of the checkpoint's template, up to where the answer begins."""

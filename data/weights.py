@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors by hand, Hugging Face folders and PEFT folders.
+"""Weights on disk: safetensors by hand, and Hugging Face folders.
 
 A safetensors file is eight bytes of header length, a JSON header that names every tensor, and the tensors' bytes, end
 to end (https://github.com/huggingface/safetensors, "Format"). Nothing in it is trusted: `_layout` holds every rule, and
@@ -43,15 +43,6 @@ STRANGERS = {
 WHOLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
                    "added_tokens.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-# PEFT options, and the values that make an adapter one number times B @ A on top of an unchanged base model.
-PLAIN_LORA = {
-    "peft_type": ("LORA",), "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),     # pissa, olora, ... move the base
-    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (True, False, None)),
-    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "monteclora_config", "rank_pattern", "alpha_pattern",
-                     "modules_to_save", "target_parameters", "layer_replication", "alora_invocation_tokens"),
-                    (None, False, [], {})),
-}
 
 
 class WeightsError(InputError):
@@ -96,7 +87,7 @@ class Mapped(UserDict):
 def read_safetensors(path):
     """(tensors by name, metadata) of one file. Each tensor owns its memory: no more than the file in all.
     Raises WeightsError for a malformed file, before any of that memory is asked for."""
-    _, metadata, places = _header(path)
+    _, metadata, places = read_header(path)
     return {name: place.tensor().clone() for name, place in places.items()}, metadata
 
 
@@ -116,11 +107,11 @@ def write_safetensors(path, tensors, metadata=METADATA):
     header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)             # whoever maps the file finds its data aligned
     _layout(path, header, end)                      # what is refused when read is refused when written
-    data = (_bytes(tensors[name].detach().cpu()) for name in kinds)
-    _write(path, itertools.chain([len(header).to_bytes(8, "little"), header], data))
+    data = (raw_bytes(tensors[name].detach().cpu()) for name in kinds)
+    write_whole(path, itertools.chain([len(header).to_bytes(8, "little"), header], data))
 
 
-def _header(path):
+def read_header(path):
     """(all bytes before the data, metadata, {name: Place} in the data's order) of one file, every rule checked."""
     with open(path, "rb") as file:
         stamp = size, _ = _stamp(file)
@@ -155,7 +146,7 @@ def _layout(path, header, room):
         return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
 
     rule(len(header) <= MAX_HEADER, f"the header has {len(header)} bytes, more than {MAX_HEADER}")
-    table = _json(path, header)
+    table = parse_json(path, header)
     metadata = table.pop("__metadata__", {})
     rule(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
          "__metadata__ must map strings to strings")
@@ -184,7 +175,7 @@ def _layout(path, header, room):
     return metadata, entries
 
 
-def _json(path, data):
+def parse_json(path, data):
     """The JSON object in these bytes, read as strictly as the official library does, and no key twice."""
     def unique(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
@@ -202,12 +193,12 @@ def _json(path, data):
     return table
 
 
-def _bytes(tensor):
+def raw_bytes(tensor):
     """A CPU tensor's bytes, row by row, as a flat array: its own memory if contiguous, else a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _write(path, chunks):
+def write_whole(path, chunks):
     """Write under another name, and rename once it is safe on disk: a crash leaves the older file whole."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -228,17 +219,18 @@ def load_weights(folder):
     Every header is read and checked at once, and not yet a byte of a tensor."""
     folder, index = Path(folder), Path(folder) / INDEX
     if (folder / WHOLE).exists():
-        return Mapped(_header(folder / WHOLE)[2])
+        return Mapped(read_header(folder / WHOLE)[2])
     if not index.exists():
-        raise _absent(folder, WHOLE)
-    shards = _json(index, index.read_bytes()).get("weight_map")
+        raise absent(folder, WHOLE)
+    shards = parse_json(index, index.read_bytes()).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{index}: its weight_map must map the tensors to files")
     for shard in shards.values():                   # from a download: it must not lead out of the folder
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise WeightsError(f"{index}: {shard!r:.99} is not the plain name of a safetensors file")
-    held = {shard: _header(folder / shard)[2] for shard in sorted(set(shards.values())) if (folder / shard).exists()}
-    missing = [f"the file {shard}" for shard in sorted({*shards.values()} - {*held})]
+    files = sorted(set(shards.values()))
+    held = {shard: read_header(folder / shard)[2] for shard in files if (folder / shard).exists()}
+    missing = [f"the file {shard}" for shard in files if shard not in held]
     missing += [f"{name} in {shard}" for name, shard in shards.items() if shard in held and name not in held[shard]]
     if missing:
         raise WeightsError(f"{index}: named there, but missing: {', '.join(missing)}")
@@ -250,7 +242,7 @@ def check(module_state, loaded, where):
     be on no device yet. `where`, the file or folder they came from, opens its message."""
     shapes = {name: list(loaded[name].shape) for name in loaded}            # looking one up reads none of it
     wanted = {name: list(tensor.shape) for name, tensor in module_state.items()}
-    _refuse(f"{where}: these tensors do not fit the model", {
+    refuse(f"{where}: these tensors do not fit the model", {
         "missing": [name for name in wanted if name not in shapes],
         "unexpected": [name for name in shapes if name not in wanted],
         "misshaped": [f"{name} (is {shapes[name]}, should be {shape})" for name, shape in wanted.items()
@@ -264,12 +256,12 @@ def assign(module_state, loaded, where):
     """Copy each loaded tensor into the tensor of that name in `module_state`, in place and cast to its dtype, once they
     pass check(). After the last, one WeightsError lists all that are not finite as they arrived."""
     check(module_state, loaded, where)
-    finite = {name: _copy(tensor, loaded[name]) for name, tensor in module_state.items()}
-    _refuse(f"{where}: these tensors do not fit the model", {
+    finite = {name: copy_into(tensor, loaded[name]) for name, tensor in module_state.items()}
+    refuse(f"{where}: these tensors do not fit the model", {
         "not finite": [f"{name} (as {module_state[name].dtype})" for name in finite if not finite[name]]})
 
 
-def _copy(target, source):
+def copy_into(target, source):
     """Copy a tensor; whether it is finite where it arrived, and if that is a GPU, nobody has waited for the answer.
     NaN spreads to the extremes; to ask isfinite of every value takes ten times as long."""
     if source.dtype != target.dtype or not target.is_contiguous():
@@ -281,9 +273,10 @@ def _copy(target, source):
     return values.numel() == 0 or torch.stack(values.aminmax()).isfinite().all()
 
 
-def _refuse(sentence, faults):
+def refuse(sentence, faults):
     """One WeightsError with every list of `faults` that is not empty, if any is."""
-    lists = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    lists = [f"{fault}: {', '.join(names[:9])}" + f" and {len(names) - 9} more" * (len(names) > 9)
+             for fault, names in faults.items() if names]
     if lists:
         raise WeightsError(f"{sentence}; {'; '.join(lists)}")
 
@@ -293,15 +286,15 @@ def save_pretrained(folder, tensors, config, tokenizer_from, shard_bytes=5_000_0
     and the TOKENIZER_FILES of the folder `tokenizer_from`. A model folder in its place is replaced as a whole."""
     sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in tensors.items()}
     files = _shards(sizes, shard_bytes)
-    with _new_folder(folder) as temp:
-        _write(temp / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-        _take(TOKENIZER_FILES, tokenizer_from, temp)
+    with new_folder(folder) as temp:
+        write_whole(temp / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
+        take(TOKENIZER_FILES, tokenizer_from, temp)
         for file, names in files.items():
             write_safetensors(temp / file, {name: tensors[name] for name in names})
         if WHOLE not in files:
             weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            _write(temp / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
+            write_whole(temp / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
 
 
 def _shards(sizes, limit):
@@ -317,20 +310,19 @@ def _shards(sizes, limit):
             filling, filled = [], 0
         filling.append(name)
         filled += size
-    shards += [filling] * bool(filling or not shards)
-    n = len(shards)
+    n = len(shards := shards + [filling] * bool(filling or not shards))
     return {f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else WHOLE: names for i, names in enumerate(shards, 1)}
 
 
-def _take(names, source, target):
+def take(names, source, target):
     """Copy those of the files `names` that the folder `source` has, byte for byte."""
     for path in (Path(source) / name for name in names):
         if path.exists():
-            _write(target / path.name, [path.read_bytes()])
+            write_whole(target / path.name, [path.read_bytes()])
 
 
 @contextmanager
-def _new_folder(folder):
+def new_folder(folder):
     """A temporary folder beside `folder`: takes its place when complete, and vanishes on an error."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*.safetensors")):
@@ -352,99 +344,9 @@ def _new_folder(folder):
             os.replace(old, folder)
 
 
-def _absent(folder, wanted):
+def absent(folder, wanted):
     """The error for a folder without `wanted`; if it has pickles instead, with why they are left alone."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
     advice = (f", only {', '.join(pickles)}: a pickle can run code, so it is never loaded; name a revision of the "
               "model that has safetensors, or convert it once with transformers' from_pretrained and save_pretrained")
-    return WeightsError(f"{folder}: there is no {wanted} here{advice if pickles else ''}")
-
-
-# -- PEFT folders ----------------------------------------------------------------------------------------------------
-
-def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_out=False, revision=None):
-    """Write LoRA tensors, `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank), as a folder that
-    PEFT loads onto the model `base` at a revision of the hub; fan_in_fan_out where its weights are (in, out), as
-    GPT-2's. An adapter folder in its place is replaced as a whole."""
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "revision": revision, "r": rank,
-        "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
-    }
-    with _new_folder(folder) as temp:
-        _write(temp / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-        write_safetensors(temp / "adapter_model.safetensors",
-                          {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()})
-
-
-def load_adapter(folder):
-    """(tensors, adapter_config) of a PEFT folder, with the names and shapes that save_adapter takes.
-    Plain LoRA only, on any modules: one WeightsError lists every option and every tensor that is something else."""
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).exists():
-            raise _absent(folder, name)
-    config = _json(folder / "adapter_config.json", (folder / "adapter_config.json").read_bytes())
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    wrong = [key for key, plain in PLAIN_LORA.items() if config.get(key) not in plain]
-    wrong += ["r"] * (type(rank) is not int or rank < 1)
-    wrong += ["lora_alpha"] * (type(alpha) not in (int, float) or not math.isfinite(alpha))
-    faults = [f"{key} = {config.get(key)!r:.99}" for key in wrong]
-    tensors, other = {}, {"A": "B", "B": "A"}
-    for key, tensor in read_safetensors(folder / "adapter_model.safetensors")[0].items():
-        match = re.fullmatch(r"base_model\.model\.(.+\.lora_([AB]))\.weight", key)
-        if match and tensor.dim() == 2 and tensor.shape["AB".index(match[2])] == rank:
-            tensors[match[1]] = tensor
-        else:
-            faults.append(f"{key} {list(tensor.shape)}")
-    faults += [f"{name} without its lora_{other[name[-1]]}" for name in tensors
-               if name[:-1] + other[name[-1]] not in tensors]
-    if faults:
-        raise WeightsError(f"{folder}: not a plain LoRA adapter of one rank: {', '.join(faults)}")
-    return tensors, config
-
-
-def lora_scale(config):
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski 2023)."""
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-
-
-@torch.no_grad()
-def merge(folder, adapter, base):
-    """Write the checkpoint `base` with the PEFT folder `adapter` added in: W + scale B A in fp32, rounded once to the
-    dtype of W. All else is the base's, byte for byte; in memory is one tensor at a time."""
-    folder, base = Path(folder), Path(base)
-    if folder.resolve() in (base.resolve(), Path(adapter).resolve()):
-        raise WeightsError(f"{folder}: would be replaced by what is merged from it; name another folder")
-    if not (base / "config.json").exists():
-        raise _absent(base, "config.json")
-    tensors, config = load_adapter(adapter)
-    turned, scale, places = config.get("fan_in_fan_out"), lora_scale(config), load_weights(base).data
-    factors, faults = {}, {"missing": [], "wrong": []}
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
-        # Files on the hub may leave out the first name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
-        names = f"{path}.weight", f"{path.partition('.')[2]}.weight"
-        name = next((name for name in names if name in places), names[0])
-        A, B = (tensors[f"{path}.lora_{ab}"].float() for ab in "AB")
-        left, right = factors[name] = (A.T, B.T) if turned else (B, A)
-        place, shape = places.get(name), [len(left), right.shape[1]]
-        if place is None:
-            faults["missing"].append(name)
-        elif place.shape != shape or not place.dtype.is_floating_point or place.dtype.itemsize == 1:
-            faults["wrong"].append(f"{name} (is {place.dtype} {place.shape}, should be floating point {shape})")
-    _refuse(f"{base}: these tensors do not fit the adapter {adapter}", faults)
-
-    def merged(name, W):
-        if name in factors:
-            left, right = factors[name]
-            if not _copy(W, W + scale * left @ right):
-                raise WeightsError(f"{base}: {name} is not finite as {W.dtype} once {adapter} is merged into it")
-        return W
-
-    with _new_folder(folder) as temp:
-        _take(("config.json", *TOKENIZER_FILES, *([] if (base / WHOLE).exists() else [INDEX])), base, temp)
-        for path in sorted({place.path for place in places.values()}):
-            head, _, held = _header(path)
-            data = (_bytes(merged(name, place.tensor())) for name, place in held.items())
-            _write(temp / path.name, itertools.chain([head], data))
+    return WeightsError(f"{folder}: there is no {wanted} here{advice * bool(pickles)}")

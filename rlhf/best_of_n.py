@@ -62,7 +62,7 @@ def pool(model, reward_model, prompts, text, cfg, n, seed):
 
 
 def run(cfg):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     sft = policy.load(cfg, "sft")
     reward_model = reward.load(cfg, sft)
     records, prompts = questions(sft, text, cfg)

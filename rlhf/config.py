@@ -1,7 +1,6 @@
 """[kit] Knobs: a dataclass field is a flag, the comment behind it is its help; defaults < preset < flags."""
 import argparse
 import inspect
-import math
 import platform
 import re
 import shutil
@@ -34,13 +33,29 @@ ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpoi
              "merge", "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
 
 
+def stage(folder):
+    """The settings that a stage of a run leaves in its folder; {} of any other folder."""
+    settings = read_json(folder / "config.json") if folder.is_dir() else {}
+    return settings if {"id", "needs"} <= settings.keys() else {}
+
+
+def in_cache(folder):
+    """Whether a checkpoint lies where the hub's are kept; the folder is then named after its commit."""
+    return folder.parent.name == "snapshots"
+
+
 @lru_cache(None)
 def resolve(name):
-    """The folder of a checkpoint: barn, a path, or a name on the hub, downloaded if it is not there yet."""
+    """The folder of a checkpoint: barn, a path, a stage of a run, or a name on the hub, downloaded if need be."""
     if name == "barn":
         return BASE
-    if Path(name).exists():
-        return Path(name)
+    name = name.removeprefix("https://huggingface.co/")
+    if (folder := Path(name)).exists():
+        if stage(folder):
+            return folder / "checkpoint"
+        if stages := sorted(each.parent.name for each in folder.glob("*/checkpoint")):
+            raise InputError(f"{name} is a whole run: choose a stage, as in {folder / stages[0]}")
+        return folder
     if not hub.REPO.fullmatch(name.partition("@")[0]):
         raise InputError(f"there is no folder {name}")
     try:
@@ -83,7 +98,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), 1 if f.type is int and f.name not in MAY_BE_ZERO else 0
-            if f.type in (int, float) and not least <= value < math.inf:
+            if f.type in (int, float) and not least <= value < 1 << 63:
                 raise InputError(f"--{f.name} {value} makes no sense: it is a number from {least} up")
         if self.temperature == 0:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
@@ -110,9 +125,10 @@ class Config:
 
     @property
     def base(self):
-        """What --model, or the model that it is an adapter of, is called: a path, or a name on the hub."""
+        """What --model, or the model that it is an adapter of, is called: a whole path, or a name on the hub."""
         if self.adapter is None:
-            return self.model if self.model != "barn" else str(BASE)
+            folder = resolve(self.model)
+            return self.model if in_cache(folder) and not Path(self.model).exists() else str(folder.absolute())
         adapter = read_json(self.adapter / "adapter_config.json")
         name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
         if not isinstance(name, str) or not name:
@@ -122,12 +138,21 @@ class Config:
     @property
     def checkpoint(self):
         """The folder of the base checkpoint."""
-        return resolve(self.base)
+        try:
+            return resolve(self.base)
+        except Refusal as error:
+            raise type(error)(f"{self.model} adapts {self.base}: {error}") from None
+
+    @property
+    def words(self):
+        """The folders of the tokenizer, an adapter's own if it brings one, and of the model that it is for."""
+        own = self.adapter and (self.adapter / "tokenizer.json").exists()
+        return self.adapter if own else self.checkpoint, self.checkpoint
 
     @property
     def revision(self):
         """The commit of a base checkpoint that came from the hub."""
-        return self.checkpoint.name if self.checkpoint.parent.name == "snapshots" else ""
+        return self.checkpoint.name if in_cache(self.checkpoint) else ""
 
 
 def helps(cls):

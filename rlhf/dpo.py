@@ -73,7 +73,7 @@ def learn(model, updater, chosen, rejected, ref_logps, cfg, loss_fn=dpo_loss):
 
 
 def run(cfg, loss_fn=dpo_loss):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     ref = policy.load(cfg, "sft")
     model = ref.copy("policy")
     chosen, rejected = load_pairs(cfg, text)

@@ -31,7 +31,7 @@ class Config(sft.Config):
 
 
 def run(cfg):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
     unlabeled = [text.prompt(record) for record in text.fitting(splits["unlabeled"], cfg.max_prompt_tokens)]
     ref = policy.load(cfg, "sft")

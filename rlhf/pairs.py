@@ -38,7 +38,7 @@ class Config(config.Config):
 
 def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["preference"]
     records = text.fitting(records, cfg.max_prompt_tokens)
     rows = sample(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text.stops,
@@ -55,7 +55,7 @@ def sample_pairs(cfg):
 
 def released(cfg):
     """Pairs that others have labelled, their answers as tokens."""
-    text, pairs = Text(cfg.checkpoint), sets.preferences(cfg.labels)[:cfg.limit or None]
+    text, pairs = Text(*cfg.words), sets.preferences(cfg.labels)[:cfg.limit or None]
     for pair in (pairs := text.fitting(pairs, cfg.max_prompt_tokens)):
         for i in "12":
             pair[f"ids_{i}"] = text.example(pair, pair[f"output_{i}"])[1][:cfg.max_new_tokens]   # may lose its EOS

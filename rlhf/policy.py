@@ -8,13 +8,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
 import torch
 
 import model
-from data import InputError, text, weights
+from data import InputError, adapters, text, weights
 from model import Packing
-from rlhf.config import Config, resolve
+from rlhf.config import Config, resolve, stage
 
 
 @dataclass
@@ -209,11 +210,12 @@ def save(policy, cfg):
     if policy.role:
         rank, alpha = policy.size()
         base = cfg.base.partition("@")[0] if cfg.revision else cfg.base
-        weights.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
-                             policy.gpt.config.transposed, cfg.revision or None)
+        own_words = cfg.words[0] if cfg.words[0] != cfg.checkpoint else None
+        adapters.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
+                             policy.gpt.config.transposed, cfg.revision or None, own_words)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
         config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
-        weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.checkpoint)
+        weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.words[0])
 
 
 def load(cfg, stage, beside=None):
@@ -229,8 +231,8 @@ def load(cfg, stage, beside=None):
 
 def put_on(gpt, role, folder):
     """The frozen policy that wears the adapter in a PEFT folder as `role`; where that has none, a fresh one."""
-    tensors, config = weights.load_adapter(folder)
-    gpt.add_role(role, config["r"], weights.lora_scale(config) * config["r"])
+    tensors, config = adapters.load_adapter(folder)
+    gpt.add_role(role, config["r"], adapters.lora_scale(config) * config["r"])
     ours = gpt.adapter(role)
     weights.assign({name: ours[name] for name in ours if name in tensors}, tensors, str(folder))
     gpt.requires_grad_(False)
@@ -240,13 +242,7 @@ def put_on(gpt, role, folder):
 def read(path, device="", int8=False, dtype=""):
     """(policy, its Config, settings) of what can be talked to: whatever --model takes, or a stage of a run, with the
     settings that it ran with (else {})."""
-    folder = resolve(path)
-    settings = text.read_json(folder / "config.json")
-    settings = settings if {"id", "needs"} <= settings.keys() else {}                # a stage writes those
-    if settings:
-        folder = folder / "checkpoint"
-    elif stages := sorted(each.parent.name for each in folder.glob("*/checkpoint")):
-        raise InputError(f"{path} is a whole run: choose a stage, as in {folder / stages[0]}")
+    folder, settings = resolve(str(path)), stage(Path(path))
     if (folder / "head.safetensors").exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     adapted = (folder / "adapter_config.json").exists()
@@ -262,5 +258,5 @@ def merge(cfg):
     folder = cfg.dir() / "checkpoint"
     if (folder / "head.safetensors").exists() or not (folder / "adapter_config.json").exists():
         return None
-    weights.merge(cfg.dir() / "merged", folder, cfg.checkpoint)
+    adapters.merge(cfg.dir() / "merged", folder, cfg.checkpoint)
     return cfg.dir() / "merged"

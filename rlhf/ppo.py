@@ -182,7 +182,7 @@ def learn(model, value, updater, roll, advantages, returns, cfg, seed):
 
 
 def run(cfg):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
     prompts, val = ([text.prompt(record) for record in text.fitting(splits[split], cfg.max_prompt_tokens)]
                     for split in ("unlabeled", "val"))

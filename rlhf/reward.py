@@ -150,7 +150,7 @@ def load(cfg, beside):
 
 
 def run(cfg):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     chosen, rejected = load_pairs(cfg, text)
     held_out = round(cfg.held_out * len(chosen))
     n = len(chosen) - held_out

@@ -55,7 +55,7 @@ def train(model, rows, cfg, log, show, start=0):
 
 
 def run(cfg):
-    text = Text(cfg.checkpoint)
+    text = Text(*cfg.words)
     splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
     rows = [text.example(record, record["output"]) for record in text.fitting(splits["sft"], cfg.max_prompt_tokens)]
     rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS

@@ -52,7 +52,7 @@ def main(argv):
     args = parse(argv)
     with plainly("try fewer --n, a lower --max_new_tokens, --int8"):
         policy, cfg, settings = read(args.checkpoint, args.device, args.int8, args.dtype)
-        text, trained = Text(cfg.checkpoint), policy.role or settings
+        text, trained = Text(*cfg.words), policy.role or settings
         form = args.form or ("chat" if text.template else "alpaca" if trained else "text")
         ids = ask(text, form, sys.stdin.read() if args.prompt == "-" else args.prompt)
         context = policy.gpt.config.max_position_embeddings

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from data import weights
+from data import adapters, weights
 from data.weights import WeightsError
 from rlhf import policy as policies
 from rlhf.policy import Policy, pack, token_logps
@@ -460,7 +460,7 @@ def test_peft_loads_an_adapter_of_ours_and_it_can_be_merged(name, made, tmp_path
     gpt = model.load(folder)
     gpt.add_role("sft", rank=4, alpha=6)
     shake(gpt.adapter("sft").values())
-    weights.save_adapter(tmp_path / "adapter", gpt.adapter("sft"), 4, 6, gpt.targets(), str(folder),
+    adapters.save_adapter(tmp_path / "adapter", gpt.adapter("sft"), 4, 6, gpt.targets(), str(folder),
                          fan_in_fan_out=made(name).kind == "gpt2")
     linears = {path for path, m in theirs.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     assert {path for path, _ in gpt.linears()} == linears - {"lm_head", "embed_out"}
@@ -475,7 +475,7 @@ def test_peft_loads_an_adapter_of_ours_and_it_can_be_merged(name, made, tmp_path
     for path, linear in gpt.linears():
         x_in = x.repeat(1, 1, 8)[..., :linear.lora_A["sft"].shape[1]]
         assert off(linear(x_in, "sft"), worn.base_model.model.get_submodule(path)(x_in)) < 1e-6, path
-    weights.merge(tmp_path / "merged", tmp_path / "adapter", folder)
+    adapters.merge(tmp_path / "merged", tmp_path / "adapter", folder)
     assert off_at_real_tokens(read(tmp_path / "merged", "masked_bias")(IDS).logits, wanted) < 1e-5
     assert off_at_real_tokens(model.load(tmp_path / "merged")(IDS), wanted) < 1e-5
     for prompt, answer in sample(Policy(gpt, "sft"), tiny.texts((12, 3)), [VOCAB + 99], 12, temperature=0.):

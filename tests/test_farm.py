@@ -23,7 +23,7 @@ from commands import command, refused, said
 import annotate
 import rlhf.dpo
 import rlhf.sft
-from data import weights
+from data import adapters, weights
 from data.barn.world import splits
 from rlhf.config import BASE
 
@@ -308,7 +308,7 @@ def test_lora_runs_are_adapters_and_as_reproducible(tmp_path):
     for name in ("sft", "dpo"):
         folder = tmp_path / "a" / name / "checkpoint"
         assert tree(folder).keys() == {"adapter_config.json", "adapter_model.safetensors"}
-        config, tensors = read(folder / "adapter_config.json"), weights.load_adapter(folder)[0]
+        config, tensors = read(folder / "adapter_config.json"), adapters.load_adapter(folder)[0]
         assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32)
         assert len(tensors) == 2 * 7 * 2 and all(4 in tensor.shape for tensor in tensors.values())
         assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_B"))
@@ -405,7 +405,7 @@ class Config(config.Config):
 
 def run(cfg):
     cfg.dir().mkdir(exist_ok=True)
-    return answers.answer(policy.fresh(cfg, "policy"), Text(cfg.checkpoint), cfg)
+    return answers.answer(policy.fresh(cfg, "policy"), Text(*cfg.words), cfg)
 '''
 
 

@@ -13,6 +13,7 @@ from data.weights import WeightsError, load_weights, write_safetensors
 from model import GPTConfig
 from rlhf.policy import Policy
 from rlhf.rollout import KVCache, sample
+from rope import frequencies
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -305,10 +306,46 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         model.load(tmp_path)
 
 
+FIGURES = (0, -1, 1 << 40, 1.5, "4", [4], {}, True, float("nan"), float("inf"), 10 ** 30)
+
+
+@pytest.mark.parametrize("key", [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window", "query_pre_attn_scalar",
+    "rope_local_base_freq", "sliding_window_pattern", "tie_word_embeddings", "attention_bias", "hidden_activation",
+    "layer_types", "rope_scaling", "rope_parameters", "auto_map", "model_type", "rope_theta"])
+def test_no_value_of_a_config_is_a_traceback(key):
+    """Whatever a key holds: read as a number that makes sense, or refused in a sentence with its name."""
+    base = {"model_type": "gemma3_text", **tiny.SHAPE, "sliding_window_pattern": 2}
+    for value in FIGURES:
+        try:
+            config = GPTConfig.from_hf({**base, key: value})
+        except ValueError as error:
+            assert key in str(error) or key == "hidden_size" and "multiple" in str(error), (value, error)
+        else:
+            assert value in ({}, 1.5) or isinstance(value, bool) or (key, value) == ("auto_map", 0), (key, value)
+            assert config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+                                 "attention_factor", "mscale", "truncate"])
+def test_no_number_of_rope_is_a_traceback(key):
+    base = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2., "original_max_position_embeddings": 64}
+    for value in FIGURES:
+        config = {"model_type": "llama", **tiny.SHAPE, "rope_scaling": {**base, key: value}}
+        try:
+            config = GPTConfig.from_hf(config)
+        except ValueError as error:
+            assert key in str(error), (value, error)
+        else:
+            assert value == 1.5 or value is True and key == "truncate"
+            assert torch.isfinite(frequencies(config.ropes[0], config.rotary_dim)[0]).all()
+
+
 def test_what_does_not_fit_costs_no_memory(tmp_path):
     save_llama(tmp_path)
-    edit(tmp_path, vocab_size=10 ** 13)
-    with pytest.raises(WeightsError, match=r"misshaped: .*should be \[10000000000000, 32\]"):
+    edit(tmp_path, vocab_size=10 ** 9)
+    with pytest.raises(WeightsError, match=r"misshaped: .*should be \[1000000000, 32\]"):
         model.load(tmp_path)
 
 

@@ -12,8 +12,9 @@ import toy
 from commands import command, refused
 
 from data import InputError, hub, sets
+from data.adapters import load_adapter
 from data.text import Text
-from data.weights import load_adapter, load_weights
+from data.weights import load_weights
 from rlhf import pairs, policy, sft
 from rlhf.config import BASE, resolve
 from rlhf.rollout import sample
@@ -168,6 +169,50 @@ def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(monkeypatch, tmp_path)
                 resolve.__wrapped__(path)
 
 
+def test_an_adapter_s_own_tokenizer_goes_where_the_adapter_goes(world):
+    """As TRL saves it: with the chat template that it was trained on."""
+    assert train(world, "run", "--lora_rank", 4, "--model", world / "base").code == 0
+    own = world / "own"
+    shutil.copytree(world / "run" / "sft" / "checkpoint", own)
+    shutil.copy(world / "base" / "tokenizer.json", own)
+    template = {"eos_token": "w0", "chat_template": "w7 {{ messages[0].content }} w8"}
+    (own / "tokenizer_config.json").write_text(json.dumps(template))
+    assert train(world, "on", "--lora_rank", 4, "--merge", "--model", own, "--limit", 16).code == 0
+    assert train(world, "full", "--lora_rank", 0, "--model", own, "--limit", 16).code == 0
+    for folder in (own, world / "on" / "sft", world / "on" / "sft" / "merged", world / "full" / "sft"):
+        _, cfg, _ = policy.read(folder)
+        text = Text(*cfg.words)
+        assert text.prompt({"instruction": "w1"}) == [7, 1, 8] and text.stops == toy.STOPS
+    assert Text(*policy.read(world / "run" / "sft")[1].words).prompt({"instruction": "w1"}) == [1]
+
+
+def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, monkeypatch):
+    monkeypatch.chdir(world)
+    assert train(world, "run", "--lora_rank", 4, "--model", "base", "--limit", 16).code == 0
+    (world / "elsewhere").mkdir()
+    monkeypatch.chdir(world / "elsewhere")
+    resolve.cache_clear()
+    trained = policy.read(world / "run" / "sft")[0]
+    for path in ("run/sft", "run/sft/checkpoint"):
+        start = policy.fresh(sft.Config(model=f"../{path}", lora_rank=4, lora_alpha=8., max_prompt_tokens=12,
+                                        max_new_tokens=8), "sft")
+        assert torch.equal(logits(start, tiny.ids(2, 9)), logits(trained, tiny.ids(2, 9)))
+    with pytest.raises(InputError, match="run is a whole run: choose a stage, as in ../run/sft"):
+        resolve("../run")
+    (world / "base").rename(world / "gone")
+    resolve.cache_clear()
+    with pytest.raises(InputError, match="checkpoint adapts .*base: there is no folder .*base"):
+        policy.read(world / "run" / "sft")
+    resolve.cache_clear()
+
+
+def test_who_judges_binds_only_those_who_ask(world):
+    """Answers that nobody has judged may be judged later, by the same command with a judge."""
+    assert train(world, "run", "--lora_rank", 4, "--model", world / "base", "--limit", 16).code == 0
+    result = train(world, "run", "--lora_rank", 4, "--model", world / "base", "--limit", 16, "--judge", "barn")
+    assert result.code == 0 and "sft: finished, reused" in result.out and "win rate" in result.out
+
+
 def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkeypatch):
     """The adapter names its base as PEFT does, with the revision; a run does not go on with another one."""
     commits = [str(i) * 40 for i in (1, 2)]
@@ -238,7 +283,8 @@ USER, GOOD, BAD = ({"role": role, "content": said} for role, said in (
     ("user", "w1 w2"), ("assistant", "w40 w41"), ("assistant", "w30")))
 TRL = {"texts": {"prompt": "w1 w2", "chosen": "w40 w41", "rejected": "w30"},
        "messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-       "a prompt inside": {"chosen": [USER, GOOD], "rejected": [USER, BAD]}}
+       "a prompt inside": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+       "a prompt twice": {"prompt": "w1 w2", "chosen": [USER, GOOD], "rejected": [USER, BAD]}}
 
 
 @pytest.fixture
@@ -313,5 +359,8 @@ def test_a_malformed_pair_is_named(tmp_path, row, said):
     with pytest.raises(InputError, match=f"pairs.json: {said}"):
         sets.preferences(tmp_path / "pairs.json")
     (tmp_path / "pairs.json").write_text(json.dumps(PAIRS[2:]))
+    (tmp_path / "zero.json").write_text(json.dumps([{**PAIRS[0], "preference": i} for i in (0, 1)]))
+    with pytest.raises(InputError, match="zero.json: the preferences are 0 and 1"):
+        sets.preferences(tmp_path / "zero.json")
     with pytest.raises(InputError, match="no pair of different answers"):
         sets.preferences(tmp_path / "pairs.json")

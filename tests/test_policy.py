@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.weights import load_adapter
+from data.adapters import load_adapter
 from rlhf import dpo, policy
 from rlhf.policy import ChunkedLogProb, Policy, pack, token_logps
 

@@ -341,6 +341,31 @@ def test_every_named_eos_stops_and_the_first_one_is_learned(folder, arguments, e
     assert (text.eos, text.stops) == (eos, stops)
 
 
+@pytest.mark.parametrize("eos", ["0", {}, [[0]], True, 10 ** 6, -1, 1.])
+def test_an_eos_that_is_no_token_of_the_model_is_an_input_error(folder, eos):
+    with pytest.raises(InputError, match="the model has .* tokens, and .* is none of them"):
+        Text(folder(eos_in_config=eos, eos_token=None))
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_token_that_the_model_has_no_embedding_for_is_an_input_error(folder, template):
+    path = folder(chat_template=template)
+    whole = Text(path)
+    ids = whole.prompt({"instruction": "What do cows eat?"})
+    for vocab in (max(ids), max(ids) + 1):
+        (path / "config.json").write_text(json.dumps({"eos_token_id": 3, "vocab_size": vocab}))
+        if vocab > max(ids):
+            assert Text(path).prompt({"instruction": "What do cows eat?"}) == ids
+        else:
+            with pytest.raises(InputError, match=f"the model has {vocab} tokens, and {vocab} is none of them"):
+                Text(path).prompt({"instruction": "What do cows eat?"})
+
+
+def test_a_bos_that_the_tokenizer_does_not_know_is_not_added(folder):
+    text = Text(folder(chat_template=None, add_bos_token=True, bos_token="<nowhere>"))
+    assert text.plain("cow") == text.tokenizer.encode("cow").ids
+
+
 def test_without_an_eos_no_answer_could_end(folder):
     with pytest.raises(InputError, match="no end-of-text token is named"):
         Text(folder(eos_token=None, eos_in_config=None))

@@ -8,8 +8,9 @@ import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from data.adapters import load_adapter
 from data.text import Text
-from data.weights import load_adapter, load_weights, save_pretrained
+from data.weights import load_weights, save_pretrained
 from rlhf import policy, reward, sft
 
 STOPS = list(range(8))
@@ -66,7 +67,7 @@ def moved(params, seed):
 
 
 def text(cfg):
-    return Text(cfg.checkpoint)
+    return Text(*cfg.words)
 
 
 def saved(cfg):
