@@ -10,7 +10,7 @@ import torch
 def frequencies(rope, dim):
     """(radians a position (dim / 2,), the factor of cos and sin) of rotary embeddings: the default (Su et al. 2021),
     linear (positions are divided), llama3 (only slow ones are), yarn (Peng et al. 2023, section 3.2)."""
-    freq = 1 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)             # (dim / 2,)
+    freq = rope["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)                        # (dim / 2,)
     kind = rope["rope_type"]
     if kind == "default":
         return freq, 1.
