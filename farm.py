@@ -64,7 +64,8 @@ def stage(name, cfg, binding, ids):
     An id stands for all that made a result: the settings and the ids of the stages that were needed.
     """
     module, folder = load(name), cfg.dir()
-    elsewhere = config.ELSEWHERE | ({"judge", "pool"} if getattr(cfg, "labels", "") != "judge" else set())
+    asks = getattr(cfg, "labels", "") == "judge"    # who judges is no setting of a stage that asks nobody
+    elsewhere = config.ELSEWHERE if asks else config.ELSEWHERE | {"judge", "pool"}
     settings = {k: v for k, v in asdict(cfg).items() if k not in elsewhere} | {"revision": cfg.revision}
     needs = {need: ids[need] for need in module.NEEDS}
     id = hashlib.sha256(json.dumps([settings, needs], sort_keys=True).encode()).hexdigest()[:16]

@@ -103,10 +103,14 @@ class RMSNorm(nn.Module):
 
 
 def norm(c, size, there=True):
-    """The family's norm over vectors of this size."""
+    """The family's norm over vectors of this size, None if it is not there."""
     if not there:
-        return nn.Identity()
+        return None
     return nn.LayerNorm(size, c.rms_norm_eps) if c.norm == "layer" else RMSNorm(size, c.rms_norm_eps, c.norm == "rms+1")
+
+
+def through(norm, x):
+    return x if norm is None else norm(x)
 
 
 # -- how tokens see each other: q (..., H, hd), k and v (..., K, hd) -> (..., H, hd) ---------------------------------
@@ -176,13 +180,10 @@ class Attention(nn.Module):
         else:
             outputs = outputs[0].split(self.sizes, -1) if self.fused else outputs
             q, k, v = (y.view(*shape, self.hd) for y in outputs)
-        return self.whole(self.q_norm, q), self.whole(self.k_norm, k), v
-
-    def whole(self, norm, x):
-        """A norm over each head of x (..., heads, hd), or over all of them: its weight says which."""
-        if isinstance(norm, nn.Identity):
-            return x
-        return norm(x.flatten(-2).unflatten(-1, (-1, len(norm.weight)))).view(x.shape)
+        if self.q_norm is not None:         # over each head, or over all of them: its weight says which
+            q, k = (norm(x.flatten(-2).unflatten(-1, (-1, len(norm.weight)))).view(x.shape)
+                    for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        return q, k, v
 
 
 def places(x, where):
@@ -226,12 +227,12 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = norm(c, c.hidden_size, c.norm_after)
 
     def forward(self, x, ropes, role, attend, where=None):
-        y = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ropes, role, attend, where))
+        y = self.self_attn(through(self.input_layernorm, x), ropes, role, attend, where)
         x = x if where is None else places(x, where)
         if self.parallel:
             return x + y + self.mlp(self.pre_feedforward_layernorm(x), role)
-        x = x + y
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), role))
+        x = x + through(self.post_attention_layernorm, y)
+        return x + through(self.post_feedforward_layernorm, self.mlp(through(self.pre_feedforward_layernorm, x), role))
 
 
 def run_block(block, *args):
@@ -363,9 +364,12 @@ class GPT(nn.Module):
         if self.ropes is None or self.ropes and self.ropes[0][0].device != ids.device:
             self.ropes = [(torch.cat((-freq, freq)).to(ids.device), factor)              # (rotary_dim,)
                           for freq, factor in (frequencies(rope, c.rotary_dim) for rope in c.ropes)]
-        angles = [(pos[..., None, None] * freq, factor) for freq, factor in self.ropes]  # (..., 1, rotary_dim)
-        return x, [*(((angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype))
-                     for angle, factor in angles), None]
+        turned = []
+        for freq, factor in self.ropes:
+            angle = pos[..., None, None] * freq                                          # (..., 1, rotary_dim)
+            cos, sin = (angle.cos(), angle.sin()) if factor == 1 else (factor * angle.cos(), factor * angle.sin())
+            turned.append((cos.to(x.dtype), sin.to(x.dtype)))
+        return x, [*turned, None]
 
     def hidden(self, ids, pos=None, attends=None, where=None):
         """Final hidden states (..., D) of ids (...), at positions `pos` as in embed(), that see each other through

@@ -49,7 +49,6 @@ def resolve(name):
     """The folder of a checkpoint: barn, a path, a stage of a run, or a name on the hub, downloaded if need be."""
     if name == "barn":
         return BASE
-    name = name.removeprefix("https://huggingface.co/")
     if (folder := Path(name)).exists():
         if stage(folder):
             return folder / "checkpoint"
@@ -96,6 +95,7 @@ class Config:
     BARN_LORA: ClassVar[dict] = {}
 
     def __post_init__(self):
+        self.model = self.model.removeprefix("https://huggingface.co/")
         for f in fields(self):
             value, least = getattr(self, f.name), 1 if f.type is int and f.name not in MAY_BE_ZERO else 0
             if f.type in (int, float) and not least <= value < 1 << 63:
@@ -138,10 +138,11 @@ class Config:
     @property
     def checkpoint(self):
         """The folder of the base checkpoint."""
+        base = self.base
         try:
-            return resolve(self.base)
+            return resolve(base)
         except Refusal as error:
-            raise type(error)(f"{self.model} adapts {self.base}: {error}") from None
+            raise type(error)(f"{self.model} adapts {base}: {error}") from None
 
     @property
     def words(self):

@@ -23,7 +23,7 @@ NEEDS = ("sft",)
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
     flip: float = .25                   # share of the labels that are flipped at random
-    labels: str = ""                    # judge; AlpacaFarm's human, gpt4 or noisy; a file (default: its data: human)
+    labels: str = ""                    # judge (default), a file, or AlpacaFarm's human (its default), gpt4, noisy
 
     BARN = {"pairs_per_prompt": 3}
 
@@ -55,8 +55,9 @@ def sample_pairs(cfg):
 
 def released(cfg):
     """Pairs that others have labelled, their answers as tokens."""
-    text, pairs = Text(*cfg.words), sets.preferences(cfg.labels)[:cfg.limit or None]
-    for pair in (pairs := text.fitting(pairs, cfg.max_prompt_tokens)):
+    text = Text(*cfg.words)
+    pairs = text.fitting(sets.preferences(cfg.labels)[:cfg.limit or None], cfg.max_prompt_tokens)
+    for pair in pairs:
         for i in "12":
             pair[f"ids_{i}"] = text.example(pair, pair[f"output_{i}"])[1][:cfg.max_new_tokens]   # may lose its EOS
     return [pair for pair in pairs if pair["ids_1"] != pair["ids_2"]]

@@ -242,7 +242,8 @@ def put_on(gpt, role, folder):
 def read(path, device="", int8=False, dtype=""):
     """(policy, its Config, settings) of what can be talked to: whatever --model takes, or a stage of a run, with the
     settings that it ran with (else {})."""
-    folder, settings = resolve(str(path)), stage(Path(path))
+    path = str(path).removeprefix("https://huggingface.co/")
+    folder, settings = resolve(path), stage(Path(path))
     if (folder / "head.safetensors").exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     adapted = (folder / "adapter_config.json").exists()
