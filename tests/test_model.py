@@ -89,6 +89,13 @@ def test_a_real_config_of_the_hub_is_understood():
     assert config.tie_word_embeddings and config.rms_norm_eps == 1e-5
 
 
+def test_a_window_that_is_null_is_none_and_an_absent_one_is_the_family_s():
+    mistral = {"model_type": "mistral", **tiny.SHAPE}
+    assert GPTConfig.from_hf(mistral).windows == (4096, 4096)
+    assert GPTConfig.from_hf({**mistral, "sliding_window": None}).windows == (0, 0)
+    assert GPTConfig.from_hf({**mistral, "sliding_window": 9}).windows == (9, 9)
+
+
 # --- the cache ---------------------------------------------------------------------------------------------
 
 def dirty_cache(gpt, slots, length, readable):

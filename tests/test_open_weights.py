@@ -18,6 +18,7 @@ from data.weights import load_weights
 from rlhf import pairs, policy, sft
 from rlhf.config import BASE, resolve
 from rlhf.rollout import sample
+from serving import look
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -149,6 +150,24 @@ def test_a_start_that_covers_a_few_layers_is_completed_by_fresh_ones(world):
     assert len(start.trainable()) == 2 * len(start.gpt.linears())
 
 
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_in_fp16_every_learner_scales_its_loss(world, method):
+    labels = [{"instruction": toy.sentence(prompt), "output_1": toy.sentence(one), "output_2": toy.sentence(two),
+               "preference": 1 + i % 2} for i, (prompt, one, two) in enumerate(zip(
+                   tiny.texts([1, 4, 2, 3] * 4), tiny.texts([2, 5] * 8, 50), tiny.texts([4, 1] * 8, 90)))]
+    (world / "labels.json").write_text(json.dumps(labels))
+    small = {"dpo": (), "ppo": ("--steps", 2, "--rollout_batch", 8, "--batch_size", 4, "--val_prompts", 4,
+                                "--reward.scale_answers", 8)}
+    result = command("farm.py", "--method", method, "--model", world / "base", "--data", world / "data.json", "--limit",
+                     16, "--max_prompt_tokens", 12, "--max_new_tokens", 8, "--device", "cpu", "--judge", "none",
+                     "--lora_rank", 4, "--dtype", "float16", "--pairs.labels", world / "labels.json", "--out",
+                     world / "half", *small[method])
+    assert result.code == 0, result.err
+    for stage in {"dpo": ("sft", "dpo"), "ppo": ("sft", "reward", "ppo")}[method]:
+        first, *_ = (world / "half" / stage / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(first)["loss_scale"] > 0
+
+
 def test_texts_longer_than_the_model_knows_are_refused(world):
     result = train(world, "run", "--lora_rank", 4, "--model", world / "base", "--max_prompt_tokens", 60)
     refused(result, 2, "knows 64 positions, but a prompt and its answer may take 68: lower --max_prompt_tokens")
@@ -262,6 +281,16 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
     rows = sample(base, [ids], text.stops, 9, 1., 5, 3)
     assert (result.code, result.err) == (0, "")
     assert result.out == "".join(f"[{i}] {text.decode(row)}\n" for i, (_, row) in enumerate(rows, 1))
+
+
+def test_an_answer_ends_where_the_context_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr(look, "sample", lambda policy, prompts, stops, longest, *_: asked.append(
+        (len(prompts[0]), longest)) or [(prompts[0], [5])])
+    for cows in (3, 240):
+        assert command("model.py", "barn", "cow " * cows, "--form", "text", "--max_new_tokens", 50).code == 0
+    (_, short), (long, rest) = asked
+    assert short == 50 and long + rest == 256
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import InputError
 from rlhf.policy import pack, token_logps
 from rlhf.rollout import draw, sample
 
@@ -121,3 +122,15 @@ def test_draw_never_returns_a_token_of_probability_0(seed, V, temperature):
 def test_temperature_0_is_the_most_likely_token_whatever_u():
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(logits, torch.rand(5), 0), logits.argmax(1))
+
+
+def test_learned_positions_may_be_used_up_and_no_more():
+    """A row that ends at the last position goes on beside others until it is seen to have ended."""
+    model = tiny.policy(learned_positions=True, ropes=(), layer_ropes=(-1, -1), max_position_embeddings=16)
+    prompts, limits = tiny.texts([15, 3]), [1, 13]
+    rows = sample(model, prompts, UNUSED, limits, temperature=0)
+    assert [len(response) for _, response in rows] == limits
+    assert rows == [row for prompt, limit in zip(prompts, limits)
+                    for row in sample(model, [prompt], UNUSED, limit, temperature=0)]
+    with pytest.raises(InputError, match="may have 17 tokens, and the model has learned 16 positions"):
+        sample(model, prompts, UNUSED, 2)
