@@ -65,7 +65,7 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     without one. slots 0: as many as fit. graph: on CUDA, replay a captured step.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
-    longest, c = max(map(len, prompts)) + max(limits), policy.gpt.config
+    longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
     if c.learned_positions and longest > c.max_position_embeddings:
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has learned "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
