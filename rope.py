@@ -32,7 +32,7 @@ def frequencies(rope, dim):
     above, below = rope.get("mscale"), rope.get("mscale_all_dim")
     above, below = (above, below) if above and below else (1, 0)
     log = .1 * math.log(max(factor, 1))
-    return freq * (kept + (1 - kept) / factor), rope.get("attention_factor", (above * log + 1) / (below * log + 1))
+    return freq * kept + freq / factor * (1 - kept), rope.get("attention_factor", (above * log + 1) / (below * log + 1))
 
 
 def rotate(x, cos, sin):
