@@ -31,14 +31,14 @@ def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_
     PEFT loads onto the model `base` at a revision of the hub; fan_in_fan_out if its weights are (in, out), as GPT-2's;
     with the tokenizer of another folder. An adapter folder in its place is replaced as a whole."""
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "revision": revision, "r": rank,
-        "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
+        "r": rank, "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
         "fan_in_fan_out": fan_in_fan_out, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
     }
     with new_folder(folder) as temp:
         write_whole(temp / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-        take(TOKENIZER_FILES if tokenizer_from else (), tokenizer_from or folder, temp)
+        if tokenizer_from:
+            take(TOKENIZER_FILES, tokenizer_from, temp)
         write_safetensors(temp / "adapter_model.safetensors",
                           {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()})
 

@@ -96,8 +96,11 @@ def fields(config):
         c["hidden_act"] = "gelu_pytorch_tanh"                       # what it means in the first files of that family
     require(spelt("hidden_act", family), c["hidden_act"], ACTIVATIONS)
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
-    for whole, part in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
-        if c[whole] % c[part] and not (whole == "hidden_size" and c.get("head_dim")):
+    divided = [("num_attention_heads", "num_key_value_heads")]
+    if not c.get("head_dim"):
+        divided.append(("hidden_size", "num_attention_heads"))
+    for whole, part in divided:
+        if c[whole] % c[part]:
             raise ValueError(f"{spelt(whole, family)} {c[whole]} is no multiple of {spelt(part, family)} {c[part]}")
     c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
 

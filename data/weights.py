@@ -275,7 +275,7 @@ def copy_into(target, source):
 
 def refuse(sentence, faults):
     """One WeightsError with every list of `faults` that is not empty, if any is."""
-    lists = [f"{fault}: {', '.join(names[:9])}" + f" and {len(names) - 9} more" * (len(names) > 9)
+    lists = [f"{fault}: {', '.join(names[:9])}{f' and {len(names) - 9} more' if len(names) > 9 else ''}"
              for fault, names in faults.items() if names]
     if lists:
         raise WeightsError(f"{sentence}; {'; '.join(lists)}")
@@ -310,7 +310,9 @@ def _shards(sizes, limit):
             filling, filled = [], 0
         filling.append(name)
         filled += size
-    n = len(shards := shards + [filling] * bool(filling or not shards))
+    if filling or not shards:
+        shards.append(filling)
+    n = len(shards)
     return {f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else WHOLE: names for i, names in enumerate(shards, 1)}
 
 
@@ -349,4 +351,4 @@ def absent(folder, wanted):
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
     advice = (f", only {', '.join(pickles)}: a pickle can run code, so it is never loaded; name a revision of the "
               "model that has safetensors, or convert it once with transformers' from_pretrained and save_pretrained")
-    return WeightsError(f"{folder}: there is no {wanted} here{advice * bool(pickles)}")
+    return WeightsError(f"{folder}: there is no {wanted} here{advice if pickles else ''}")
