@@ -6,7 +6,8 @@
 A pool of annotators stands for a crowd, and labels flipped on purpose for its disagreement (AlpacaFarm, arXiv
 2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge.
 The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn" and
-"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine. How they are asked is in judging/.
+"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine.
+How they are asked is in data/judges/.
 """
 import argparse
 import contextlib
@@ -25,9 +26,9 @@ import numpy as np
 
 from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
-from judging import JudgeError
-from judging.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
-from judging.prompts import Annotator, paper_pool, request_body, single, verdicts
+from data.judges import JudgeError
+from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
+from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
 from stats.agreement import judge_report
 from stats.tables import number, table
 
@@ -248,15 +249,15 @@ def fingerprint(path):
 def price_of(said=""):
     """A function from a model's name to its price, ($ per million prompt tokens, completion tokens), None if unknown.
 
-    `said` is --price, "2.5,10" for all models; else a model costs what the longest name in data/prices.json costs that
-    it begins with.
+    `said` is --price, "2.5,10" for all models; else a model costs what the longest name in
+    data/judges/prices.json costs that it begins with.
     """
     if said:
         prices = [float(x) for x in said.split(",") if re.fullmatch(r"\d+(\.\d+)?", x)]
         if len(prices) != 2:
             raise InputError(f"--price {said}: $ per million tokens of prompt and of completion, as in 2.5,10")
         return lambda model: tuple(prices)
-    listed = json.loads((Path(__file__).parent / "data" / "prices.json").read_text(encoding="utf-8"))
+    listed = json.loads((Path(__file__).parent / "data" / "judges" / "prices.json").read_text(encoding="utf-8"))
     names = sorted((name for name in listed if name != "about"), key=len, reverse=True)
     return lambda model: next((tuple(listed[name]) for name in names if model.startswith(name)), None)
 

@@ -29,8 +29,6 @@ from stats.tables import best_first, between, details, number, table, write
 from stats.winrate import (compare, left_out, position_flips, position_gap, rate_interval, resample, resampled_means,
                            usable, win_rate)
 
-
-
 # ---- judging -------------------------------------------------------------------------------------------
 
 def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):

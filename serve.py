@@ -1,11 +1,13 @@
-"""An OpenAI-compatible server for any checkpoint: a judge on your own GPU, a way to talk to what you have trained.
+"""Talk to any checkpoint: an OpenAI-compatible server, or one question from the terminal.
 
-    python serve.py runs/barn/dpo                     prints the URL that OPENAI_BASE_URL wants
+    python serve.py runs/barn/dpo                     starts the server and prints its URL for OPENAI_BASE_URL
     python serve.py path/to/llama --port 8000         a Hugging Face folder, a PEFT adapter, or barn
+    python serve.py runs/barn/dpo --ask "..."         answers one question and ends, without a server
 
-One thread, the Writer in serving/writer.py, owns the model and writes all answers together; the threads of HTTP read
-requests and turn tokens into text. Each answer has its own temperature and random numbers, so but for rounding it does
-not depend on those beside it. Left out: top-p and penalties (refused, not ignored), tools, images, keys.
+The server has one thread, the Writer in rlhf/writer.py, that owns the model and writes all answers in one batch. HTTP
+threads read requests and turn tokens into text. Each answer has its own temperature and random numbers, so that up to
+rounding it does not depend on the answers beside it.
+Left out: top-p and penalties (a request with them is refused), tools, images, API keys.
 """
 import argparse
 import gc
@@ -23,14 +25,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-
 from data import InputError, run, underscored
+from data.protocol import TOP, Refused, read_request, speller
 from data.text import Text
 from rlhf.policy import read
-from rlhf.rollout import fitting
+from rlhf.sampler import fitting, sample
 from rlhf.update import plainly
-from serving.protocol import TOP, Refused, read_request, speller
-from serving.writer import Standing, Writer
+from rlhf.writer import Standing, Writer
 
 BODY = 8 << 20                          # bytes of a request
 SLOTS, CONTEXT = 32, 4096               # at most, where the flags do not say
@@ -203,31 +204,96 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
                 server.writer.close()
 
 
+# -- one question ------------------------------------------------------------------------------------------------
+
+FORMS = {"chat": "the checkpoint's chat template", "alpaca": "AlpacaFarm's prompt", "text": "continued as it is"}
+
+
+def prompt_ids(text, form, prompt):
+    """Token ids of a prompt in one of FORMS."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8") from None
+    if form == "text":
+        return text.plain(prompt)
+    if form == "chat" and not text.template:
+        raise InputError(f"{text.folder}: there is no chat template: choose --form alpaca or text")
+    if form == "alpaca":
+        text.template = None
+    return text.prompt({"instruction": prompt})
+
+
+def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, device="", dtype="", int8=False):
+    """n answers (strings) of a checkpoint to one prompt. form: one of FORMS; by default chat if the checkpoint has a
+    template, alpaca if it was trained here, else text."""
+    policy, cfg, settings = read(path, device, int8, dtype)
+    text = Text(*cfg.words)
+    trained = policy.role or settings
+    ids = prompt_ids(text, form or ("chat" if text.template else "alpaca" if trained else "text"), prompt)
+    context = policy.gpt.config.max_position_embeddings
+    if not 0 < len(ids) < context:
+        raise InputError(f"the prompt has {len(ids)} tokens, and {path} knows {context} positions")
+    longest = min(context - len(ids), max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
+    rows = sample(policy, [ids], text.stops, longest, temperature, seed, n)
+    return [text.decode(response) for _, response in rows]
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+ONLY = {"ask": ("form", "n", "temperature", "seed"), "serve": ("host", "port", "slots", "context", "name", "graph")}
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", help="a Hugging Face folder, a PEFT folder, a stage of a run as in runs/barn/dpo, or barn")
+    add("path", help="a Hugging Face folder or name on the hub (org/name@revision), a PEFT folder, a stage of a run as "
+        "in runs/barn/dpo, or barn")
+    add("--max_new_tokens", type=int, default=0, help="longest answer [300, or a run's own; a request may say]")
+    add("--device", default="", help="cpu or cuda [cuda where there is one]")
+    add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
+    add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
+    group = parser.add_argument_group("one question")
+    add = group.add_argument
+    add("--ask", metavar="PROMPT", help="answer this prompt and end; - reads it from standard input")
+    add("--form", choices=FORMS, default="", help="; ".join(f"{form}: {what}" for form, what in FORMS.items())
+        + " [chat if there is a template, alpaca for what was trained here, else text]")
+    add("--n", type=int, default=1, help="answers [1]")
+    add("--temperature", type=float, default=1., help="0: always the likeliest token [1]")
+    add("--seed", type=int, default=0, help="of the random numbers [0]")
+    group = parser.add_argument_group("the server")
+    add = group.add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there are no keys [127.0.0.1]")
     add("--port", type=int, default=8000, help="0: any that is free [8000]")
     add("--slots", type=int, default=0, help=f"answers that are written at a time [as many as fit, at most {SLOTS}]")
     add("--context", type=int, default=0, help=f"tokens of prompt and answer [what the model knows, at most {CONTEXT}]")
-    add("--max_new_tokens", type=int, default=0, help="longest answer if a request does not say [300; a run's own]")
     add("--name", default="", help="what the model is called [its path]")
-    add("--device", default="", help="cpu or cuda [cuda where there is one]")
-    add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
-    add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
     add("--no_graph", dest="graph", action="store_false", help="on a GPU, do without captured decoding steps")
     args = parser.parse_args(underscored(argv))
+    other = "serve" if args.ask is not None else "ask"
+    if stray := [name for name in ONLY[other] if getattr(args, name) != parser.get_default(name)]:
+        raise InputError(f"--{stray[0]} would change nothing {'with' if other == 'serve' else 'without'} --ask")
     if min(args.slots, args.context, args.max_new_tokens) < 0 or not 0 <= args.port < 1 << 16:
         raise InputError("--slots, --context and --max_new_tokens are not negative, --port is at most 65535")
+    if args.n < 1 or not all(0 <= number < 1 << 63 for number in (args.max_new_tokens, args.temperature, args.seed)):
+        raise InputError("--n is at least 1; --max_new_tokens, --temperature and --seed are not negative")
     return args
 
 
 def main(argv):
     args = parse(argv)
+    given = {name: value for name, value in vars(args).items() if name != "ask"}
+    if args.ask is not None:
+        question = sys.stdin.read() if args.ask == "-" else args.ask
+        with plainly("try fewer --n, a lower --max_new_tokens, --int8"):
+            answers = ask(args.path, question, **{k: v for k, v in given.items() if k not in ("path", *ONLY["serve"])})
+        for i, answer in enumerate(answers, 1):
+            print(f"[{i}] " * (args.n > 1) + answer)
+        return
     try:
-        with plainly("try fewer --slots, a lower --context, --int8"), serving(**vars(args)) as url:
+        with (plainly("try fewer --slots, a lower --context, --int8"),
+              serving(**{k: v for k, v in given.items() if k not in ONLY["ask"]}) as url):
             gc.freeze()                                 # or each search for garbage halts all for a third of a second
             print(f"OPENAI_BASE_URL={url}", flush=True)
             threading.Event().wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.plans import SHAPES
-from rlhf.rollout import MOST
+from rlhf.sampler import MOST
 
 
 def clock(device):

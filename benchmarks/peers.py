@@ -1,4 +1,4 @@
-"""The same work done by Transformers and TRL, for bench.py --against hf and trl; nothing else needs this file.
+"""The same work done by Transformers and TRL, for `--against hf` and `--against trl`; nothing else needs this file.
 
 Each function takes our GPT and returns run(), which does the work once: a rollout, or one optimizer step of the peer's
 own trainer on the ids it was given. Models, data and optimizer are ready before, so a caller times the work alone.

@@ -4,8 +4,8 @@ import json
 import torch
 
 from data import InputError, sets
-from rlhf.policy import pack, token_logps
-from rlhf.rollout import sample
+from rlhf.logprobs import pack, token_logps
+from rlhf.sampler import sample
 from rlhf.update import micro_batches
 
 

@@ -21,7 +21,7 @@ from data.barn.reward import true_reward
 from data.text import Text
 from rlhf import config, policy, reward
 from rlhf.answers import questions, write_outputs
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ("sft", "reward")
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from data import sets
 from data.text import Text
-from rlhf import config, policy, update
+from rlhf import config, logprobs, policy, update
 from rlhf.answers import answer
 from rlhf.pairs import load_pairs, pair_lengths
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ("sft", "pairs")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -47,9 +47,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def logps(model, chosen, rejected, cfg):
     """Log-probs (2, b) of b chosen answers and of the b rejected ones to the same prompts."""
-    ids, mask = policy.pack(chosen + rejected, model.gpt.device)                         # (2b, T), (2b, T-1)
+    ids, mask = logprobs.pack(chosen + rejected, model.gpt.device)                         # (2b, T), (2b, T-1)
     shared = 2 if cfg.shared_prompt else 1
-    return policy.token_logps(model, ids, mask, cfg.temperature, shared=shared).sum(-1).view(2, -1)
+    return logprobs.token_logps(model, ids, mask, cfg.temperature, shared=shared).sum(-1).view(2, -1)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import annotate
 from data import InputError, sets
 from data.text import Text
 from rlhf import config, policy
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ("sft",)
 

@@ -21,9 +21,9 @@ import torch
 
 from data import InputError, sets
 from data.text import Text
-from rlhf import config, policy, reward, update
+from rlhf import config, logprobs, policy, reward, update
 from rlhf.answers import answer
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ("sft", "reward")
 
@@ -76,7 +76,7 @@ KL = {  # J. Schulman, "Approximating KL divergence" (2020), with d = log pi - l
 def shape_rewards(score, kl, mask, kl_coef):
     """score (B,), kl (B, T-1) per token -> rewards (B, T-1): the penalty everywhere, the score at the last token."""
     rewards = -kl_coef * kl * mask
-    rewards[torch.arange(len(score), device=score.device), policy.last_token(mask)] += score
+    rewards[torch.arange(len(score), device=score.device), logprobs.last_token(mask)] += score
     return rewards
 
 
@@ -139,15 +139,15 @@ class Rollout:
 def rollout(prompts, stops, model, ref, reward_model, value, cfg, seed):
     """Sample an answer to each prompt, and look at it with every role; FloatingPointError if a number is not finite."""
     rows = sample(model, prompts, stops, cfg.max_new_tokens, cfg.temperature, seed, 1, cfg.slots, cfg.graph)
-    ids, mask = policy.pack(rows, model.gpt.device)
+    ids, mask = logprobs.pack(rows, model.gpt.device)
     old_logp, ref_logp, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
     score = torch.zeros(len(rows), device=ids.device)
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     for micro in update.micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
         t = max(lengths[i] for i in micro)                                               # the rest is padding
         i, m = ids[micro, :t], mask[micro, :t - 1]
-        old_logp[micro, :t - 1] = policy.token_logps(model, i, m, cfg.temperature)
-        ref_logp[micro, :t - 1] = policy.token_logps(ref, i, m, cfg.temperature)
+        old_logp[micro, :t - 1] = logprobs.token_logps(model, i, m, cfg.temperature)
+        ref_logp[micro, :t - 1] = logprobs.token_logps(ref, i, m, cfg.temperature)
         values[micro, :t - 1] = value.values(i, m)
         score[micro] = reward.score(reward_model, i, m)
     finished = [response[-1] in stops for _, response in rows]
@@ -166,7 +166,7 @@ def learn(model, value, updater, roll, advantages, returns, cfg, seed):
             t = max(roll.lengths[i] for i in micro)
             ids, m = roll.ids[micro, :t], roll.mask[micro, :t - 1]
             old, v, a, r = (x[micro, :t - 1] for x in (roll.old_logp, roll.values, advantages, returns))
-            logp = policy.token_logps(model, ids, m, cfg.temperature)                    # (b, t-1)
+            logp = logprobs.token_logps(model, ids, m, cfg.temperature)                    # (b, t-1)
             pg, pg_clipped = policy_loss(logp, old, a, m, cfg.cliprange)
             updater.add(pg, sum(spoken[i] for i in micro))
             values = value.values(ids, m)                                                # (b, t-1)

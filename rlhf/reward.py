@@ -21,9 +21,9 @@ from data import InputError, sets
 from data.barn.reward import true_reward
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
-from rlhf import config, policy, update
+from rlhf import config, logprobs, policy, update
 from rlhf.pairs import load_pairs, pair_lengths
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ("sft", "pairs")
 
@@ -54,7 +54,7 @@ class Critic(policy.Policy):
     def values(self, ids, mask):
         """(B, T-1): the head where the mask is 1, in fp32, 0 elsewhere; index t has seen ids[:, :t+1] of ids (B, T)."""
         where = mask.flatten().nonzero()[:, 0]                                           # (N,)
-        return policy.spread(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
+        return logprobs.spread(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
 
     def trainable(self):
         return super().trainable() + [p.requires_grad_() for p in self.head.parameters()]
@@ -76,10 +76,10 @@ def score(model, ids, mask, shared=1):
 
     shared 2: the second half of the rows answers the prompts of the first half, and these are computed only once.
     """
-    at = policy.last_token(mask) + 1                                                     # (B,): column in ids
+    at = logprobs.last_token(mask) + 1                                                     # (B,): column in ids
     where = torch.arange(len(ids), device=ids.device) * ids.shape[1] + at
     read = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))                                     # (B, T): the last token too
-    return model.head(policy.encode(model, ids, read, where, shared).float())[:, 0]
+    return model.head(logprobs.encode(model, ids, read, where, shared).float())[:, 0]
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def scores(model, rows, cfg):
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     out = torch.empty(len(rows))
     for indices in update.micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
-        out[indices] = score(model, *policy.pack([rows[i] for i in indices], model.gpt.device)).cpu()
+        out[indices] = score(model, *logprobs.pack([rows[i] for i in indices], model.gpt.device)).cpu()
     return out
 
 
@@ -165,7 +165,7 @@ def run(cfg):
         each = []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             rows = [chosen[i] for i in micro] + [rejected[i] for i in micro]
-            good, bad = score(model, *policy.pack(rows, model.gpt.device), shared=2).chunk(2)        # (b,), (b,)
+            good, bad = score(model, *logprobs.pack(rows, model.gpt.device), shared=2).chunk(2)        # (b,), (b,)
             losses = bradley_terry(good, bad)
             updater.add(losses.sum(), len(micro))
             each.append(torch.stack((losses, good, bad)).detach())

@@ -14,9 +14,9 @@ import torch
 
 from data import sets
 from data.text import Text
-from rlhf import config, policy, update
+from rlhf import config, logprobs, policy, update
 from rlhf.answers import answer
-from rlhf.rollout import sample
+from rlhf.sampler import sample
 
 NEEDS = ()
 
@@ -43,8 +43,8 @@ def train(model, rows, cfg, log, show, start=0):
     for step, batch in enumerate(steps):
         nll = torch.zeros((), device=model.gpt.device)
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
-            ids, mask = policy.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
-            loss = -policy.token_logps(model, ids, mask).sum()
+            ids, mask = logprobs.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
+            loss = -logprobs.token_logps(model, ids, mask).sum()
             updater.add(loss, sum(len(rows[i][1]) for i in micro))
             nll += loss.detach()
         mean = nll.item() / updater.denominator

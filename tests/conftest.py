@@ -4,7 +4,7 @@ import threading
 import pytest
 from judged import Handler, Server, longer
 
-from judging.client import Judge
+from data.judges.client import Judge
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from annotate import annotate
-from judging.prompts import Annotator
+from data.judges.prompts import Annotator
 
 JUDGE = Annotator("judge-model", "judge-model")         # one pair at a time, in the form of pairwise.json
 SHOWN = re.compile(r"<<<(\w+) instruction\n(.*)\n\1>>>\n\n<<<\1 output \(a\)\n(.*)\n\1>>>\n\n"

@@ -16,13 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from judged import (JUDGE, always_first, ask, completion, longer, make_pairs, mirrored, prefer_longer, preferences,
-                    shown)
+from judged import JUDGE, always_first, ask, completion, longer, make_pairs, mirrored, prefer_longer, preferences, shown
 
 import annotate
 from annotate import connect, draw, pool
-from judging import JudgeError, client, prompts
-from judging.prompts import fence, request_body
+from data.judges import JudgeError, client, prompts
+from data.judges.prompts import fence, request_body
 
 ROOT = Path(annotate.__file__).parent
 ALPACA_EVAL = Path(__file__).parents[2] / "shared" / "alpaca_eval"
@@ -92,7 +91,7 @@ def test_no_verdict_is_guessed(reply):
 
 SNIPPET = """
 import annotate
-from judging import prompts
+from data.judges import prompts
 for i in ["What does a hen eat?", "Name three tools.", "Écris un poème.", "Say hello\\n\\nto the cow"]:
     print(annotate.draw("is_switched_outputs", i + "0", [False, True]),
           annotate.draw("noisy_preference", i + "0", [None, 1, 2], [.5, .25, .25]),
@@ -254,7 +253,7 @@ CHILD = """
 import sys
 import annotate
 from tests_pairs import pairs
-from judging.prompts import Annotator
+from data.judges.prompts import Annotator
 judge = annotate.Judge(sys.argv[1], sys.argv[2], "test", workers=4)
 annotate.annotate(pairs, [Annotator("judge-model", "judge-model")], judge)
 """

@@ -17,7 +17,7 @@ from data.barn.judge import TASTES, prefers_first, serve
 from data.barn.reward import WEIGHTS, features, true_reward
 from data.barn.world import (CLEAN, KINDS, MIXED, PLAIN, SIZES, demonstrate, draw_instruction, parse,
                              pretraining_texts, splits)
-from judging.prompts import Annotator, request_body, verdicts
+from data.judges.prompts import Annotator, request_body, verdicts
 
 ROOT = Path(__file__).parents[1]
 DEFECTS, VIRTUES = ("wrong", "count", "repeat", "ramble", "rude", "cut"), ("opening", "detail", "closing")

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-from benchmarks import measure
+from benchmarks import bench, measure
 from benchmarks.plans import CPU, H200, SHAPES
 
 torch.set_num_threads(1)
@@ -58,7 +57,7 @@ def test_real_sizes_of_the_presets():
 @pytest.mark.parametrize("benches, flags", [([], ["--lora_rank", "0"]), (["rollout", "dpo", "ppo", "memory"], [
     "--lora_rank", "4", "--int8", "--checkpointing", "--n", "2", "--no_cached", "--no_shared_prompt"])])
 def test_every_bench_runs_and_the_last_line_is_one_document(benches, flags, tmp_path):
-    command = [sys.executable, "bench.py", *benches, *SMALL, *flags, "--out", str(tmp_path / "x.json")]
+    command = [sys.executable, "-m", "benchmarks", *benches, *SMALL, *flags, "--out", str(tmp_path / "x.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
@@ -101,7 +100,7 @@ def test_the_plan_for_a_gpu_runs_from_end_to_end_in_small(capsys):
 
 @pytest.mark.parametrize("flags", [["walk"], ["--preset", "9b"], ["--rows", "few"]])
 def test_bad_flags_are_one_sentence_and_exit_code_2(flags):
-    done = subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr
 
 

@@ -9,7 +9,7 @@ import toy
 
 import model
 from data import InputError, sets
-from rlhf import best_of_n, expert_iteration, policy, reward, sft
+from rlhf import best_of_n, expert_iteration, logprobs, policy, reward, sft
 from rlhf.answers import answer
 from rlhf.best_of_n import best_of_k, kl_bound
 
@@ -89,7 +89,7 @@ def test_what_is_written_is_the_answer_with_the_highest_score(kind, folders, mon
     cfg, metrics = ran(folders, kind, best_of_n, n=5)
     judge = reward.load(cfg, policy.load(cfg, "sft"))
     with torch.no_grad():
-        scores = [reward.score(judge, *policy.pack([row])).item() for row in pools[0]]
+        scores = [reward.score(judge, *logprobs.pack([row])).item() for row in pools[0]]
     best = [max(range(i, i + 5), key=scores.__getitem__) for i in range(0, 40, 5)]
     assert len(pools[0]) == 40 and outputs(cfg) == [toy.text(cfg).decode(pools[0][i][1]) for i in best]
     assert len({i % 5 for i in best}) > 2

@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from rlhf import reward, rollout
-from rlhf.policy import ChunkedLogProb, pack, token_logps
+from rlhf import reward, sampler
+from rlhf.logprobs import ChunkedLogProb, pack, token_logps
 from rlhf.update import Updater
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,7 +44,7 @@ def on_gpu(kind, dtype=torch.float32, **changes):
 def test_a_captured_step_samples_what_an_eager_one_does(kind, dtype, slots):
     """Refill, compaction and spans of more than one size; twice, as a second call captures anew."""
     model, limits = on_gpu(kind, dtype), [5 + 13 * i % 150 for i in range(20)]
-    eager, graph, again = (rollout.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, slots, graph)
+    eager, graph, again = (sampler.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, slots, graph)
                            for graph in (False, True, True))
     assert eager == graph == again
 
@@ -53,7 +53,7 @@ def test_a_captured_step_samples_what_an_eager_one_does(kind, dtype, slots):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_other_families_are_captured_and_trained_as_well(kind, family):
     model, limits = on_gpu(kind, **family), [5 + 13 * i % 150 for i in range(20)]
-    eager, graph = (rollout.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, 8, graph) for graph in (False, True))
+    eager, graph = (sampler.sample(model, PROMPTS, [7], limits, 1.5, 0, 2, 8, graph) for graph in (False, True))
     assert eager == graph
     there, here = (token_logps(m, *pack(ROWS, device)).sum() for m, device in (
         (model, "cuda"), (tiny.policy(kind, **SHAPE | family), "cpu")))
@@ -64,7 +64,7 @@ def test_other_families_are_captured_and_trained_as_well(kind, family):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
     model = on_gpu(kind, **family)
-    for prompt, response in rollout.sample(model, PROMPTS, [500], 12, temperature=0, slots=4):
+    for prompt, response in sampler.sample(model, PROMPTS, [500], 12, temperature=0, slots=4):
         with model.gpt.wear(model.role), torch.no_grad():
             logits = model.gpt(torch.tensor([prompt + response], device="cuda"))[0, len(prompt) - 1:-1]
         best = logits.max(-1).values
@@ -73,7 +73,7 @@ def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
 
 
 def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
-    step = rollout.Engine.step
+    step = sampler.Engine.step
 
     def watched(self, width, span):
         torch.cuda.set_sync_debug_mode("error")
@@ -81,8 +81,8 @@ def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
             step(self, width, span)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(rollout.Engine, "step", watched)
-    rollout.sample(on_gpu("lora", torch.bfloat16), PROMPTS, [7], 20, slots=4, graph=False)
+    monkeypatch.setattr(sampler.Engine, "step", watched)
+    sampler.sample(on_gpu("lora", torch.bfloat16), PROMPTS, [7], 20, slots=4, graph=False)
 
 
 @pytest.mark.parametrize("kind, dtype", [("full", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16),
@@ -121,7 +121,7 @@ def test_a_shared_prompt_and_int8_on_the_gpu(dtype):
         model.gpt.adjoin()
         low = token_logps(model, *pack(rows, "cuda"), shared=2)
     assert (plain - shared).norm() < .05 * plain.norm() and (plain - low).norm() < .15 * plain.norm()
-    eager, graph = (rollout.sample(model, PROMPTS, [7], 30, slots=4, graph=graph) for graph in (False, True))
+    eager, graph = (sampler.sample(model, PROMPTS, [7], 30, slots=4, graph=graph) for graph in (False, True))
     assert eager == graph
 
 
@@ -154,10 +154,10 @@ def test_compiled_blocks_compute_the_same():
 
 def test_memory_is_given_back_after_sampling():
     model = on_gpu("lora", torch.bfloat16)
-    rollout.sample(model, PROMPTS, [7], 30)
+    sampler.sample(model, PROMPTS, [7], 30)
     held = torch.cuda.memory_allocated()
     for _ in range(3):
-        rollout.sample(model, PROMPTS, [7], 30)
+        sampler.sample(model, PROMPTS, [7], 30)
     assert torch.cuda.memory_allocated() <= held + 2 ** 20
 
 

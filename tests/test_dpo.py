@@ -10,7 +10,8 @@ import torch
 import model
 from rlhf import dpo
 from rlhf.dpo import dpo_loss, load_pairs
-from rlhf.policy import Policy, pack, token_logps
+from rlhf.logprobs import pack, token_logps
+from rlhf.policy import Policy
 from rlhf.update import Updater
 
 torch.set_num_threads(1)

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from commands import command, refused
+from test_stats import ALPACA_EVAL, needs_alpaca_eval, published, read
 
 from annotate import draw
 from data import InputError
 from data.alpaca_eval import read_annotations, read_column
 from data.attacks import ATTACKS
+from data.judges.prompts import Annotator, logprob_preference
 from eval import evaluate, folder_of, report
-from judging.prompts import Annotator, logprob_preference
 from stats.tables import COLUMNS, details, leaderboard
 from stats.winrate import compare, paired_difference, resample, win_rate
-from test_stats import ALPACA_EVAL, needs_alpaca_eval, published, read
 
 evaluation = functools.partial(command, "eval.py")
 ONE = Annotator("m", "m")

@@ -18,8 +18,9 @@ import model
 from data import adapters, weights
 from data.weights import WeightsError
 from rlhf import policy as policies
-from rlhf.policy import Policy, pack, token_logps
-from rlhf.rollout import sample
+from rlhf.logprobs import pack, token_logps
+from rlhf.policy import Policy
+from rlhf.sampler import sample
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -30,7 +30,7 @@ from rlhf.config import BASE
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "lora.py", "rope.py", "annotate.py", "eval.py", "judging", "stats", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -475,7 +475,7 @@ CONFIG = json.loads((BASE / "config.json").read_text())
 BAD_INPUT = {                                           # name: (arguments, what the sentence must say)
     "no method": ("--limit 1", "which method"),
     "unknown method": ("--method grpoo", "unknown method 'grpoo'.*dpo"),
-    "kit as method": ("--method rollout", "unknown method 'rollout'"),
+    "kit as method": ("--method sampler", "unknown method 'sampler'"),
     "path as method": ("--method ../farm", "unknown method"),
     "unknown flag": ("--method sft --lrr 1", "--lrr"),
     "stray word": ("--method sft lr", "lr"),

@@ -19,10 +19,10 @@ from annotate import annotate as label
 from annotate import fingerprint, pool, price_of, remote
 from data import InputError
 from data.alpaca_eval import read_pairs
-from judging import JudgeError
-from judging.client import retry_after
-from judging.prompts import (DATA, Annotator, letter_preference, letters, numbered, objects, paper_pool, request_body,
-                             single, verdicts)
+from data.judges import JudgeError
+from data.judges.client import retry_after
+from data.judges.prompts import (HERE, Annotator, letter_preference, letters, numbered, objects, paper_pool,
+                                 request_body, single, verdicts)
 
 annotating = functools.partial(command, "annotate.py")
 
@@ -298,7 +298,7 @@ def test_budgets_end_the_work_and_keep_it(server, judge):
 CHILD = """
 import sys
 import annotate
-from judging.prompts import Annotator
+from data.judges.prompts import Annotator
 from judged import make_pairs
 judge = annotate.Judge(sys.argv[1], sys.argv[2], "test", workers=4)
 records = annotate.annotate(make_pairs(200), [Annotator("judge-model", "judge-model")], judge)
@@ -405,7 +405,7 @@ def test_the_flips_of_p_ann(files, server, tmp_path):
 def test_prices():
     assert price_of()("gpt-4o-mini-2024-07-18") == (.15, .6) and price_of()("my-llama") is None
     assert price_of("1.5,2")("my-llama") == (1.5, 2)
-    listed = json.loads((DATA / "prices.json").read_text())
+    listed = json.loads((HERE / "prices.json").read_text())
     assert all(len(price) == 2 for name, price in listed.items() if name != "about")
 
 

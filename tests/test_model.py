@@ -10,10 +10,9 @@ import torch.nn.functional as F
 import model
 from data.text import Text
 from data.weights import WeightsError, load_weights, write_safetensors
-from model import GPTConfig
+from model import GPTConfig, frequencies
 from rlhf.policy import Policy
-from rlhf.rollout import KVCache, sample
-from rope import frequencies
+from rlhf.sampler import KVCache, sample
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"

@@ -15,10 +15,9 @@ from data import InputError, hub, sets
 from data.adapters import load_adapter
 from data.text import Text
 from data.weights import load_weights
-from rlhf import pairs, policy, sft
+from rlhf import pairs, policy, sampler, sft
 from rlhf.config import BASE, resolve
-from rlhf.rollout import sample
-from serving import look
+from rlhf.sampler import sample
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -256,11 +255,11 @@ def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkey
     resolve.cache_clear()
 
 
-# --- python model.py ---------------------------------------------------------------------------------------
+# --- python serve.py --ask ---------------------------------------------------------------------------------------
 
 @needs_checkpoints
 def test_stories_gives_its_known_answer():
-    result = command("model.py", CHECKPOINTS / "stories260K", "Once upon a time", "--temperature", 0,
+    result = command("serve.py", CHECKPOINTS / "stories260K", "--ask", "Once upon a time", "--temperature", 0,
                      "--max_new_tokens", 70)
     assert result.code == 0 and result.err == ""
     assert result.out.startswith(
@@ -272,7 +271,8 @@ def test_stories_gives_its_known_answer():
     ((), "{}"), (("--form", "chat"), "{}"), (("--form", "alpaca"), None), (("--form", "text"), "plain")])
 def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
     """Barn has a chat template, which is the default; n answers have numbers."""
-    result = command("model.py", "barn", "What do cows eat?", "--n", 3, "--seed", 5, "--max_new_tokens", 9, *flags)
+    result = command("serve.py", "barn", "--ask", "What do cows eat?", "--n", 3, "--seed", 5, "--max_new_tokens", 9,
+                     *flags)
     text, base = Text(BASE), policy.read("barn")[0]
     record = {"instruction": "What do cows eat?"}
     if form is None:
@@ -285,21 +285,27 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
 
 def test_an_answer_ends_where_the_context_does(monkeypatch):
     asked = []
-    monkeypatch.setattr(look, "sample", lambda policy, prompts, stops, longest, *_: asked.append(
+    monkeypatch.setattr(sampler, "sample", lambda policy, prompts, stops, longest, *_: asked.append(
         (len(prompts[0]), longest)) or [(prompts[0], [5])])
     for cows in (3, 240):
-        assert command("model.py", "barn", "cow " * cows, "--form", "text", "--max_new_tokens", 50).code == 0
+        assert command("serve.py", "barn", "--ask", "cow " * cows, "--form", "text", "--max_new_tokens", 50).code == 0
     (_, short), (long, rest) = asked
     assert short == 50 and long + rest == 256
 
 
 @pytest.mark.parametrize("argv, said", [
-    (("barn",), "prompt"), (("nowhere/at all", "x"), "there is no folder nowhere/at all"), (("barn", ""), "0 tokens"),
+    (("nowhere/at all", "x"), "there is no folder nowhere/at all"), (("barn", ""), "0 tokens"),
     (("barn", "cow " * 300), "knows 256 positions"), (("barn", "x", "--n", 0), "--n is at least 1"),
     (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--seed", 1 << 64), "--seed"),
-    (("barn", "\udcff"), "not UTF-8"), (("barn", "x", "--dtype", "float8"), "float8")])
-def test_a_look_that_is_not_possible_is_one_sentence(argv, said):
-    refused(command("model.py", *argv, *(("--form", "text") if len(argv) == 2 else ())), 2, said)
+    (("barn", "\udcff"), "not UTF-8"), (("barn", "x", "--dtype", "float8"), "float8"),
+    (("barn", "x", "--port", 0), "--port would change nothing")])
+def test_a_question_that_is_not_possible_is_one_sentence(argv, said):
+    checkpoint, question, *flags = argv
+    refused(command("serve.py", checkpoint, "--ask", question, *(flags or ("--form", "text"))), 2, said)
+
+
+def test_flags_of_a_question_do_not_go_with_a_server():
+    refused(command("serve.py", "barn", "--n", 3), 2, "--n would change nothing without --ask")
 
 
 # --- preferences that others have collected ----------------------------------------------------------------

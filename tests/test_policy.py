@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data.adapters import load_adapter
 from rlhf import dpo, policy
-from rlhf.policy import ChunkedLogProb, Policy, pack, token_logps
+from rlhf.logprobs import ChunkedLogProb, pack, token_logps
+from rlhf.policy import Policy
 
 torch.set_num_threads(1)
 KINDS = {"full": {}, "tied": {"tie_word_embeddings": True}, "lora": {}}

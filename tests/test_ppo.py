@@ -12,12 +12,12 @@ from torch.nn.functional import pad
 
 import model
 from data import InputError, sets
-from rlhf import policy, ppo, reward, update
+from rlhf import logprobs, policy, ppo, reward, update
 from rlhf.ppo import KL, explained_variance, gae, policy_loss, shape_rewards, value_loss, whiten
 
 torch.set_num_threads(1)
 LENGTHS = [(2, 5), (1, 1), (4, 3), (1, 7)]              # (prompt, response), in tokens
-MASK = policy.pack([([1] * prompt, [2] * response) for prompt, response in LENGTHS])[1]
+MASK = logprobs.pack([([1] * prompt, [2] * response) for prompt, response in LENGTHS])[1]
 
 
 def noise(*seeds):
@@ -258,11 +258,11 @@ def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature
         response = roll.ids[i, len(prompt):roll.lengths[i]].tolist()
         assert roll.ids[i, :len(prompt)].tolist() == prompt
         assert roll.finished[i] == (response[-1] in toy.STOPS)
-        ids, mask = policy.pack([(prompt, response)])
+        ids, mask = logprobs.pack([(prompt, response)])
         t = mask.shape[1]
         with torch.no_grad():
-            close(roll.old_logp[i, :t], policy.token_logps(roles[0], ids, mask, temperature)[0])
-            close(roll.ref_logp[i, :t], policy.token_logps(roles[1], ids, mask, temperature)[0])
+            close(roll.old_logp[i, :t], logprobs.token_logps(roles[0], ids, mask, temperature)[0])
+            close(roll.ref_logp[i, :t], logprobs.token_logps(roles[1], ids, mask, temperature)[0])
             states = [roles[3].values(ids[:, :k + 1], torch.ones(1, k, dtype=torch.bool))[0, -1].item()
                       for k in range(len(prompt), t + 1)]                           # each from the text before it
             own = reward.score(roles[2], ids, mask)[0] - cfg.missing_eos_penalty * (not roll.finished[i])
@@ -302,12 +302,12 @@ def test_the_first_ratio_is_1_and_nothing_is_clipped(kind, temperature, train, m
 
 @kinds
 def test_padding_to_twice_the_length_changes_no_metric_of_a_run(kind, train, monkeypatch):
-    plain, real = train(kind), policy.pack
+    plain, real = train(kind), logprobs.pack
 
     def wide(rows, device="cpu"):
         ids, mask = real(rows, device)
         return pad(ids, (0, ids.shape[1]), value=5), pad(mask, (0, ids.shape[1]))
-    monkeypatch.setattr(policy, "pack", wide)
+    monkeypatch.setattr(logprobs, "pack", wide)
     padded = train(kind)
     for a, b in zip(plain.metrics, padded.metrics, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-6)

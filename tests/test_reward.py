@@ -11,8 +11,8 @@ from test_farm import farm
 from torch.nn.functional import pad
 
 from data import InputError
-from rlhf import policy, reward
-from rlhf.policy import pack
+from rlhf import logprobs, policy, reward
+from rlhf.logprobs import pack
 from rlhf.reward import agreement, bradley_terry, calibration_error, normalise, score, scores, validate
 from rlhf.update import Updater
 
@@ -175,14 +175,14 @@ def test_it_learns_what_the_preferred_answers_have_in_common(folder):
 
 def test_the_micro_batch_size_changes_nothing(folder, monkeypatch):
     """Three real steps on ragged pairs: the same losses, and in the end the same scores."""
-    seen, real, room = [], policy.pack, []
+    seen, real, room = [], logprobs.pack, []
 
     def pack(rows, device):
         ids, mask = real(rows, device)
         if torch.is_grad_enabled():
             assert ids.numel() <= room[-1] or len(ids) == 2             # a pair is the least
         return ids, mask
-    monkeypatch.setattr(policy, "pack", pack)
+    monkeypatch.setattr(logprobs, "pack", pack)
     for tokens in (1, 60, 10_000):
         room.append(tokens)
         cfg, metrics = trained(folder, pairs(50), epochs=1, held_out=.04, lr=1e-3, micro_batch_tokens=tokens)
@@ -336,7 +336,7 @@ def test_a_saved_reward_model_comes_back_frozen_and_equal(kind, tmp_path):
     assert not any(p.requires_grad for p in (*back.gpt.parameters(), *back.head.parameters()))
     assert (back.gpt is other.gpt) == (kind == "lora")          # an adapter shares the base
     with torch.no_grad():
-        alone, beside = (policy.token_logps(p, *pack(ROWS)) for p in (policy.load(cfg, "sft"), other))
+        alone, beside = (logprobs.token_logps(p, *pack(ROWS)) for p in (policy.load(cfg, "sft"), other))
     assert torch.equal(alone, beside)
     value = back.copy("value")
     params = value.trainable()

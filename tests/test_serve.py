@@ -1,4 +1,4 @@
-"""The server as its clients see it: OpenAI's own client and plain HTTP against rollout.sample and forward passes."""
+"""The server as its clients see it: OpenAI's own client and plain HTTP against sampler.sample and forward passes."""
 import json
 import random
 import signal
@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve
+from data import protocol
 from data.text import Text
-from rlhf import policy, rollout, sft
+from rlhf import policy, sampler, sft, writer
 from rlhf.config import BASE
-from serving import protocol, writer
 
 torch.set_num_threads(1)
 QUESTIONS = [toy.sentence(ids) for ids in tiny.texts([3, 9, 1, 5, 2, 7])]
@@ -98,9 +98,9 @@ def lively(cfg, question, **how):
 
 
 def sampled(cfg, question, **how):
-    """The texts and ids that rollout.sample writes for the stage in training."""
+    """The texts and ids that sampler.sample writes for the stage in training."""
     model, text = policy.load(cfg, "sft"), toy.text(cfg)
-    rows = rollout.sample(model, [text.prompt({"instruction": question})], text.stops, **how)
+    rows = sampler.sample(model, [text.prompt({"instruction": question})], text.stops, **how)
     return [spoken(text, response) for _, response in rows], [response for _, response in rows]
 
 
@@ -118,7 +118,7 @@ def test_a_chat_says_what_a_trained_stage_sampled(kind, tmp_path):
             assert ask(url, question, seed=5, n=3) == drawn
     other = policy.fresh(toy.settings(tmp_path, kind, sft.Config), "base")      # so that the test sees what was learnt
     text = toy.text(cfg)
-    rows = rollout.sample(other, [text.prompt({"instruction": q}) for q in QUESTIONS], text.stops, 9, temperature=0)
+    rows = sampler.sample(other, [text.prompt({"instruction": q}) for q in QUESTIONS], text.stops, 9, temperature=0)
     assert [spoken(text, ids) for _, ids in rows] != [sampled(cfg, q, max_new_tokens=9, temperature=0)[0][0]
                                                       for q in QUESTIONS]
 
@@ -126,7 +126,7 @@ def test_a_chat_says_what_a_trained_stage_sampled(kind, tmp_path):
 def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
     model, cfg, settings = policy.read(run.dir() / "checkpoint")
     text = Text(*cfg.words)
-    rows = rollout.sample(model, [text.prompt({"instruction": QUESTIONS[0]})], text.stops, 9, temperature=0)
+    rows = sampler.sample(model, [text.prompt({"instruction": QUESTIONS[0]})], text.stops, 9, temperature=0)
     assert spoken(text, rows[0][1]) == sampled(run, QUESTIONS[0], max_new_tokens=9, temperature=0)[0][0]
     assert not settings and cfg.max_new_tokens == 300
 
@@ -160,7 +160,7 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
 
     def begun(self, waiting):
         prefills.append(len(waiting))
-        rollout.Engine.begin(self, waiting)
+        sampler.Engine.begin(self, waiting)
     monkeypatch.setattr(writer.Writer, "next", next_)
     monkeypatch.setattr(writer.Standing, "step", lambda self, width, span: steps.append(width) or step(
         self, width, span))

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import lengths
+from benchmarks.bench import lengths
 from benchmarks.plans import LENGTHS
-from rlhf import dpo, ppo, reward, rollout
-from rlhf.policy import pack, token_logps
+from rlhf import dpo, ppo, reward, sampler
+from rlhf.logprobs import pack, token_logps
 from rlhf.update import Updater, micro_batches
 
 torch.set_num_threads(1)
@@ -130,7 +130,7 @@ class Syncs(TorchDispatchMode):
 def engine(monkeypatch):
     """Counts of the engine at work: row-steps, looks, waits within steps."""
     seen = {"row_steps": 0, "steps": 0, "looks": 0, "waits": 0, "prefilled": 0}
-    step, advance, hidden = rollout.Engine.step, rollout.Engine.advance, tiny.GPT.hidden
+    step, advance, hidden = sampler.Engine.step, sampler.Engine.advance, tiny.GPT.hidden
 
     def count_step(self, width, span):
         seen["row_steps"] += width
@@ -146,8 +146,8 @@ def engine(monkeypatch):
     def count_prefill(self, ids, pos=None, attends=None, where=None):
         seen["prefilled"] += ids.numel() if where is not None and not len(where) else 0
         return hidden(self, ids, pos, attends, where)
-    monkeypatch.setattr(rollout.Engine, "step", count_step)
-    monkeypatch.setattr(rollout.Engine, "advance", count_look)
+    monkeypatch.setattr(sampler.Engine, "step", count_step)
+    monkeypatch.setattr(sampler.Engine, "advance", count_look)
     monkeypatch.setattr(tiny.GPT, "hidden", count_prefill)
     return seen
 
@@ -157,9 +157,9 @@ def engine(monkeypatch):
 def test_few_steps_are_wasted_on_rows_that_have_ended(kind, slots, look, engine, monkeypatch):
     """AlpacaFarm's lengths: at most 1.35 row-steps for a useful token, where batches that wait for their longest row
     take 2 to 5; with the looks of a GPU too."""
-    monkeypatch.setitem(rollout.LOOK, "cpu", look)
+    monkeypatch.setitem(sampler.LOOK, "cpu", look)
     caps = lengths(256, 300, kind, 0)
-    rollout.sample(tiny.policy(num_hidden_layers=1), tiny.texts([5] * 256), [61], caps, slots=slots)
+    sampler.sample(tiny.policy(num_hidden_layers=1), tiny.texts([5] * 256), [61], caps, slots=slots)
     padded = sum(slots * max(caps[i:i + slots]) for i in range(0, 256, slots))
     assert engine["row_steps"] <= 1.35 * sum(caps) < .75 * padded
     assert engine["waits"] == 0
@@ -169,23 +169,23 @@ def test_few_steps_are_wasted_on_rows_that_have_ended(kind, slots, look, engine,
 def test_the_host_waits_once_in_k_steps(engine, monkeypatch):
     """Once is exactly: no step of the engine reads a value, and each look reads one tensor."""
     read, tolist, prompts = [], torch.Tensor.tolist, tiny.texts([5] * 16)
-    monkeypatch.setitem(rollout.LOOK, "cpu", 8)
+    monkeypatch.setitem(sampler.LOOK, "cpu", 8)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or tolist(x))
-    rollout.sample(tiny.policy(), prompts, [61], 64)
+    sampler.sample(tiny.policy(), prompts, [61], 64)
     assert engine["steps"] == 64 and engine["looks"] == 8 and engine["waits"] == 0
     assert read.count(16 + 1) == 8 and len(read) == 8 + 16      # slots and one sum; and the answers at the end
 
 
 def test_a_prompt_is_read_once_for_all_its_answers(engine):
     """All but its last token, which is the first to be decoded: n answers read the prompt as often as one does."""
-    rollout.sample(tiny.policy(), tiny.texts([20] * 4), [61], 6, n=16, slots=64)
+    sampler.sample(tiny.policy(), tiny.texts([20] * 4), [61], 6, n=16, slots=64)
     assert engine["prefilled"] == 4 * 19
 
 
 def test_sampling_never_holds_the_logits_of_more_than_one_step():
     model = tiny.policy(vocab_size=4000)
     with tiny.Watch() as made:
-        rollout.sample(model, tiny.texts([30] * 8), [4000], 20)
+        sampler.sample(model, tiny.texts([30] * 8), [4000], 20)
     assert made.largest("cpu", torch.float32) == 8 * 4000
 
 
@@ -216,17 +216,17 @@ def test_any_slots_limits_and_stops_give_the_answers_of_one_row_at_a_time():
             while len(answer) < limit and (not answer or answer[-1] not in stops):
                 with model.gpt.wear(model.role), torch.no_grad():
                     logits = model.gpt(torch.tensor([prompts[row // n] + answer]))[:, -1]
-                answer.append(rollout.draw(logits, u[row, len(answer)][None], temperature).item())
+                answer.append(sampler.draw(logits, u[row, len(answer)][None], temperature).item())
             expected.append((prompts[row // n], answer))
         slots = r.randint(1, len(limits) + 3)
-        assert rollout.sample(model, prompts, stops, limits, temperature, trial, n, slots) == expected
+        assert sampler.sample(model, prompts, stops, limits, temperature, trial, n, slots) == expected
 
 
 def test_a_slot_that_idles_long_stays_within_its_tensors():
     """24 slots that wait for room for 24 answers at once, beside rows that take very long: some idle for more steps
     than any row is long."""
     limits = [1, 1, 40] + [60] * 22 + [1] * 25
-    rows = rollout.sample(tiny.policy(), tiny.texts([2, 3]), [61], limits, n=25, slots=24)
+    rows = sampler.sample(tiny.policy(), tiny.texts([2, 3]), [61], limits, n=25, slots=24)
     assert [len(response) for _, response in rows] == limits
 
 
@@ -357,7 +357,7 @@ def test_the_cache_is_sized_to_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     row = 2 * 2 * 2 * 8 * 128 * 4 + 16 * 61                     # 100 tokens, in columns of 128
-    prompts = rollout.PREFILL["cuda"] * 4 * (6 * 48 + 8 * 32)
-    for rows, slots in ((0, 1), (100, 90), (200, 180), (10 ** 6, rollout.MOST["cuda"])):
+    prompts = sampler.PREFILL["cuda"] * 4 * (6 * 48 + 8 * 32)
+    for rows, slots in ((0, 1), (100, 90), (200, 180), (10 ** 6, sampler.MOST["cuda"])):
         free["bytes"] = prompts + rows * row + 1
-        assert rollout.fitting(gpt, 100) == slots
+        assert sampler.fitting(gpt, 100) == slots

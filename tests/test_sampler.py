@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import InputError
-from rlhf.policy import pack, token_logps
-from rlhf.rollout import LOOK, draw, sample
+from rlhf.logprobs import pack, token_logps
+from rlhf.sampler import LOOK, draw, sample
 
 torch.set_num_threads(1)
 PROMPTS = tiny.texts([3, 9, 1, 5, 5, 2, 7])

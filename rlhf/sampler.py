@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from data import InputError
 from model import causal
-from rlhf.policy import pack
+from rlhf.logprobs import pack
 from rlhf.update import micro_batches
 
 LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; a row wastes half of that

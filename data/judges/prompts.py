@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-DATA = Path(__file__).parents[1] / "data"
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Annotator:
 def paper_pool(models):
     """AlpacaFarm's thirteen (arXiv 2305.14387, appendix): a big, a mid and a small model, or one for all."""
     tiers = dict(zip(("big", "mid", "small"), models if len(models) == 3 else 3 * list(models)))
-    rows = json.loads((DATA / "annotators.json").read_text(encoding="utf-8"))
+    rows = json.loads((HERE / "annotators.json").read_text(encoding="utf-8"))
     return [Annotator(model=tiers[row.pop("tier")], **row) for row in rows]
 
 
@@ -45,7 +45,7 @@ def single(model):
 @functools.cache
 def template(prompt):
     """The document data/judges/<prompt>.json, its lines joined and its placeholders unfilled."""
-    document = json.loads((DATA / "judges" / f"{prompt}.json").read_text(encoding="utf-8"))
+    document = json.loads((HERE / f"{prompt}.json").read_text(encoding="utf-8"))
     for message in document["messages"]:
         message["content"] = "\n".join(message["content"])
     return {**document, "pair": "\n".join(document["pair"])}

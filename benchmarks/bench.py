@@ -1,10 +1,10 @@
 """How fast, in how much memory, and how far from what the hardware could do: random weights, real shapes and lengths.
 
-    python bench.py                                     everything, on a tiny model
-    python bench.py rollout ppo --preset 7b             some of it, at LLaMA-7B's shape
-    python bench.py dpo --preset m --against trl        beside TRL, if it is installed
-    python bench.py h200 --out benchmarks/h200.json     all that is worth knowing of a big GPU, in nine minutes
-    python bench.py cpu --against hf trl                the ratios that hold on any machine, in ten minutes
+    python -m benchmarks                                     everything, on a tiny model
+    python -m benchmarks rollout ppo --preset 7b             some of it, at LLaMA-7B's shape
+    python -m benchmarks dpo --preset m --against trl        beside TRL, if it is installed
+    python -m benchmarks h200 --out benchmarks/h200.json     all that is worth knowing of a big GPU, in nine minutes
+    python -m benchmarks cpu --against hf trl                the ratios that hold on any machine, in ten minutes
 
 A line: what was run, useful tokens a second, seconds (median and least of --repeat after a warm-up; on a CPU,
 CPU-seconds of one thread), per cent of the floor, peak memory above the weights that are there anyway, and how many
@@ -36,7 +36,7 @@ from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
 from data import families
 from data.weights import write_safetensors
-from rlhf import dpo, policy, ppo, reward, rollout, sft, update
+from rlhf import dpo, logprobs, policy, ppo, reward, sampler, sft, update
 from rlhf.pairs import pair_lengths
 
 # -- what is run: models and lengths -------------------------------------------------------------------------------
@@ -112,14 +112,14 @@ def bench_rollout(args):
     prompts, caps = workload(args, args.rows // n)[0], [len(answer) for answer in answers]
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ours = random_policy(args)
-    slots = min(args.rows, args.slots or rollout.fitting(ours.gpt, args.prompt + args.new))
+    slots = min(args.rows, args.slots or sampler.fitting(ours.gpt, args.prompt + args.new))
 
     def naive():
         for i in range(0, args.rows, slots):
             batch = caps[i:i + slots]
-            rollout.sample(ours, repeated[i:i + slots], [-1], [max(batch)] * len(batch), graph=False)
+            sampler.sample(ours, repeated[i:i + slots], [-1], [max(batch)] * len(batch), graph=False)
 
-    runs = {"ours": lambda: rollout.sample(ours, prompts, [-1], caps, n=n, slots=args.slots, graph=args.graph)}
+    runs = {"ours": lambda: sampler.sample(ours, prompts, [-1], caps, n=n, slots=args.slots, graph=args.graph)}
     if "naive" in args.against:
         runs["naive"] = naive
     if "hf" in args.against:
@@ -140,7 +140,7 @@ def bench_logprob(args):
         logits = (h @ W.T).float()
         logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
 
-    runs = {"ours": lambda: policy.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
+    runs = {"ours": lambda: logprobs.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
     if "naive" in args.against:
         runs["naive"] = naive
     line(args, f"logprob {N}x{V}", N, at_peak(args, 2 * 2 * N * D * V), timed(args, runs))
@@ -290,7 +290,7 @@ BENCHES = {"rollout": bench_rollout, "logprob": bench_logprob, "sft": bench_sft,
 
 def arguments(argv):
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("benchmarks", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("benches", nargs="*", default=["all"], help=f"{', '.join(BENCHES)}, all, h200, cpu")
@@ -352,7 +352,7 @@ def measure(args, plan):
 def cuda_tests():
     """The exactness of what only runs on a GPU; the last line of pytest."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     print(said.stdout, said.stderr, flush=True)
     return (said.stdout + said.stderr).strip().splitlines()[-1]
 
@@ -377,6 +377,3 @@ def main(argv):
         Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
     print(text)
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

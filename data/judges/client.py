@@ -18,8 +18,8 @@ from pathlib import Path
 import requests
 from requests.packages.urllib3.exceptions import HTTPError
 
-from judging import JudgeError
-from judging.cache import GARBAGE, Cache
+from data.judges import JudgeError
+from data.judges.cache import GARBAGE, Cache
 
 MAX_BYTES = 4 << 20     # of one reply: what is longer is cut, and no JSON any more
 MAX_RETRY_AFTER = 120   # seconds: who asks for more has a daily limit

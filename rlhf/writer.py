@@ -1,11 +1,11 @@
-"""Writing answers for whoever asks, all together: an engine that never ends, and the thread in which it works."""
+"""[kit] Writing answers for whoever asks, all together: an engine that never ends, and the thread in which it works."""
 import threading
 from collections import deque
 from itertools import groupby
 
 import torch
 
-from rlhf.rollout import Engine, columns, draw
+from rlhf.sampler import Engine, columns, draw
 
 COLD = 1e-5                             # a temperature below is greedy
 
