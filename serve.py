@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 from data import InputError, run, underscored
 from data.protocol import TOP, Refused, read_request, speller
 from data.text import Text
-from rlhf.policy import read
-from rlhf.sampler import fitting, sample
+from rlhf.policy import open_checkpoint
+from rlhf.sampler import sample, slots_that_fit
 from rlhf.update import plainly
-from rlhf.writer import Standing, Writer
+from rlhf.writer import ServingEngine, Writer
 
 BODY = 8 << 20                          # bytes of a request
 SLOTS, CONTEXT = 32, 4096               # at most, where the flags do not say
@@ -186,14 +186,14 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
     except OSError as error:
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
-        policy, cfg, settings = read(path, device, int8, dtype)
+        policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
         server.text, longest = Text(*cfg.words), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
         server.names, server.spell = [name or str(path), str(path), Path(path).name], speller(server.text.tokenizer)
-        with policy.gpt.settled(policy.role):
-            slots = slots or min(SLOTS, fitting(policy.gpt, server.context))
-            server.writer = Writer(Standing(policy.gpt, slots, server.context, server.text.stops, TOP, graph),
+        with policy.gpt.fused(policy.role):
+            slots = slots or min(SLOTS, slots_that_fit(policy.gpt, server.context))
+            server.writer = Writer(ServingEngine(policy.gpt, slots, server.context, server.text.stops, TOP, graph),
                                    Refused(503, "the server is shutting down", None))
             server.writer.start()
             threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
@@ -227,7 +227,7 @@ def prompt_ids(text, form, prompt):
 def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, device="", dtype="", int8=False):
     """n answers (strings) of a checkpoint to one prompt. form: one of FORMS; by default chat if the checkpoint has a
     template, alpaca if it was trained here, else text."""
-    policy, cfg, settings = read(path, device, int8, dtype)
+    policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
     text = Text(*cfg.words)
     trained = policy.role or settings
     ids = prompt_ids(text, form or ("chat" if text.template else "alpaca" if trained else "text"), prompt)

@@ -36,8 +36,10 @@ from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
 from data import families
 from data.weights import write_safetensors
-from rlhf import dpo, logprobs, policy, ppo, reward, sampler, sft, update
-from rlhf.pairs import pair_lengths
+from rlhf import dpo, policy, ppo, reward, sampler, sft, update
+from rlhf.experience import collect
+from rlhf.logprobs import ChunkedLogProb, token_logps
+from rlhf.pairs import pair_lengths, rows_of
 
 # -- what is run: models and lengths -------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ def random_policy(args):
         p.fill_(1) if "norm" in name else p.normal_(0, .02, generator=generator)
     if args.int8:
         gpt.quantise()
-    gpt.adjoin()
+    gpt.make_contiguous()
     if args.compile:
         gpt.compile_blocks()
     gpt.checkpointing = args.checkpointing
@@ -112,7 +114,7 @@ def bench_rollout(args):
     prompts, caps = workload(args, args.rows // n)[0], [len(answer) for answer in answers]
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ours = random_policy(args)
-    slots = min(args.rows, args.slots or sampler.fitting(ours.gpt, args.prompt + args.new))
+    slots = min(args.rows, args.slots or sampler.slots_that_fit(ours.gpt, args.prompt + args.new))
 
     def naive():
         for i in range(0, args.rows, slots):
@@ -140,7 +142,7 @@ def bench_logprob(args):
         logits = (h @ W.T).float()
         logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
 
-    runs = {"ours": lambda: logprobs.ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
+    runs = {"ours": lambda: ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
     if "naive" in args.against:
         runs["naive"] = naive
     line(args, f"logprob {N}x{V}", N, at_peak(args, 2 * 2 * N * D * V), timed(args, runs))
@@ -151,10 +153,10 @@ def bench_sft(args):
     rows = list(zip(*workload(args, args.rows)))
     ours = random_policy(args)
     log, cfg = SimpleNamespace(step=lambda *_: None), settings(args, sft.Config, epochs=1, batch_size=args.rows)
-    runs = {"ours": lambda: sft.train(ours, rows, cfg, log, lambda _: None)}
+    runs = {"ours": lambda: sft.train(ours, rows, cfg, log)}
     if "naive" in args.against:
         padded = list(zip(*workload(args, args.rows, "fixed")))
-        runs["naive"] = lambda: sft.train(ours, padded, cfg, log, lambda _: None)
+        runs["naive"] = lambda: sft.train(ours, padded, cfg, log)
     if "trl" in args.against:
         runs["trl"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank)
     spoken, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
@@ -165,33 +167,37 @@ def bench_sft(args):
 def bench_dpo(args):
     """One optimizer step; the reference is cached, as in a run of more than one epoch most of it is, or computed in
     the step; naive: every row padded to the cap, the prompt and the reference computed each time."""
-    def pairs(kind):
+    def some_pairs(kind):
         prompts, chosen = workload(args, args.rows, kind)
         rejected = texts(args, lengths(args.rows, args.new, kind or args.lengths, 5), 6)
-        return list(zip(prompts, chosen)), list(zip(prompts, rejected))
+        return [((p, c), (p, r)) for p, c, r in zip(prompts, chosen, rejected)]
 
     ref = random_policy(args)
     ours, cfg = ref.copy("policy"), settings(args, dpo.Config, shared_prompt=args.shared_prompt)
     updater = update.Updater(ours.trainable(), 1e-5, 1000, fp16=ours.fp16)
 
-    def step(chosen, rejected, known, cfg):
-        dpo.learn(ours, updater, chosen, rejected, known, cfg)
+    def step(pairs, ref_logps, cfg):
+        """What dpo.run does in a step."""
+        for micro in update.micro_batches(range(len(pairs)), pair_lengths(pairs), cfg.micro_batch_tokens):
+            logp = dpo.logps(ours, [pairs[i] for i in micro], cfg)                       # (2, b)
+            losses, _ = dpo.dpo_loss(logp, ref_logps[:, micro], None, cfg)
+            updater.add(losses.sum(), len(micro))
+        updater.step()
 
-    chosen, rejected = pairs(None)
-    known = dpo.reference(ref, chosen, rejected, cfg)
-    runs = {"ours": lambda: step(chosen, rejected, known if args.cached else dpo.reference(ref, chosen, rejected, cfg),
-                                 cfg)}
+    pairs = some_pairs(None)
+    known = dpo.reference_logps(ref, pairs, cfg)
+    runs = {"ours": lambda: step(pairs, known if args.cached else dpo.reference_logps(ref, pairs, cfg), cfg)}
     if "naive" in args.against:
-        plain, padded = settings(args, dpo.Config, shared_prompt=False), pairs("fixed")
-        runs["naive"] = lambda: step(*padded, dpo.reference(ref, *padded, plain), plain)
+        plain, padded = settings(args, dpo.Config, shared_prompt=False), some_pairs("fixed")
+        runs["naive"] = lambda: step(padded, dpo.reference_logps(ref, padded, plain), plain)
     if "trl" in args.against:
-        triples = [(p, c, r) for (p, c), (_, r) in zip(chosen, rejected)]
+        triples = [(p, c, r) for (p, c), (_, r) in pairs]
         runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)
-    tokens = [t for pair in zip(chosen, rejected) for t in (len(pair[0][0]) + len(pair[0][1]), len(pair[1][1]))]
-    spoken = sum(len(r) for _, r in chosen + rejected)
+    tokens = [t for (p, c), (_, r) in pairs for t in (len(p) + len(c), len(r))]
+    spoken = sum(len(response) for _, response in rows_of(pairs))
     floor = at_peak(args, pass_flops(args, tokens, spoken, *backward(args)))
     name = f"dpo {args.rows} pairs" + ", cached ref" * args.cached + ", prompt twice" * (not args.shared_prompt)
-    line(args, name, sum(pair_lengths(chosen, rejected)), floor, timed(args, runs))
+    line(args, name, sum(pair_lengths(pairs)), floor, timed(args, runs))
 
 
 def ppo_roles(args):
@@ -209,12 +215,20 @@ def ppo_step(args, roles, prompts, caps, cfg):
     ours, ref, reward_model, value, updater = roles
     start = clock(args.device)
     cfg.max_new_tokens = caps
-    roll = ppo.rollout(prompts, [-1], ours, ref, reward_model, value, cfg, 0)
+    roll = collect(prompts, SimpleNamespace(stops=[-1]), ours, ref, reward.scorer(reward_model, cfg), cfg, 0)
+    values = roll.per_token(value.values, cfg)
     middle = clock(args.device)
-    kl = (roll.old_logp - roll.ref_logp) * roll.mask
-    rewards = ppo.shape_rewards(roll.score, kl, roll.mask, cfg.kl_coef)
-    advantages, returns = ppo.gae(rewards, roll.values, roll.mask, cfg.gamma, cfg.lam)
-    ppo.learn(ours, value, updater, roll, ppo.whiten(advantages, roll.mask), returns, cfg, 0)
+    rewards = ppo.shape_rewards(roll.score, roll.logp - roll.ref_logp, roll.mask, cfg.kl_coef)
+    advantages, returns = ppo.gae(rewards, values, roll.mask, cfg.gamma, cfg.lam)
+    advantages = ppo.whiten(advantages, roll.mask)
+    for batch in update.batches(len(prompts), cfg.batch_size, cfg.num_ppo_epochs, 0):
+        for micro in update.micro_batches(batch, roll.lengths, cfg.micro_batch_tokens):
+            ids, mask, old_logp, old_v, a, r = roll.cut(micro, roll.logp, values, advantages, returns)
+            logp = token_logps(ours, ids, mask, cfg.temperature)
+            updater.add(ppo.policy_loss(logp, old_logp, a, mask, cfg.cliprange)[0], sum(caps[i] for i in micro))
+            v = value.values(ids, mask)
+            updater.add(cfg.vf_coef * ppo.value_loss(v, old_v, r, mask, cfg.cliprange_value)[0], 0)
+        updater.step()
     return middle - start, clock(args.device) - middle
 
 

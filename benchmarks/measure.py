@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.plans import SHAPES
-from rlhf.sampler import MOST
+from rlhf.sampler import MAX_SLOTS
 
 
 def clock(device):
@@ -109,7 +109,7 @@ def decode_floor(args, prompts, caps):
     """Seconds for the useful tokens: every step reads the weights once, and each row its cache, or computes longer."""
     linear, head, kv, attention = size(args)
     bytes = torch.empty(0, dtype=args.dtype).itemsize
-    slots = min(len(caps), args.slots or MOST[args.device])
+    slots = min(len(caps), args.slots or MAX_SLOTS[args.device])
     steps = sum(caps) / slots
     context = sum((len(p) + c / 2) * c for p, c in zip(prompts, caps)) / sum(caps)
     read = linear * (1 if args.int8 else bytes) + head * bytes + slots * kv * bytes * context

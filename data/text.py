@@ -133,6 +133,10 @@ class Text:
             raise InputError(f"no prompt has at most {limit} tokens: raise --max_prompt_tokens")
         return kept
 
+    def prompts(self, records, limit):
+        """Token ids of the records' prompts that have at most `limit` tokens."""
+        return [self.prompt(record) for record in self.fitting(records, limit)]
+
     def example(self, record, output):
         """(prompt ids, response ids with EOS), tokenised as one text: merges across the seam are the usual ones."""
         text = self.render(record["instruction"], record.get("input", ""))

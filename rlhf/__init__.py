@@ -7,7 +7,7 @@ methods share; every other file here is found by its name: add one, edit nothing
 """
 from pathlib import Path
 
-KIT = ("answers", "config", "logprobs", "policy", "sampler", "update", "writer")
+KIT = ("answers", "config", "experience", "logprobs", "policy", "sampler", "update", "writer")
 
 
 def methods():

@@ -1,20 +1,26 @@
-"""[kit] What every method ends in: the eval split, answered, in AlpacaEval's format."""
+"""[kit] What a method answers: single samples while it trains, and at its end the eval split in AlpacaEval's format."""
 import json
 
 import torch
 
-from data import InputError, sets
-from rlhf.logprobs import pack, token_logps
-from rlhf.sampler import sample
+from data import InputError
+from rlhf.logprobs import lengths, pack, token_logps
+from rlhf.sampler import generate
 from rlhf.update import micro_batches
+
+
+def show_sample(step, model, text, cfg, records, log):
+    """Log an answer to one of the records, each in turn."""
+    record = records[step % len(records)]
+    (_, response), = generate(model, [text.prompt(record)], text, cfg, cfg.seed + step)
+    log.sample(step, record["instruction"], text.decode(response))
 
 
 @torch.no_grad()
 def logps(policy, rows, cfg):
-    """Log-prob (N,) of each row's whole response, in the rows' order, without gradients."""
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    """Log-prob (N,) of the whole response of each row, without gradients."""
     out = torch.empty(len(rows))
-    for indices in micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
+    for indices in micro_batches(range(len(rows)), lengths(rows), 2 * cfg.micro_batch_tokens):
         ids, mask = pack([rows[i] for i in indices], policy.gpt.device)
         out[indices] = token_logps(policy, ids, mask, cfg.temperature).sum(-1).cpu()
     return out
@@ -26,17 +32,17 @@ def questions(policy, text, cfg):
     room = context - cfg.max_new_tokens
     if room <= 0:
         raise InputError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in {context} tokens")
-    records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
-    return records, [text.prompt(record)[-room:] for record in records]    # too long for the model: the end counts
+    records = cfg.splits()["eval"]
+    return records, [text.prompt(record)[-room:] for record in records]    # of a prompt that is too long, the end
 
 
 @torch.no_grad()
 def answer(policy, text, cfg, ref=None):
-    """Answer the eval split, write outputs.json, and say how: mean length, share that ended, KL to `ref`."""
-    records, asked = questions(policy, text, cfg)
-    rows = sample(policy, asked, text.stops, cfg.max_new_tokens, cfg.temperature, cfg.seed, 1, cfg.slots, cfg.graph)
-    outputs = [text.decode(response) for _, response in rows]
-    write_outputs(cfg, records, outputs)
+    """Answer the eval split and write outputs.json. Returns metrics: mean length in tokens, the share of answers that
+    ended by themselves, and the KL to `ref` in nats per answer if it is given."""
+    records, prompts = questions(policy, text, cfg)
+    rows = generate(policy, prompts, text, cfg, cfg.seed)
+    write_outputs(cfg, records, [text.decode(response) for _, response in rows])
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
     if ref is not None:                                                # k1: unbiased on the policy's own samples
@@ -45,7 +51,7 @@ def answer(policy, text, cfg, ref=None):
 
 
 def write_outputs(cfg, records, outputs):
-    """outputs.json of the stage: AlpacaEval records, one for each of the eval split, in its order."""
+    """Write outputs.json of the stage: AlpacaEval records, one for each record of the eval split, in its order."""
     keep = ("instruction", "input", "dataset", "datasplit")
     name = cfg.dir().name
     (cfg.dir() / "outputs.json").write_text(json.dumps(

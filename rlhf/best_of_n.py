@@ -21,7 +21,7 @@ from data.barn.reward import true_reward
 from data.text import Text
 from rlhf import config, policy, reward
 from rlhf.answers import questions, write_outputs
-from rlhf.sampler import sample
+from rlhf.sampler import generate
 
 NEEDS = ("sft", "reward")
 
@@ -55,18 +55,14 @@ def log_binomial(n, k):
     return (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
 
 
-def pool(model, reward_model, prompts, text, cfg, n, seed):
-    """n answers to each prompt: rows [(prompt ids, response ids)] and their scores (P, n)."""
-    rows = sample(model, prompts, text.stops, cfg.max_new_tokens, cfg.temperature, seed, n, cfg.slots, cfg.graph)
-    return rows, reward.scores(reward_model, rows, cfg).view(len(prompts), n)
-
-
-def run(cfg):
+def run(cfg, score_fn=None):
+    """score_fn: rows -> (B,); by default the reward model of the run."""
     text = Text(*cfg.words)
     sft = policy.load(cfg, "sft")
-    reward_model = reward.load(cfg, sft)
+    score_fn = score_fn or reward.scorer(reward.load(cfg, sft), cfg)
     records, prompts = questions(sft, text, cfg)
-    rows, scores = pool(sft, reward_model, prompts, text, cfg, cfg.n, cfg.seed)
+    rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n)
+    scores = score_fn(rows).view(len(prompts), cfg.n)                                    # (P, n)
     outputs = [text.decode(response) for _, response in rows]
     best = scores.argmax(1)                                                              # (P,)
     write_outputs(cfg, records, [outputs[i * cfg.n + j] for i, j in enumerate(best.tolist())])

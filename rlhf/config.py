@@ -15,7 +15,7 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError, Refusal, hub
+from data import InputError, Refusal, hub, sets
 from data.text import read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
@@ -116,6 +116,10 @@ class Config:
     def dir(self, stage=""):
         """The folder of this stage, or of another one of the same run."""
         return Path(self.out) / (stage or type(self).__module__.rpartition(".")[2])
+
+    def splits(self):
+        """{split: records} of the data: sft, preference, unlabeled, val, eval."""
+        return sets.load(self.data, self.eval_data, self.limit)
 
     @property
     def adapter(self):

@@ -2,9 +2,9 @@
 
 Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta ((log pi/ref)(chosen) - (log pi/ref)(rejected))).
 Log-probs are sums over the answer, EOS included. The reference never changes, so its log-probs are computed once.
-Left out: the loss variants (IPO, cDPO, ...): each is a file of a few lines that imports this one.
+A variant of the loss is a file of a few lines that imports this one and hands its own loss to run().
 
-Memory: the policy with its optimizer, and the reference without: with LoRA two adapters on one frozen base.
+Memory: the policy with its optimizer, and the reference without; with LoRA, two adapters on one frozen base.
 Speed: chosen and rejected have one prompt, which is computed once for both (--no-shared_prompt computes it twice).
 Questions a reader asks. Why does the loss start at log 2? Policy and reference are the same, so every margin is 0.
 Why does rewards/chosen go down? Only the margin is trained; probability may move to answers that nobody sampled.
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import sets
 from data.text import Text
-from rlhf import config, logprobs, policy, update
-from rlhf.answers import answer
-from rlhf.pairs import load_pairs, pair_lengths
-from rlhf.sampler import sample
+from rlhf import config, policy, update
+from rlhf.answers import answer, show_sample
+from rlhf.logprobs import pack, token_logps
+from rlhf.pairs import load_pairs, pair_lengths, rows_of
 
 NEEDS = ("sft", "pairs")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -39,60 +38,60 @@ class Config(config.Config):
     BARN_LORA = {"lr": 5e-4}
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """Log-probs of whole answers, (B,) each -> losses (B,), implicit rewards of chosen and rejected (B,) each."""
-    rewards_chosen, rewards_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    return -F.logsigmoid(rewards_chosen - rewards_rejected), rewards_chosen.detach(), rewards_rejected.detach()
+def dpo_loss(logp, ref_logp, lengths, cfg):
+    """Losses (b,) of b pairs, and implicit rewards (2, b) of their chosen and rejected answers, without gradients.
+
+    logp, ref_logp (2, b): log-probs of the whole answers, chosen first. lengths (2, b): their tokens, not used here.
+    """
+    rewards = cfg.beta * (logp - ref_logp)                                               # (2, b)
+    return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()
 
 
-def logps(model, chosen, rejected, cfg):
-    """Log-probs (2, b) of b chosen answers and of the b rejected ones to the same prompts."""
-    ids, mask = logprobs.pack(chosen + rejected, model.gpt.device)                         # (2b, T), (2b, T-1)
+def logps(model, pairs, cfg):
+    """Log-probs (2, b) of the chosen and the rejected answers of b pairs."""
+    ids, mask = pack(rows_of(pairs), model.gpt.device)                                   # (2b, T), (2b, T-1)
     shared = 2 if cfg.shared_prompt else 1
-    return logprobs.token_logps(model, ids, mask, cfg.temperature, shared=shared).sum(-1).view(2, -1)
+    return token_logps(model, ids, mask, cfg.temperature, shared=shared).sum(-1).view(2, -1)
 
 
 @torch.no_grad()
-def reference(ref, chosen, rejected, cfg):
+def reference_logps(ref, pairs, cfg):
     """logps() of all pairs (2, N), without gradients."""
-    out = torch.empty(2, len(chosen), device=ref.gpt.device)
-    for micro in update.micro_batches(range(len(chosen)), pair_lengths(chosen, rejected), 2 * cfg.micro_batch_tokens):
-        out[:, micro] = logps(ref, [chosen[i] for i in micro], [rejected[i] for i in micro], cfg)
+    out = torch.empty(2, len(pairs), device=ref.gpt.device)
+    for micro in update.micro_batches(range(len(pairs)), pair_lengths(pairs), 2 * cfg.micro_batch_tokens):
+        out[:, micro] = logps(ref, [pairs[i] for i in micro], cfg)
     return out
 
 
-def learn(model, updater, chosen, rejected, ref_logps, cfg, loss_fn=dpo_loss):
-    """One optimizer step on a batch of pairs, whose ref_logps are (2, B). Returns what to log."""
-    sums = 0.
-    for micro in update.micro_batches(range(len(chosen)), pair_lengths(chosen, rejected), cfg.micro_batch_tokens):
-        logp = logps(model, [chosen[i] for i in micro], [rejected[i] for i in micro], cfg)               # (2, b)
-        losses, good, bad = loss_fn(*logp, *ref_logps[:, micro], cfg.beta)                               # (b,) each
-        updater.add(losses.sum(), len(micro))
-        sums = sums + torch.stack((losses, good, bad, good - bad, (good > bad).float(), *logp)).detach().sum(1)
-    return {**dict(zip(METRICS, (sums / len(chosen)).tolist())), **updater.step()}
-
-
-def run(cfg, loss_fn=dpo_loss):
+def run(cfg, loss_fn=dpo_loss, needs_reference=True):
+    """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp, and
+    no reference is kept in memory or computed."""
     text = Text(*cfg.words)
-    ref = policy.load(cfg, "sft")
-    model = ref.copy("policy")
-    chosen, rejected = load_pairs(cfg, text)
-    ref_logps = reference(ref, chosen, rejected, cfg)                                    # (2, N)
-    val = sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"]
+    model, ref, ref_logps = policy.load(cfg, "sft"), None, None
+    pairs = load_pairs(cfg, text)
+    if needs_reference:
+        model, ref = model.copy("policy"), model
+        ref_logps = reference_logps(ref, pairs, cfg)                                     # (2, N)
+    answer_tokens = torch.tensor([[len(r) for _, r in pair] for pair in pairs], device=model.gpt.device).T   # (2, N)
+    val = cfg.splits()["val"]
 
-    lengths = pair_lengths(chosen, rejected)
-    steps = update.batches(len(chosen), cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps), fp16=model.fp16)
-    log = update.Log(cfg.dir(), len(steps), ("loss", "rewards/margins", "rewards/accuracies"))
-    for step, batch in enumerate(steps):
-        metrics = learn(model, updater, [chosen[i] for i in batch], [rejected[i] for i in batch],
-                        ref_logps[:, batch], cfg, loss_fn)
+    lengths = pair_lengths(pairs)
+    batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
+    log = update.Log(cfg.dir(), len(batches), ("loss", "rewards/margins", "rewards/accuracies"))
+    for step, batch in enumerate(batches):
+        sums = 0.
+        for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
+            logp = logps(model, [pairs[i] for i in micro], cfg)                          # (2, b)
+            ref_logp = ref_logps[:, micro] if needs_reference else None
+            losses, rewards = loss_fn(logp, ref_logp, answer_tokens[:, micro], cfg)      # (b,), (2, b)
+            updater.add(losses.sum(), len(micro))
+            margins, right = rewards[0] - rewards[1], rewards[0] > rewards[1]
+            sums = sums + torch.stack((losses, *rewards, margins, right.float(), *logp)).detach().sum(1)
+        metrics = {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
         log.step(step, metrics, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:
-            record = val[step % len(val)]
-            (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens,
-                                     cfg.temperature, cfg.seed + step, graph=cfg.graph)
-            log.sample(step, record["instruction"], text.decode(response))
+            show_sample(step, model, text, cfg, val, log)
 
     policy.save(model, cfg)
     return {**metrics, **answer(model, text, cfg, ref)}

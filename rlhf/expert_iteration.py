@@ -11,11 +11,11 @@ every prompt. Why start each round from the SFT model? The samples have improved
 import math
 from dataclasses import dataclass
 
-from data import InputError, sets
+from data import InputError
 from data.text import Text
 from rlhf import policy, reward, sft, update
 from rlhf.answers import answer
-from rlhf.best_of_n import pool
+from rlhf.sampler import generate
 
 NEEDS = ("sft", "reward")
 
@@ -30,20 +30,20 @@ class Config(sft.Config):
     BARN_LORA = {"lr": 2e-3}
 
 
-def run(cfg):
+def run(cfg, score_fn=None):
+    """score_fn: rows -> (B,); by default the reward model of the run."""
     text = Text(*cfg.words)
-    splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
-    unlabeled = [text.prompt(record) for record in text.fitting(splits["unlabeled"], cfg.max_prompt_tokens)]
-    ref = policy.load(cfg, "sft")
-    reward_model = reward.load(cfg, ref)
-    model = ref
+    unlabeled = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    model = ref = policy.load(cfg, "sft")
+    score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
     steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # of a round, at most
     log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):
         # the best of n by the newest model
         start = round * cfg.prompts % len(unlabeled)
         prompts = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
-        rows, scores = pool(model, reward_model, prompts, text, cfg, cfg.n, cfg.seed + 10_007 * (round + 1))
+        rows = generate(model, prompts, text, cfg, cfg.seed + 10_007 * (round + 1), cfg.n)
+        scores = score_fn(rows).view(len(prompts), cfg.n)                                # (P, n)
         winners = [rows[i * cfg.n + j] for i, j in enumerate(scores.argmax(1).tolist())]
         kept = [(prompt, response) for prompt, response in winners if response[-1] in text.stops]
         print(f"round {round + 1}/{cfg.rounds}: {len(kept)} of {len(winners)} winners ended by themselves; score "
@@ -54,7 +54,7 @@ def run(cfg):
 
         # imitate them
         model = ref.copy(f"round{round + 1}")
-        metrics = sft.train(model, kept, cfg, log, lambda step: None, start=round * steps)
+        metrics = sft.train(model, kept, cfg, log, start=round * steps)
         for (prompt, response), score in list(zip(winners, scores.max(1).values.tolist()))[:3]:
             log.sample(round, text.decode(prompt), text.decode(response), score=score)
 

@@ -1,18 +1,19 @@
-"""[kit] Token log-probs: rows packed into tensors, and log pi of every token that the policy wrote.
+"""[kit] Token log-probs: rows packed into tensors, and the log-prob of every token that the policy wrote.
 
-The alignment rule of the whole project: rows are right-padded prompt + response, `ids (B, T)`; everything per token is
-(B, T-1), and index t speaks of ids[:, t+1]. `mask` is 1 where the policy wrote ids[:, t+1], EOS included.
+The convention of the whole project: a row is a prompt and a response, right-padded, in `ids (B, T)`. Everything per
+token is (B, T-1), and index t is about the token ids[:, t+1]. `mask` is 1 where the policy wrote ids[:, t+1], EOS
+included.
 """
 from itertools import repeat
 
 import torch
 
-from model import Packing
+from model import PackedRows
 
 
 def pack(rows, device="cpu"):
     """[(prompt ids, response ids)] -> ids (B, T) right-padded with 0, mask (B, T-1)."""
-    assert all(prompt for prompt, _ in rows), "the first token of a response has nothing to be predicted from"
+    assert all(prompt for prompt, _ in rows), "a response needs a token before it, from which it is predicted"
     T = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     mask = torch.zeros(len(rows), T - 1, dtype=torch.bool)
@@ -23,17 +24,24 @@ def pack(rows, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
+def lengths(rows):
+    """Tokens of each row, prompt and response together: a list (B,)."""
+    return [len(prompt) + len(response) for prompt, response in rows]
+
+
 def last_token(mask):
-    """(B,): the index in mask (B, T-1) of each response's last token; in ids it stands one further."""
+    """(B,): the index in mask (B, T-1) of each response's last token; in ids its index is one higher."""
     return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
 
 
 class ChunkedLogProb(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target], a chunk of rows at a time: N x V never exists, forward or backward.
+    """log softmax(h W' / temperature)[target] for a chunk of rows at a time, so that N x V numbers never exist, neither
+    in the forward nor in the backward pass.
 
-    h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient of a log-prob with respect to h is known up to its
-    factor when it is computed: (W[target] - sum_v p_v W_v) / temperature. A frozen head therefore needs its logits
-    once; one that learns needs them again in the backward pass, unless one chunk was enough and is still there.
+    h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient of a log-prob with respect to its row of h is
+    (W[target] - sum_v p_v W_v) / temperature, times the gradient of the log-prob; it is computed in the forward pass,
+    where p is at hand. So a frozen W needs its logits once. For a W that learns they are computed again in the backward
+    pass, unless all rows were one chunk, whose p is kept.
     """
 
     @staticmethod
@@ -43,9 +51,9 @@ class ChunkedLogProb(torch.autograd.Function):
         dh, kept = torch.empty_like(h) if learns else None, (None, None)
         for i in range(0, len(h), chunk):
             rows, target = slice(i, i + chunk), targets[i:i + chunk]
-            p, total, logp[rows] = softmax(h[rows], W, target, temperature)
+            p, total, logp[rows] = exp_logits(h[rows], W, target, temperature)
             if learns:
-                dh[rows] = (W[target] - p.to(W.dtype) @ W / total).div_(temperature)
+                dh[rows] = (W[target] - p.to(W.dtype) @ W / total).div_(temperature)     # (chunk, D)
                 kept = (p, total) if len(h) <= chunk and not frozen else kept
         ctx.save_for_backward(dh, *(() if frozen else (h, W, targets, *kept)))
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -60,7 +68,7 @@ class ChunkedLogProb(torch.autograd.Function):
             dW = torch.zeros(W.shape, device=W.device)
             for i in range(0, len(h), ctx.chunk):
                 rows, target = slice(i, i + ctx.chunk), targets[i:i + ctx.chunk]
-                p, total = kept if kept[0] is not None else softmax(h[rows], W, target, ctx.temperature)[:2]
+                p, total = kept if kept[0] is not None else exp_logits(h[rows], W, target, ctx.temperature)[:2]
                 g = grad[rows, None] / ctx.temperature                                   # (chunk, 1)
                 d = p.mul_(-g / total).scatter_add_(1, target[:, None], g)               # (chunk, V): g (1[target] - p)
                 dW += d.T @ h[rows].float()
@@ -68,9 +76,9 @@ class ChunkedLogProb(torch.autograd.Function):
         return dh * grad[:, None].to(dh.dtype), dW, None, None, None
 
 
-def softmax(h, W, targets, temperature):
-    """Of h (n, D) and W (V, D), with few passes over n x V numbers: e^(logit - the largest) (n, V), their sum (n, 1),
-    and the log-probs (n,) of the targets (n,)."""
+def exp_logits(h, W, targets, temperature):
+    """The parts of a softmax over h W' / temperature, h (n, D), W (V, D): e^(logit - largest logit) (n, V), its sum
+    (n, 1), and the log-probs (n,) of the targets (n,). In place, since passes over n x V numbers are what it costs."""
     logits = (h @ W.T).float().div_(temperature)                                         # (n, V)
     at_target, largest = logits.gather(1, targets[:, None]), logits.amax(-1, keepdim=True)
     p = logits.sub_(largest).exp_()
@@ -79,35 +87,43 @@ def softmax(h, W, targets, temperature):
 
 
 def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
-    """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere; the same temperature as when sampling.
+    """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere. temperature: the one they were sampled with.
 
-    shared 2: the second half of the rows answers the prompts of the first half, and these are computed only once.
+    shared = 2: the second half of the rows has the same prompts as the first half, and each is computed once.
     """
-    where = mask.flatten().nonzero()[:, 0]              # (N,), before all else: this waits for the GPU
+    where = mask.flatten().nonzero()[:, 0]              # (N,); first, because this waits for the GPU
     h = encode(policy, ids[:, :-1], mask, where, shared)                                 # (N, D)
     logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk)
-    return spread(logp, where, mask.shape)                                               # (B, T-1)
+    return scatter(logp, where, mask.shape)                                              # (B, T-1)
 
 
-def spread(x, where, shape):
-    """Zeros of this shape, with x (N,) at the places `where` (N,), counted over all."""
+def scatter(x, where, shape):
+    """A tensor of this shape with x (N,) at the places `where` (N,), which count over all of it, and 0 elsewhere."""
     return torch.zeros(shape.numel(), device=x.device).index_copy(0, where, x).view(shape)
 
 
 def encode(policy, ids, mask, where, shared=1):
-    """Hidden states (N, D) at the places `where` (N,) of the rows ids (B, T) laid end to end.
+    """Hidden states (N, D) at the places `where` (N,), which count over the rows ids (B, T) laid end to end.
 
-    shared > 1: rows b, b + B / shared, ... have one prompt, which is computed once; padding is not computed at all.
-    The prompt ends where mask (B, T) begins, and the row where it ends.
+    With shared > 1, rows b, b + B / shared, ... have one prompt, which is computed once, and padding is not computed.
+    Where prompt and row end is read off mask (B, T), whose first 1 is at the prompt's last token. For example shared =
+    2, the prompt "p q", the answers "x" and "y z", and "." for padding:
+
+        ids      p q x .        computed:  p q x y z   (tokens 0 to 4)
+                 p q y z
+        token    0 1 2 2        which of the computed tokens stands at each place; at padding, any
+                 0 1 3 4
+        place    0 1 2 6 7      where each computed token stands in the rows laid end to end
     """
     if shared == 1:
         return policy.hidden(ids, where=where)
     B, T = ids.shape
     t = torch.arange(T, device=ids.device)
-    prompt = t <= mask.int().argmax(1)[:, None]                                          # (B, T)
-    own = (t <= last_token(mask)[:, None]) & ~prompt
-    own[:B // shared] |= prompt[:B // shared]
-    source = own.flatten().nonzero()[:, 0]                                               # (tokens,)
-    at = own.flatten().cumsum(0).view(B, T) - 1
-    at = torch.where(prompt, at[:B // shared].repeat(shared, 1), at)                     # (B, T)
-    return policy.hidden(ids.flatten()[source], source % T, repeat(Packing(at, source)), at.flatten()[where])
+    in_prompt = t <= mask.int().argmax(1)[:, None]                                       # (B, T)
+    computed = (t <= last_token(mask)[:, None]) & ~in_prompt
+    computed[:B // shared] |= in_prompt[:B // shared]
+    place = computed.flatten().nonzero()[:, 0]                                           # (tokens,)
+    token = computed.flatten().cumsum(0).view(B, T) - 1
+    token = torch.where(in_prompt, token[:B // shared].repeat(shared, 1), token)         # (B, T)
+    attends = repeat(PackedRows(token, place))
+    return policy.hidden(ids.flatten()[place], place % T, attends, token.flatten()[where])

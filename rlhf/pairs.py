@@ -14,7 +14,8 @@ import annotate
 from data import InputError, sets
 from data.text import Text
 from rlhf import config, policy
-from rlhf.sampler import sample
+from rlhf.logprobs import lengths
+from rlhf.sampler import generate
 
 NEEDS = ("sft",)
 
@@ -39,10 +40,9 @@ class Config(config.Config):
 def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
     text = Text(*cfg.words)
-    records = sets.load(cfg.data, cfg.eval_data, cfg.limit)["preference"]
-    records = text.fitting(records, cfg.max_prompt_tokens)
-    rows = sample(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text.stops,
-                  cfg.max_new_tokens, cfg.temperature, cfg.seed + 1, 2 * cfg.pairs_per_prompt, cfg.slots, cfg.graph)
+    records = text.fitting(cfg.splits()["preference"], cfg.max_prompt_tokens)
+    rows = generate(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
+                    2 * cfg.pairs_per_prompt)
     pairs = []
     for i, record in enumerate(records):
         for j in range(cfg.pairs_per_prompt):
@@ -85,16 +85,21 @@ def run(cfg):
 
 
 def load_pairs(cfg, text):
-    """([(prompt, chosen)], [(prompt, rejected)]) as token ids. Sampled tokens are used as they were sampled."""
-    chosen, rejected = [], []
+    """The pairs of the run: N times (chosen row, rejected row), each row (prompt ids, response ids). The tokens of
+    sampled answers are kept as they were sampled."""
+    pairs = []
     for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
         prompt = text.prompt(pair)
         one, two = (prompt, pair["ids_1"]), (prompt, pair["ids_2"])
-        chosen.append(one if pair["preference"] == 1 else two)
-        rejected.append(two if pair["preference"] == 1 else one)
-    return chosen, rejected
+        pairs.append((one, two) if pair["preference"] == 1 else (two, one))
+    return pairs
 
 
-def pair_lengths(chosen, rejected):
+def rows_of(pairs):
+    """The 2N rows of N pairs: all chosen ones, then all rejected ones."""
+    return [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+
+
+def pair_lengths(pairs):
     """Tokens that each pair takes as two rows of one batch: a list (N,)."""
-    return [2 * max(len(p) + len(c), len(p) + len(r)) for (p, c), (_, r) in zip(chosen, rejected)]
+    return [2 * max(lengths(pair)) for pair in pairs]

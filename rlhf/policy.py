@@ -14,31 +14,32 @@ from rlhf.config import Config, resolve, stage
 
 @dataclass
 class Policy:
-    """One role of a model. LoRA: an adapter on the shared frozen base. Full fine-tuning: role None of an own copy."""
+    """One role of a model. With LoRA, role names an adapter on the frozen base that all roles share. With full
+    fine-tuning, role is None and the policy has a model of its own."""
     gpt: model.GPT
     role: str | None = None
 
     def hidden(self, ids, pos=None, attends=None, where=None):
         """GPT.hidden() of this role."""
-        with self.gpt.wear(self.role):
+        with self.gpt.using(self.role):
             return self.gpt.hidden(ids, pos, attends, where)
 
     @property
     def fp16(self):
-        """Whether activations are fp16, whose gradients need scaling."""
+        """Whether activations are in fp16, so that the loss has to be scaled."""
         return self.gpt.head.dtype == torch.float16
 
     def trainable(self):
-        """The parameters that learning may move, fp32 and with gradients switched on."""
+        """The parameters that are trained, all fp32. Their gradients are switched on by this call."""
         params = list(self.gpt.adapter(self.role).values() if self.role else self.gpt.parameters())
         assert all(p.dtype == torch.float32 for p in params), "low precision would swallow small updates"
         return [p.requires_grad_() for p in params]
 
     def copy(self, role):
-        """The same policy, to be moved on its own: a new role on the same base, or a second full model."""
+        """A copy that can be trained without changing this policy: a new role on the same base, or a second model."""
         if self.role is None:
             gpt = copy.deepcopy(self.gpt)
-            gpt.adjoin()
+            gpt.make_contiguous()
             return Policy(gpt)
         self.gpt.add_role(role, *self.size(), start=self.role)
         return Policy(self.gpt, role)
@@ -53,7 +54,7 @@ class Policy:
 # -- on disk -------------------------------------------------------------------------------------------------------
 
 def load_base(cfg):
-    """The raw checkpoint of a run, frozen, where and in the precision that the machine wants it."""
+    """The base checkpoint of a run, frozen, on its device and in its precision."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
@@ -64,8 +65,8 @@ def load_base(cfg):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, getattr(torch, cfg.dtype or dtype))
     if cfg.int8:
-        gpt.quantise()                                  # before it goes to a card that may not hold it otherwise
-        gpt.to(device).adjoin()
+        gpt.quantise()                                  # before it moves to a GPU that may be too small for 16 bits
+        gpt.to(device).make_contiguous()
     if cfg.compile:
         gpt.compile_blocks()
     gpt.checkpointing = cfg.checkpointing
@@ -73,8 +74,9 @@ def load_base(cfg):
 
 
 def fresh(cfg, role):
-    """A policy that answers as --model does: a fresh adapter on the base, or with lora_rank 0 the base itself; if
-    --model is an adapter, that one, or with lora_rank 0 the base into which it is merged."""
+    """The policy that training starts from, which answers as --model does. That is a fresh adapter on the base, or with
+    lora_rank 0 the base itself. If --model is an adapter, it is that adapter, or with lora_rank 0 the base with the
+    adapter merged into it. InputError if the context is too short or the adapter has another rank or alpha."""
     gpt = load_base(cfg)
     context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + cfg.max_new_tokens
     if longest > context:
@@ -85,7 +87,7 @@ def fresh(cfg, role):
         if cfg.lora_rank:
             gpt.add_role(role, cfg.lora_rank, cfg.lora_alpha)
         return Policy(gpt, role if cfg.lora_rank else None)
-    policy = put_on(gpt, role, cfg.adapter)
+    policy = with_adapter(gpt, role, cfg.adapter)
     if not cfg.lora_rank:
         gpt.merge(role)
         return Policy(gpt)
@@ -96,7 +98,7 @@ def fresh(cfg, role):
 
 
 def save(policy, cfg):
-    """Write the policy to its stage's folder: a PEFT adapter of the original base, or a Hugging Face checkpoint."""
+    """Write the policy to its stage's folder: a PEFT adapter of the base checkpoint, or a Hugging Face checkpoint."""
     folder = cfg.dir() / "checkpoint"
     if policy.role:
         rank, alpha = policy.size()
@@ -110,18 +112,17 @@ def save(policy, cfg):
 
 
 def load(cfg, stage, beside=None):
-    """The frozen policy that `stage` of the same run has saved.
-
-    With LoRA it is a role named after the stage, on the base of the policy `beside` it if there is one.
-    """
+    """The policy that `stage` of the same run has saved, frozen. With LoRA it is a role with the stage's name, on the
+    base of the policy `beside` if that is given."""
     folder = cfg.dir(stage) / "checkpoint"
     if not cfg.lora_rank:
         return Policy(load_base(dataclasses.replace(cfg, model=str(folder))))
-    return put_on(beside.gpt if beside else load_base(cfg), stage, folder)
+    return with_adapter(beside.gpt if beside else load_base(cfg), stage, folder)
 
 
-def put_on(gpt, role, folder):
-    """The frozen policy that wears the adapter in a PEFT folder as `role`; where that has none, a fresh one."""
+def with_adapter(gpt, role, folder):
+    """The frozen policy with the adapter of a PEFT folder as `role`. A layer that the folder does not adapt gets a fresh
+    adapter, which changes nothing."""
     tensors, config = adapters.load_adapter(folder)
     gpt.add_role(role, config["r"], adapters.lora_scale(config) * config["r"])
     ours = gpt.adapter(role)
@@ -130,23 +131,23 @@ def put_on(gpt, role, folder):
     return Policy(gpt, role)
 
 
-def read(path, device="", int8=False, dtype=""):
-    """(policy, its Config, settings) of what can be talked to: whatever --model takes, or a stage of a run, with the
-    settings that it ran with (else {})."""
+def open_checkpoint(path, device="", int8=False, dtype=""):
+    """(policy, Config, settings) of anything that can answer: whatever --model takes, or a stage of a run, whose
+    settings are those it ran with; else they are {}. InputError for a reward model."""
     path = str(path).removeprefix("https://huggingface.co/")
     folder, settings = resolve(path), stage(Path(path))
     if (folder / "head.safetensors").exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     adapted = (folder / "adapter_config.json").exists()
-    base = "barn" if settings.get("model") == "barn" and adapted else str(folder)    # wherever that lies by now
+    base = "barn" if settings.get("model") == "barn" and adapted else str(folder)    # the project may have moved
     cfg = Config(model=base, device=device, int8=int8, dtype=dtype)
     gpt = load_base(cfg)
-    return put_on(gpt, "worn", folder) if adapted else Policy(gpt), cfg, settings
+    return with_adapter(gpt, "policy", folder) if adapted else Policy(gpt), cfg, settings
 
 
 def merge(cfg):
-    """The adapter of a finished stage merged into its base, as a Hugging Face checkpoint: the folder, None if the stage
-    has trained no adapter that answers."""
+    """Merge the adapter of a finished stage into its base, as a Hugging Face checkpoint. Returns its folder, or None if
+    the stage has no adapter that answers."""
     folder = cfg.dir() / "checkpoint"
     if (folder / "head.safetensors").exists() or not (folder / "adapter_config.json").exists():
         return None

@@ -19,13 +19,16 @@ from dataclasses import dataclass
 
 import torch
 
-from data import InputError, sets
+from data import InputError
 from data.text import Text
-from rlhf import config, logprobs, policy, reward, update
+from rlhf import config, policy, reward, update
 from rlhf.answers import answer
-from rlhf.sampler import sample
+from rlhf.experience import collect, schedule
+from rlhf.logprobs import last_token, token_logps
 
 NEEDS = ("sft", "reward")
+METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg",
+           "val/ratio")
 
 
 @dataclass
@@ -76,7 +79,7 @@ KL = {  # J. Schulman, "Approximating KL divergence" (2020), with d = log pi - l
 def shape_rewards(score, kl, mask, kl_coef):
     """score (B,), kl (B, T-1) per token -> rewards (B, T-1): the penalty everywhere, the score at the last token."""
     rewards = -kl_coef * kl * mask
-    rewards[torch.arange(len(score), device=score.device), logprobs.last_token(mask)] += score
+    rewards[torch.arange(len(score), device=score.device), last_token(mask)] += score
     return rewards
 
 
@@ -103,8 +106,8 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logp, old_logp, advantages, mask, cliprange):
-    """Clipped surrogate, summed over tokens, and how many tokens the clip holds back."""
-    ratio = ((logp - old_logp) * mask).exp()
+    """Clipped surrogate, summed over tokens, and how many tokens the clip holds back. The mask may hold weights."""
+    ratio = (logp - old_logp).masked_fill(mask == 0, 0).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return (torch.max(free, clipped) * mask).sum(), ((clipped > free) * mask).sum()
 
@@ -116,131 +119,90 @@ def value_loss(values, old_values, returns, mask, cliprange):
     return .5 * (torch.max(free, clipped) * mask).sum(), ((clipped > free) * mask).sum()
 
 
+def explained_variance(values, returns, mask):
+    """1 - var(returns - values) / var(returns), both masked: 1 is a perfect value function, 0 a constant one."""
+    return 1 - (variance(returns - values, mask) / variance(returns, mask)).nan_to_num(1).item()
+
+
 # -- the loop ------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Rollout:
-    """Sampled answers and all that stays fixed while they are learned from."""
-    ids: torch.Tensor                   # (B, T)
-    mask: torch.Tensor                  # (B, T-1)
-    old_logp: torch.Tensor              # (B, T-1) when sampled
-    ref_logp: torch.Tensor              # (B, T-1)
-    values: torch.Tensor                # (B, T-1) of the state before ids[:, t+1]
-    score: torch.Tensor                 # (B,) of the reward model, less the penalty
-    lengths: list                       # (B,) tokens of prompt and answer
-    finished: list                      # (B,) whether the answer ended by itself
-
-    def kl(self):
-        """The unbiased estimate (k1) of the KL to the reference, per answer, in nats."""
-        return ((self.old_logp - self.ref_logp) * self.mask).sum(1).mean().item()
-
-
-@torch.no_grad()
-def rollout(prompts, stops, model, ref, reward_model, value, cfg, seed):
-    """Sample an answer to each prompt, and look at it with every role; FloatingPointError if a number is not finite."""
-    rows = sample(model, prompts, stops, cfg.max_new_tokens, cfg.temperature, seed, 1, cfg.slots, cfg.graph)
-    ids, mask = logprobs.pack(rows, model.gpt.device)
-    old_logp, ref_logp, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
-    score = torch.zeros(len(rows), device=ids.device)
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
-    for micro in update.micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
-        t = max(lengths[i] for i in micro)                                               # the rest is padding
-        i, m = ids[micro, :t], mask[micro, :t - 1]
-        old_logp[micro, :t - 1] = logprobs.token_logps(model, i, m, cfg.temperature)
-        ref_logp[micro, :t - 1] = logprobs.token_logps(ref, i, m, cfg.temperature)
-        values[micro, :t - 1] = value.values(i, m)
-        score[micro] = reward.score(reward_model, i, m)
-    finished = [response[-1] in stops for _, response in rows]
-    score -= cfg.missing_eos_penalty * ~torch.tensor(finished, device=ids.device)
-    for name, x in (("reward model", score), ("value function", values)):
-        if not x.isfinite().all():
-            raise FloatingPointError(f"the {name} gave a number that is not finite: the run stopped and saved nothing")
-    return Rollout(ids, mask, old_logp, ref_logp, values, score, lengths, finished)
-
-
-def learn(model, value, updater, roll, advantages, returns, cfg, seed):
-    """Passes over a rollout in batches, an optimizer step for each. Returns what to log: means over tokens."""
-    sums, spoken = 0., roll.mask.sum(1).tolist()                                         # tokens of each answer
-    for batch in update.batches(len(spoken), cfg.batch_size, cfg.num_ppo_epochs, seed):
-        for micro in update.micro_batches(batch, roll.lengths, cfg.micro_batch_tokens):
-            t = max(roll.lengths[i] for i in micro)
-            ids, m = roll.ids[micro, :t], roll.mask[micro, :t - 1]
-            old, v, a, r = (x[micro, :t - 1] for x in (roll.old_logp, roll.values, advantages, returns))
-            logp = logprobs.token_logps(model, ids, m, cfg.temperature)                    # (b, t-1)
-            pg, pg_clipped = policy_loss(logp, old, a, m, cfg.cliprange)
-            updater.add(pg, sum(spoken[i] for i in micro))
-            values = value.values(ids, m)                                                # (b, t-1)
-            vf, vf_clipped = value_loss(values, v, r, m, cfg.cliprange_value)
-            updater.add(cfg.vf_coef * vf, 0)            # the policy's activations are gone by now
-            ratio = (logp - old).exp()
-            each = (pg, vf, pg_clipped, vf_clipped, ((logp - old) ** 2 / 2).sum(), (ratio * m).sum(), m.sum())
-            sums = sums + torch.stack(each).detach()
-        stats = updater.step()
-    names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg",
-             "val/ratio")
-    return {**dict(zip(names, (sums[:-1] / sums[-1]).tolist())), **stats}
-
-
-def run(cfg):
+def run(cfg, score_fn=None):
+    """score_fn: rows [(prompt ids, response ids)] -> scores (B,); by default the reward model of the run."""
     text = Text(*cfg.words)
-    splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
-    prompts, val = ([text.prompt(record) for record in text.fitting(splits[split], cfg.max_prompt_tokens)]
-                    for split in ("unlabeled", "val"))
-    val = val[:cfg.val_prompts]
+    splits = cfg.splits()
+    prompts = text.prompts(splits["unlabeled"], cfg.max_prompt_tokens)
+    val = text.prompts(splits["val"], cfg.max_prompt_tokens)[:cfg.val_prompts]
     ref = policy.load(cfg, "sft")
-    reward_model = reward.load(cfg, ref)
+    reward_model = reward.load(cfg, ref) if score_fn is None else None
+    score_fn = score_fn or reward.scorer(reward_model, cfg)
     model = ref.copy("policy")
-    value = reward_model.copy("value") if cfg.init_value == "reward" else reward.fresh(ref.copy("value"))
-    roles = model, ref, reward_model, value
+    if reward_model and cfg.init_value == "reward":
+        value = reward_model.copy("value")
+    else:
+        value = reward.fresh(ref.copy("value"))
 
-    passes = math.ceil(cfg.steps * cfg.rollout_batch / len(prompts))
-    order = [i for once in update.batches(len(prompts), len(prompts), passes, cfg.seed) for i in once]
-    updates = cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
-    updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, cfg.steps * updates,
-                             fp16=model.fp16)
+    def rollout(prompts, seed):
+        roll = collect(prompts, text, model, ref, score_fn, cfg, seed)
+        roll.score -= cfg.missing_eos_penalty * ~roll.finished
+        return roll
+
+    updates = cfg.steps * cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
+    updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg.dir(), cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
-    kl_coef, best, chosen, kept = cfg.kl_coef, -math.inf, 0, []
-
-    def look(step):
-        """Keep the policy if it is the best so far at what it is trained for, on prompts that it is not trained on."""
-        nonlocal best, chosen, kept
-        roll = rollout(val, text.stops, *roles, cfg, cfg.seed)
-        score, objective = roll.score.mean().item(), roll.score.mean().item() - cfg.kl_coef * roll.kl()
-        i = step % len(val)
-        response = roll.ids[i, len(val[i]):roll.lengths[i]].tolist()
-        log.sample(step, text.decode(val[i]), text.decode(response), score=roll.score[i].item(), val_score=score,
-                   val_kl=roll.kl())
-        if objective > best:
-            best, chosen, kept = objective, step, [p.detach().cpu().clone() for p in model.trainable()]
-
-    for step in range(cfg.steps):
-        # sample answers and score them
-        asked = [prompts[i] for i in order[step * cfg.rollout_batch:][:cfg.rollout_batch]]
-        roll = rollout(asked, text.stops, *roles, cfg, cfg.seed * 100_003 + step)
+    kl_coef, best, chosen_step, kept = cfg.kl_coef, -math.inf, 0, []
+    for step, asked in enumerate(schedule(prompts, cfg.rollout_batch, cfg.steps, cfg.seed)):
+        # sample answers, score them, estimate values
+        roll = rollout(asked, cfg.seed * 100_003 + step)
         mask = roll.mask
+        values = roll.per_token(value.values, cfg)                                       # (B, T-1)
+        if not values.isfinite().all():
+            raise FloatingPointError("a value is not a finite number: the run stopped and saved nothing")
 
         # rewards and advantages
-        kl = KL[cfg.kl_estimator](roll.old_logp - roll.ref_logp) * mask                  # (B, T-1)
+        kl = KL[cfg.kl_estimator](roll.logp - roll.ref_logp) * mask                      # (B, T-1)
         rewards = shape_rewards(roll.score, kl, mask, kl_coef)                           # (B, T-1)
         shaped = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
-        advantages, returns = gae(shaped, roll.values, mask, cfg.gamma, cfg.lam)         # (B, T-1)
+        advantages, returns = gae(shaped, values, mask, cfg.gamma, cfg.lam)              # (B, T-1)
         advantages = whiten(advantages, mask)
 
-        # a few epochs of clipped updates
-        learned = learn(model, value, updater, roll, advantages, returns, cfg, cfg.seed + step)
+        # a few epochs of clipped updates; policy and value function take turns in every micro-batch
+        sums = 0.
+        for batch in update.batches(len(asked), cfg.batch_size, cfg.num_ppo_epochs, cfg.seed + step):
+            for micro in update.micro_batches(batch, roll.lengths, cfg.micro_batch_tokens):
+                ids, m, old_logp, old_v, a, r = roll.cut(micro, roll.logp, values, advantages, returns)
+                logp = token_logps(model, ids, m, cfg.temperature)                       # (b, t-1)
+                pg_loss, pg_clipped = policy_loss(logp, old_logp, a, m, cfg.cliprange)
+                updater.add(pg_loss, sum(len(roll.rows[i][1]) for i in micro))           # per token of the answers
+                v = value.values(ids, m)                                                 # (b, t-1)
+                vf_loss, vf_clipped = value_loss(v, old_v, r, m, cfg.cliprange_value)
+                updater.add(cfg.vf_coef * vf_loss, 0)
+                d = logp - old_logp
+                sums = sums + torch.stack((pg_loss, vf_loss, pg_clipped, vf_clipped, (d ** 2 / 2).sum(),
+                                           (d.exp() * m).sum(), m.sum())).detach()
+            stats = updater.step()
+
         log.step(step, {
             "objective/kl": roll.kl(), "objective/scores": roll.score.mean().item(), "objective/kl_coef": kl_coef,
             "objective/non_score_reward": -kl_coef * kl.sum(1).mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
-            "objective/entropy": -roll.old_logp.sum(1).mean().item(), **learned,
-            "val/num_eos_tokens": sum(roll.finished), "response_length": (mask.sum() / len(asked)).item(),
-            "explained_variance": explained_variance(roll.values, returns, mask)}, sum(roll.lengths))
+            "objective/entropy": -roll.logp.sum(1).mean().item(),
+            **dict(zip(METRICS, (sums[:-1] / sums[-1]).tolist())), **stats,
+            "val/num_eos_tokens": roll.finished.sum().item(), "response_length": (mask.sum() / len(asked)).item(),
+            "explained_variance": explained_variance(values, returns, mask)}, sum(roll.lengths))
         if cfg.adaptive_kl:
             kl_coef *= 1 + .1 * max(-.2, min(.2, roll.kl() / cfg.adaptive_kl - 1))
+
+        # keep the policy that is best at its objective on prompts that it is not trained on
         stop = cfg.max_kl and roll.kl() > cfg.max_kl
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps or stop:
-            look(step)
+        if stop or (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            look, i = rollout(val, cfg.seed), step % len(val)
+            score, val_kl = look.score.mean().item(), look.kl()
+            log.sample(step, text.decode(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
+                       val_score=score, val_kl=val_kl)
+            if score - cfg.kl_coef * val_kl > best:
+                best, chosen_step = score - cfg.kl_coef * val_kl, step
+                kept = [p.detach().cpu().clone() for p in model.trainable()]
         if stop:
             print(f"stopped: the KL is above --max_kl {cfg.max_kl:g}")
             break
@@ -249,9 +211,4 @@ def run(cfg):
         for p, best_p in zip(model.trainable(), kept):
             p.copy_(best_p)
     policy.save(model, cfg)
-    return {"chosen_step": chosen, "val/rlhf_reward": best, **answer(model, text, cfg, ref)}
-
-
-def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns), both masked: 1 is a perfect value function, 0 a constant one."""
-    return 1 - (variance(returns - values, mask) / variance(returns, mask)).nan_to_num(1).item()
+    return {"chosen_step": chosen_step, "val/rlhf_reward": best, **answer(model, text, cfg, ref)}

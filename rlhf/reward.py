@@ -17,13 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, sets
+from data import InputError
 from data.barn.reward import true_reward
 from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, logprobs, policy, update
-from rlhf.pairs import load_pairs, pair_lengths
-from rlhf.sampler import sample
+from rlhf.pairs import load_pairs, pair_lengths, rows_of
+from rlhf.sampler import generate
 
 NEEDS = ("sft", "pairs")
 
@@ -54,7 +54,7 @@ class Critic(policy.Policy):
     def values(self, ids, mask):
         """(B, T-1): the head where the mask is 1, in fp32, 0 elsewhere; index t has seen ids[:, :t+1] of ids (B, T)."""
         where = mask.flatten().nonzero()[:, 0]                                           # (N,)
-        return logprobs.spread(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
+        return logprobs.scatter(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
 
     def trainable(self):
         return super().trainable() + [p.requires_grad_() for p in self.head.parameters()]
@@ -84,12 +84,16 @@ def score(model, ids, mask, shared=1):
 
 @torch.no_grad()
 def scores(model, rows, cfg):
-    """score() of rows [(prompt ids, response ids)], (N,) in their order, without gradients."""
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    """score() (N,) of rows [(prompt ids, response ids)], without gradients."""
     out = torch.empty(len(rows))
-    for indices in update.micro_batches(range(len(rows)), lengths, 2 * cfg.micro_batch_tokens):
+    for indices in update.micro_batches(range(len(rows)), logprobs.lengths(rows), 2 * cfg.micro_batch_tokens):
         out[indices] = score(model, *logprobs.pack([rows[i] for i in indices], model.gpt.device)).cpu()
     return out
+
+
+def scorer(model, cfg):
+    """The reward model as a reward: a function of rows -> scores (B,)."""
+    return lambda rows: scores(model, rows, cfg)
 
 
 def bradley_terry(chosen, rejected):
@@ -113,10 +117,11 @@ def correlation(x, y):
     return torch.corrcoef(torch.stack((x, y)))[0, 1].nan_to_num().item()
 
 
-def validate(model, chosen, rejected, cfg):
+def validate(model, pairs, cfg):
     """Metrics on pairs that were not trained on."""
-    good, bad = scores(model, chosen, cfg), scores(model, rejected, cfg)
-    lengths = torch.tensor([float(len(response)) for _, response in chosen + rejected])
+    rows = rows_of(pairs)
+    good, bad = scores(model, rows[:len(pairs)], cfg), scores(model, rows[len(pairs):], cfg)
+    lengths = torch.tensor([float(len(response)) for _, response in rows])
     return {"eval_loss": bradley_terry(good, bad).mean().item(), "eval_accuracy": (good > bad).float().mean().item(),
             "eval_margin": (good - bad).mean().item(), "eval_calibration_error": calibration_error(good - bad),
             "length_correlation": correlation(torch.cat((good, bad)), lengths)}
@@ -151,21 +156,21 @@ def load(cfg, beside):
 
 def run(cfg):
     text = Text(*cfg.words)
-    chosen, rejected = load_pairs(cfg, text)
-    held_out = round(cfg.held_out * len(chosen))
-    n = len(chosen) - held_out
+    pairs = load_pairs(cfg, text)
+    n = len(pairs) - round(cfg.held_out * len(pairs))
+    pairs, held_out = pairs[:n], pairs[n:]
     sft = policy.load(cfg, "sft")
     model = fresh(sft.copy("reward"))
 
-    lengths = pair_lengths(chosen, rejected)
-    steps = update.batches(n, cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps), weight_decay=cfg.weight_decay, fp16=model.fp16)
-    log = update.Log(cfg.dir(), len(steps), ("loss", "accuracy", "margin"))
-    for step, batch in enumerate(steps):
+    lengths = pair_lengths(pairs)
+    batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(batches), weight_decay=cfg.weight_decay, fp16=model.fp16)
+    log = update.Log(cfg.dir(), len(batches), ("loss", "accuracy", "margin"))
+    for step, batch in enumerate(batches):
         each = []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
-            rows = [chosen[i] for i in micro] + [rejected[i] for i in micro]
-            good, bad = score(model, *logprobs.pack(rows, model.gpt.device), shared=2).chunk(2)        # (b,), (b,)
+            ids, mask = logprobs.pack(rows_of([pairs[i] for i in micro]), model.gpt.device)
+            good, bad = score(model, ids, mask, shared=2).chunk(2)                       # (b,), (b,)
             losses = bradley_terry(good, bad)
             updater.add(losses.sum(), len(micro))
             each.append(torch.stack((losses, good, bad)).detach())
@@ -176,16 +181,15 @@ def run(cfg):
                         "min_reward": both.min().item(), "max_reward": both.max().item(), **updater.step()},
                  sum(lengths[i] for i in batch))
 
-    metrics = validate(model, chosen[n:], rejected[n:], cfg) if held_out else {}
-    val = text.fitting(sets.load(cfg.data, cfg.eval_data, cfg.limit)["val"], cfg.max_prompt_tokens)
+    metrics = validate(model, held_out, cfg) if held_out else {}
+    val = text.fitting(cfg.splits()["val"], cfg.max_prompt_tokens)
     each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
-    rows = sample(sft, [text.prompt(record) for record in val], text.stops, cfg.max_new_tokens, cfg.temperature,
-                  cfg.seed + 2, each, cfg.slots, cfg.graph)
+    rows = generate(sft, [text.prompt(record) for record in val], text, cfg, cfg.seed + 2, each)
     normalise(model, rows, cfg)
     save(model, cfg)
     answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
     for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
-        log.sample(len(steps), val[i // each]["instruction"], answer, score=value)
+        log.sample(len(batches), val[i // each]["instruction"], answer, score=value)
     if cfg.data == "barn" and each > 1:                 # what no real world can tell
         truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
         metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))

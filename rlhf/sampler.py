@@ -1,15 +1,16 @@
 """[kit] Sampling answers: a fixed number of slots, each of which writes one answer and then takes the next prompt.
 
-A slot whose answer has ended is refilled from the prompts that wait; when none waits, the rows that go on move together
-and the rest is dropped. n answers to a prompt share one prefill. Nothing in a step waits for the GPU; only every few
-steps does the host look which rows have ended. On CUDA a step is captured as a graph once and replayed: launching its
-thousand small kernels one by one would take longer than running them.
+When an answer ends, its slot is refilled from the waiting prompts. When no prompt waits, the unfinished answers are
+moved into the first slots and the others are dropped. n answers to one prompt share one pass over the prompt (prefill).
+No step waits for the GPU; the host checks every few steps which answers have ended. On CUDA one step is captured as a
+graph and replayed, because launching its thousand small kernels one by one takes longer than running them.
 
-Every row draws from its own stream of random numbers, so but for rounding an answer does not depend on slots or on the
-rows beside it. Pure temperature sampling: no top-k, no top-p, because learners compare log-probs with what was sampled
-from.
+Every answer has its own stream of random numbers, so that up to rounding it does not depend on the slots or on the
+answers beside it. Learners compare log-probs with what was sampled from, so sampling is by temperature alone: there is
+no top-k and no top-p.
 
-Letters: B rows, T tokens, S cache length, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts.
+Letters: B rows, T tokens, S columns of the cache, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts,
+N answers.
 """
 import math
 from collections import deque
@@ -19,112 +20,146 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
+from data.progress import Progress
 from model import causal
 from rlhf.logprobs import pack
 from rlhf.update import micro_batches
 
-LOOK = {"cpu": 2, "cuda": 8}            # steps between two looks at which rows have ended; a row wastes half of that
-PREFILL = {"cpu": 512, "cuda": 4096}    # tokens of prompts in one pass
-MOST = {"cpu": 128, "cuda": 512}        # slots beyond which a step gets slower as fast as it gets wider
+CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; an answer overshoots by half of that
+PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
+MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
 
 
-def draw(logits, u, temperature):
-    """Token ids (B,) from logits (B, V) by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)                          # (B, V)
-    at = u[:, None] * cdf[:, -1:]                       # a cumsum rounds: its last entry need not be 1
-    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-
-
-def columns(device, longest):
-    """Columns of a cache for rows of up to `longest` tokens: rows overshoot a little before they are seen to have
-    ended, and kernels want multiples of 128 on a GPU."""
-    length = longest + 2 * LOOK[device.type]
-    return length if device.type == "cpu" else length + -length % 128
-
-
-def fitting(gpt, longest):
-    """How many rows of up to `longest` tokens the device has room for now, beside a pass over prompts: their cache,
-    their logits in fp32 three times."""
-    if gpt.device.type == "cpu":
-        return MOST["cpu"]
-    c, bytes = gpt.config, gpt.head.itemsize
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * columns(gpt.device, longest) * bytes
-    row += 16 * c.vocab_size
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free -= PREFILL["cuda"] * bytes * (6 * c.intermediate_size + 8 * c.hidden_size)
-    return max(1, min(MOST["cuda"], int(.9 * free / row)))
+def generate(model, prompts, text, cfg, seed, n=1):
+    """n answers to each prompt (a list of token ids) by a policy, with the settings of a run: rows [(prompt ids,
+    response ids)], n for each prompt, in order. See sample()."""
+    return sample(model, prompts, text.stops, cfg.max_new_tokens, cfg.temperature, seed, n, cfg.slots, cfg.graph,
+                  Progress("sampling", n * len(prompts)))
 
 
 @torch.inference_mode()
-def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True):
-    """n answers to each prompt (a list of token ids), in order: [(prompt ids, response ids)], n rows a prompt.
+def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None):
+    """n answers to each prompt: rows [(prompt ids, response ids)], n for each prompt, in order.
 
-    A response ends with the id in `stops` that ended it, or after max_new_tokens (one number, or one for each row)
-    without one. slots 0: as many as fit. graph: on CUDA, replay a captured step.
+    A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
+    row) and no such id. temperature 0 is greedy. slots: 0 for as many as fit into memory. graph: on CUDA, replay a
+    captured step. InputError if the model has too few learned positions.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
     if c.learned_positions and longest > c.max_position_embeddings:
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has learned "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
-    slots = min(slots or fitting(policy.gpt, longest), len(limits))
-    share = min(n, slots)                               # rows that share one prefill
-    waiting = deque(sorted(((prompt, range(i * n + j, i * n + min(j + share, n)))
-                            for i, prompt in enumerate(prompts) for j in range(0, n, share)),
-                           key=lambda waits: len(waits[0])))
-    engine = Engine(policy.gpt, slots, columns(policy.gpt.device, longest), stops, limits, temperature, seed, graph)
-    with policy.gpt.settled(policy.role):
+    slots = min(slots or slots_that_fit(policy.gpt, longest), len(limits))
+    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, seed,
+                    graph)
+    waiting = shared_prompts(prompts, n, slots)
+    with policy.gpt.fused(policy.role):
         while waiting or engine.busy():
-            engine.fill(waiting)
+            engine.refill(waiting)
             if not waiting:
                 engine.compact()
             engine.advance()
+            if progress:
+                progress.update(engine.finished)
+    if progress:
+        progress.close()
     return [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
 
 
+def shared_prompts(prompts, n, slots):
+    """A queue of (prompt, its rows), short prompts first. The n rows of a prompt stay together as far as slots go."""
+    share = min(n, slots)
+    queue = [(prompt, range(i * n + j, i * n + min(j + share, n)))
+             for i, prompt in enumerate(prompts) for j in range(0, n, share)]
+    return deque(sorted(queue, key=lambda item: len(item[0])))
+
+
+def draw(logits, u, temperature):
+    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)                          # (B, V)
+    at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+def cache_length(device, longest):
+    """Columns of a cache for rows of up to `longest` tokens. A finished row runs on until the next check, and CUDA
+    kernels want multiples of 128."""
+    length = longest + 2 * CHECK_EVERY[device.type]
+    return length if device.type == "cpu" else length + -length % 128
+
+
+def slots_that_fit(gpt, longest):
+    """How many rows of up to `longest` tokens the device has memory for: a row's cache and three times its logits in
+    fp32, beside one pass over prompts."""
+    if gpt.device.type == "cpu":
+        return MAX_SLOTS["cpu"]
+    c, bytes = gpt.config, gpt.head.itemsize
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * cache_length(gpt.device, longest) * bytes
+    row += 16 * c.vocab_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free -= PREFILL_TOKENS["cuda"] * bytes * (6 * c.intermediate_size + 8 * c.hidden_size)
+    return max(1, min(MAX_SLOTS["cuda"], int(.9 * free / row)))
+
+
 class KVCache:
-    """Keys and values of every layer, (slots, K, S, hd) each; a slot holds a row, filled up to the row's position."""
+    """Keys and values of every layer, (slots, K, S, hd) each. A slot holds one row, filled up to the row's position."""
 
     def __init__(self, config, slots, length, device, dtype):
         shape = (slots, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
-        self.rows = torch.arange(slots * shape[1], device=device).view(slots, -1) * length               # (slots, K)
+        self.first_cell = torch.arange(slots * shape[1], device=device).view(slots, -1) * length         # (slots, K)
         self.columns = torch.arange(length, device=device)                                               # (S,)
         self.windows = set(config.windows)
-        self.fused = self.k[0].is_cuda          # on CPUs two products are a third faster for so few queries
+        self.sdpa = self.k[0].is_cuda           # on CPUs two products are a third faster for so few queries
 
-    def begin(self, slots, source):
-        """Rows (P, T) begin here: row source[i] in slot slots[i], from column 0. One function for each layer."""
-        def attend(keys, values, q, k, v, window):
-            keys[slots, :, :k.shape[1]] = k.transpose(1, 2)[source]
-            values[slots, :, :v.shape[1]] = v.transpose(1, 2)[source]
-            return causal(q, k, v, window)
-        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
+    def prefill(self, slots, source):
+        """Attention functions, one for each layer, for prompts (P, T) from column 0 on: row source[i] of the prompts is
+        kept in slot slots[i]."""
+        return [partial(self.attend_to_prompt, layer, slots, source) for layer in range(len(self.k))]
 
-    def go_on(self, pos, span):
-        """One token more for the rows in the first B slots, at columns pos (B,) < span: only the first `span` columns
-        are read. One function for each layer, of q (B, H, hd), k and v (B, K, hd)."""
-        B, (_, K, _, hd) = len(pos), self.k[0].shape
-        at = (self.rows[:B] + pos[:, None]).flatten()                                    # (B * K,)
+    def attend_to_prompt(self, layer, slots, source, q, k, v, window):
+        """Keep k and v (P, T, K, hd), and attend within the prompts."""
+        T = k.shape[1]
+        self.k[layer][slots, :, :T] = k.transpose(1, 2)[source]
+        self.v[layer][slots, :, :T] = v.transpose(1, 2)[source]
+        return causal(q, k, v, window)
+
+    def decode(self, pos, span):
+        """Attention functions, one for each layer, for one more token of the rows in the first B slots, at columns pos
+        (B,) < span. Only the first `span` columns are read."""
+        cells = (self.first_cell[:len(pos)] + pos[:, None]).flatten()                    # (B * K,)
         ahead = (self.columns[:span] - pos[:, None])[:, None, None]                      # (B, 1, 1, span)
-        biases = {window: torch.zeros(ahead.shape, device=pos.device, dtype=self.k[0].dtype).masked_fill_(
-            (ahead > 0) | (ahead <= -window) if window else ahead > 0, -torch.inf) for window in self.windows}
+        biases = {}                             # of each window: 0 where a column is attended to, else -inf
+        for window in self.windows:
+            hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
+            bias = torch.zeros(ahead.shape, device=pos.device, dtype=self.k[0].dtype)
+            biases[window] = bias.masked_fill_(hidden, -torch.inf)
+        return [partial(self.attend_to_cache, layer, cells, biases) for layer in range(len(self.k))]
 
-        def attend(keys, values, q, k, v, window):
-            keys.view(-1, hd).index_copy_(0, at, k.reshape(-1, hd))
-            values.view(-1, hd).index_copy_(0, at, v.reshape(-1, hd))
-            # query heads of one kv head become query rows: the cache is read once and never repeated
-            folded = q.reshape(B, K, -1, hd)                                             # (B, K, H/K, hd)
-            k, v, bias = keys[:B, :, :span], values[:B, :, :span], biases[window]        # (B, K, span, hd)
-            if self.fused:
-                y = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(-1, -1, folded.shape[2], -1))
-            else:
-                y = (folded @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
-            return y.reshape(q.shape)
-        return [partial(attend, keys, values) for keys, values in zip(self.k, self.v)]
+    def attend_to_cache(self, layer, cells, biases, q, k, v, window):
+        """q (B, H, hd), k and v (B, K, hd) of one token a row -> (B, H, hd). The H / K query heads that share a kv head
+        become the rows of one product, so that the cache is read once and never repeated."""
+        self.update(layer, cells, k, v)
+        (B, K, hd), bias = k.shape, biases[window]
+        q_rows = q.reshape(B, K, -1, hd)                                                 # (B, K, H/K, hd)
+        k, v = self.k[layer][:B, :, :bias.shape[-1]], self.v[layer][:B, :, :bias.shape[-1]]      # (B, K, span, hd)
+        if self.sdpa:
+            y = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias.expand(-1, -1, q_rows.shape[2], -1))
+        else:
+            y = (q_rows @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
+        return y.reshape(q.shape)
+
+    def update(self, layer, cells, k, v):
+        """Write k and v (B, K, hd) to the cells (B * K,), which count over slots, kv heads and columns."""
+        hd = k.shape[-1]
+        self.k[layer].view(-1, hd).index_copy_(0, cells, k.reshape(-1, hd))
+        self.v[layer].view(-1, hd).index_copy_(0, cells, v.reshape(-1, hd))
 
     def move(self, source, slots):
         """Copy the rows of some slots into others."""
@@ -132,141 +167,159 @@ class KVCache:
             x[slots] = x[source]
 
 
-class Engine:
-    """Slots, and what the rows in them have written so far.
+# -- the engine ----------------------------------------------------------------------------------------------------
 
-    What a step reads and writes stays at fixed addresses, as a graph needs it. Per slot: the `token` to read next, its
-    column `pos` in the cache, the `row` of `written` to write to and the place `at` there. Slots that are idle write
-    into one more row, which nobody reads.
+class Engine:
+    """The slots, and what has been written of every row. A row is one answer, of N; a slot holds a row while it is
+    written.
+
+    What a step reads and writes are tensors at fixed addresses, as a CUDA graph needs them. For each slot: the `token`
+    to read next, its column `pos` in the cache, its `row` in `written` and the place `at` in that row. Idle slots write
+    to row N, which nobody reads.
     """
 
     def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph):
         self.gpt, self.limits, self.temperature = gpt, limits, temperature
-        device, N = gpt.device, len(limits)
-        self.look = look = LOOK[device.type]
+        device, N, longest = gpt.device, len(limits), max(limits)
+        self.check_every = CHECK_EVERY[device.type]
         self.graphs, self.pool = {} if graph and gpt.head.is_cuda else None, None
         self.cache = KVCache(gpt.config, slots, length, device, gpt.head.dtype)
         self.stops = torch.tensor(stops, device=device)
-        self.u = torch.zeros(N + 1, max(limits) + 2 * look)                              # (N + 1, tokens)
-        self.u[:N, :max(limits)] = torch.rand(N, max(limits), generator=torch.Generator().manual_seed(seed))
+        self.u = torch.zeros(N + 1, longest + 2 * self.check_every)                      # (N + 1, tokens)
+        self.u[:N, :longest] = torch.rand(N, longest, generator=torch.Generator().manual_seed(seed))
         self.u = self.u.to(device)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
-        self.sum = torch.zeros((), device=device)
-        self.nowhere, self.back = torch.zeros(0, dtype=torch.long, device=device), torch.arange(-look, 0, device=device)
-        self.rows = [None] * slots                      # the row in each slot that is in use; None: idle
-        self.free = list(range(slots))                  # idle slots, the one that has waited longest first
-        self.start, self.age = [0] * slots, [0] * slots                                  # tokens of prompt, and written
-        self.ends = [None] * N
+        self.checksum = torch.zeros((), device=device)          # of hidden states: NaN and infinity stay in a sum
+        self.recent = torch.arange(-self.check_every, 0, device=device)
+        self.row_in = [None] * slots                    # the row in each slot; None: the slot is idle
+        self.free = list(range(slots))                  # idle slots, the one that has been idle longest first
+        self.prompt_tokens, self.new_tokens = [0] * slots, [0] * slots                   # of the row in each slot
+        self.lengths = [None] * N                       # tokens of each finished response
+        self.finished = 0                               # how many are
 
     def busy(self):
-        return [slot for slot, row in enumerate(self.rows) if row is not None]
+        return [slot for slot, row in enumerate(self.row_in) if row is not None]
 
-    def fill(self, waiting):
-        """Begin what waits, once there is room for enough: a pass over few prompts takes as long as one over many."""
-        if waiting and not (self.busy() and len(self.free) < max(len(waiting[0][1]), len(self.rows) // 8)):
-            self.begin(waiting)
+    def refill(self, waiting):
+        """Start waiting prompts once enough slots are idle: a pass over few prompts takes as long as one over many."""
+        if not waiting:
+            return
+        enough = max(len(waiting[0][1]), len(self.row_in) // 8)
+        if len(self.free) >= enough or not self.busy():
+            self.prefill(waiting)
 
-    def begin(self, waiting):
-        """Put waiting prompts into idle slots: all but their last token is read here, that one by the next step."""
-        prompts, taken = [], []
+    def prefill(self, waiting):
+        """Put waiting prompts into idle slots, and their keys and values into the cache: of all tokens but the last,
+        which the next step reads."""
+        prompts, placed = [], []                        # placed: (slot, row, index in prompts)
         while waiting and len(waiting[0][1]) <= len(self.free):
             prompt, rows = waiting.popleft()
             for row in rows:
                 slot = self.free.pop(0)
-                self.rows[slot], self.start[slot], self.age[slot] = row, len(prompt), 0
-                taken.append((slot, row, len(prompts)))
+                self.row_in[slot], self.prompt_tokens[slot], self.new_tokens[slot] = row, len(prompt), 0
+                placed.append((slot, row, len(prompts)))
             prompts.append(prompt)
-        device = self.gpt.device
-        for micro in micro_batches(range(len(prompts)), [len(prompt) for prompt in prompts], PREFILL[device.type]):
-            ids, _ = pack([(prompts[i], []) for i in micro], device)                     # (P, longest)
-            place = {i: p for p, i in enumerate(micro)}
-            slots, rows, source = torch.tensor([(slot, row, place[i]) for slot, row, i in taken if i in place],
-                                               device=device).unbind(1)                  # (rows,) each
-            if ids.shape[1] > 1:                        # the cache is all that is wanted of a prompt
-                self.gpt.hidden(ids[:, :-1], None, self.cache.begin(slots, source), where=self.nowhere)
-            last = torch.tensor([len(prompts[i]) - 1 for i in micro], device=device)     # (P,)
+        device, sizes = self.gpt.device, [len(prompt) for prompt in prompts]
+        nowhere = torch.zeros(0, dtype=torch.long, device=device)           # no hidden state is wanted, only the cache
+        for micro in micro_batches(range(len(prompts)), sizes, PREFILL_TOKENS[device.type]):
+            ids, _ = pack([(prompts[i], []) for i in micro], device)                     # (P, T)
+            index = {i: p for p, i in enumerate(micro)}
+            here = [(slot, row, index[i]) for slot, row, i in placed if i in index]
+            slots, rows, source = torch.tensor(here, device=device).unbind(1)            # (rows,) each
+            if ids.shape[1] > 1:
+                self.gpt.hidden(ids[:, :-1], None, self.cache.prefill(slots, source), where=nowhere)
+            last = torch.tensor([sizes[i] - 1 for i in micro], device=device)            # (P,)
             self.token[slots] = ids.gather(1, last[:, None])[source, 0]
             self.pos[slots], self.row[slots], self.at[slots] = last[source], rows, 0
 
     def step(self, width, span):
-        """One token for each of the first `width` slots; `span` columns of the cache are read."""
+        """Write one token in each of the first `width` slots, reading `span` columns of the cache."""
         token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
-        h = self.gpt.hidden(token, pos, self.cache.go_on(pos, span))                     # (B, D)
-        self.sum += h.sum(dtype=torch.float32)          # neither NaN nor infinity ever leaves a sum
+        h = self.gpt.hidden(token, pos, self.cache.decode(pos, span))                    # (B, D)
+        self.checksum += h.sum(dtype=torch.float32)
         token.copy_(self.choose(F.linear(h, self.gpt.head), row, at))
         self.written[row, at] = token
         pos += 1
         at += 1
 
     def choose(self, logits, row, at):
-        """What rows (B,) write at their places `at` (B,): token ids (B,) from logits (B, V)."""
+        """The next token ids (B,) of rows (B,) at their places `at` (B,), from logits (B, V)."""
         return draw(logits, self.u[row, at], self.temperature)
 
     def replay(self, width, span):
-        """step() as a graph, captured when it is first needed for these sizes."""
+        """step() as a CUDA graph, which is captured when these sizes are first needed."""
         if (width, span) in self.graphs:
             return self.graphs[width, span].replay()
-        self.step(width, span)                          # for real: it also warms up what capturing must not meet cold
+        self.step(width, span)                          # a real step, which also warms up what cannot be captured cold
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self.step(width, span)
         self.graphs[width, span], self.pool = graph, graph.pool()
 
     def advance(self):
-        """A few steps, then a look at which rows have ended: the only place that waits for the GPU."""
-        busy, width = self.busy(), len(self.rows)
-        steps = min(self.look, max(self.limits[self.rows[slot]] - self.age[slot] for slot in busy))
-        span = max(self.start[slot] + self.age[slot] for slot in busy) + steps - 1
+        """A few steps, then a check which answers have ended: the only place that waits for the GPU."""
+        busy, width = self.busy(), len(self.row_in)
+        most = max(self.limits[self.row_in[slot]] - self.new_tokens[slot] for slot in busy)
+        steps = min(self.check_every, most)
+        span = max(self.prompt_tokens[slot] + self.new_tokens[slot] for slot in busy) + steps - 1
         if self.token.is_cuda:
-            span += -span % 128                         # few graphs, and columns aligned as the kernel wants them
+            span += -span % 128                         # few graphs, and columns aligned for the kernel
         for _ in range(steps):
             self.step(width, span) if self.graphs is None else self.replay(width, span)
 
-        row, at = self.row[:width, None], self.at[:width, None]
-        recent = self.written[row, at + self.back[-steps:]]                              # (B, steps)
-        hit = (recent[..., None] == self.stops).any(-1)                                  # (B, steps)
-        first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
-        *first, total = torch.cat((first, self.sum[None])).tolist()
-        if not math.isfinite(total):
-            raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
-                                     "overflowed")
         ended = []
-        for slot in busy:
-            row, self.age[slot] = self.rows[slot], self.age[slot] + steps
-            end = self.age[slot] - steps + int(first[slot]) + 1
-            if first[slot] < steps or end > self.limits[row]:
-                self.ends[row] = min(end, self.limits[row])
+        for slot, first in zip(busy, self.first_stops(steps, width, busy)):
+            row, before = self.row_in[slot], self.new_tokens[slot]
+            self.new_tokens[slot] += steps
+            if first < steps or before + first + 1 > self.limits[row]:
+                self.lengths[row] = min(before + first + 1, self.limits[row])
                 ended.append(slot)
         if ended:
             self.release(ended)
-        if self.free:                                   # they go on writing where nobody reads, but not beyond the end
+        if self.free:                                   # idle slots go on writing: keep them within their tensors
             self.pos[self.free] = self.at[self.free] = 0
 
+    def first_stops(self, steps, width, slots):
+        """After how many of the last steps each of these slots wrote a stop token: 0 for the first, `steps` for none.
+        FloatingPointError if a hidden state was not finite."""
+        row, at = self.row[:width, None], self.at[:width, None]
+        tokens = self.written[row, at + self.recent[-steps:]]                            # (B, steps)
+        hit = (tokens[..., None] == self.stops).any(-1)                                  # (B, steps)
+        first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
+        *first, checksum = torch.cat((first, self.checksum[None])).tolist()              # one wait for both
+        if not math.isfinite(checksum):
+            raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
+                                     "overflowed")
+        return [int(first[slot]) for slot in slots]
+
     def release(self, slots):
-        """These slots are idle now."""
+        """Make these slots idle."""
         for slot in slots:
-            self.rows[slot] = None
+            self.row_in[slot] = None
         self.free += slots
+        self.finished += len(slots)
         self.row[slots] = len(self.limits)
 
     def compact(self):
-        """Move the rows that go on into the first slots, and let the others go."""
+        """Move the rows that are still written into the first slots, and drop the other slots."""
         busy = self.busy()
-        width = len(busy) if self.graphs is None else 1 << (len(busy) - 1).bit_length()  # few graphs: powers of two
-        if width > .875 * len(self.rows):
+        width = len(busy)
+        if self.graphs is not None:
+            width = 1 << (width - 1).bit_length()       # powers of two: few graphs
+        if width > .875 * len(self.row_in):
             return
         source = [slot for slot in busy if slot >= width]
-        holes = [slot for slot in range(width) if self.rows[slot] is None][:len(source)]
+        holes = [slot for slot in range(width) if self.row_in[slot] is None][:len(source)]
         if source:
             self.cache.move(source, holes)
             for x in (self.token, self.pos, self.row, self.at):
                 x[holes] = x[source]
-        for x in (self.rows, self.start, self.age):
+        for x in (self.row_in, self.prompt_tokens, self.new_tokens):
             for slot, hole in zip(source, holes):
                 x[hole] = x[slot]
             del x[width:]
-        self.free = [slot for slot in range(width) if self.rows[slot] is None]
+        self.free = [slot for slot in range(width) if self.row_in[slot] is None]
 
     def responses(self):
-        return [row[:end].tolist() for row, end in zip(self.written.cpu(), self.ends)]
+        return [row[:length].tolist() for row, length in zip(self.written.cpu(), self.lengths)]

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data import sets
 from data.text import Text
 from rlhf import config, logprobs, policy, update
-from rlhf.answers import answer
-from rlhf.sampler import sample
+from rlhf.answers import answer, show_sample
 
 NEEDS = ()
 
@@ -32,15 +30,15 @@ class Config(config.Config):
     BARN_LORA = {"lr": 3e-3}
 
 
-def train(model, rows, cfg, log, show, start=0):
-    """Maximise the likelihood of the responses in rows [(prompt ids, response ids)]; show(step) prints a sample.
+def train(model, rows, cfg, log, show=None, start=0):
+    """Maximise the likelihood of the responses in rows [(prompt ids, response ids)].
 
-    The log counts steps from `start`.
+    show(step) logs a sample every cfg.sample_every steps. The log counts steps from `start`.
     """
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
-    steps = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
-    updater = update.Updater(model.trainable(), cfg.lr, len(steps), fp16=model.fp16)
-    for step, batch in enumerate(steps):
+    lengths = logprobs.lengths(rows)
+    batches = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
+    updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
+    for step, batch in enumerate(batches):
         nll = torch.zeros((), device=model.gpt.device)
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             ids, mask = logprobs.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
@@ -49,25 +47,18 @@ def train(model, rows, cfg, log, show, start=0):
             nll += loss.detach()
         mean = nll.item() / updater.denominator
         log.step(start + step, {"loss": mean, **updater.step()}, sum(lengths[i] for i in batch))
-        if step % cfg.sample_every == 0:
+        if show and step % cfg.sample_every == 0:
             show(step)
     return {"loss": mean}
 
 
 def run(cfg):
     text = Text(*cfg.words)
-    splits = sets.load(cfg.data, cfg.eval_data, cfg.limit)
+    splits = cfg.splits()
     rows = [text.example(record, record["output"]) for record in text.fitting(splits["sft"], cfg.max_prompt_tokens)]
     rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS
     model = policy.fresh(cfg, "sft")
     log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
-
-    def show(step):
-        record = splits["val"][step % len(splits["val"])]
-        (_, response), = sample(model, [text.prompt(record)], text.stops, cfg.max_new_tokens,
-                                 cfg.temperature, cfg.seed + step, graph=cfg.graph)
-        log.sample(step, record["instruction"], text.decode(response))
-
-    metrics = train(model, rows, cfg, log, show)
+    metrics = train(model, rows, cfg, log, lambda step: show_sample(step, model, text, cfg, splits["val"], log))
     policy.save(model, cfg)
     return {**metrics, **answer(model, text, cfg)}

@@ -72,9 +72,9 @@ def folders(tmp_path_factory):
     return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
 
 
-def ran(folders, kind, method, **changes):
+def ran(folders, kind, method, score_fn=None, **changes):
     cfg = toy.settings(folders[kind], kind, method.Config, **changes)
-    return cfg, method.run(cfg)
+    return cfg, method.run(cfg, score_fn)
 
 
 def outputs(cfg):
@@ -84,8 +84,8 @@ def outputs(cfg):
 @kinds
 def test_what_is_written_is_the_answer_with_the_highest_score(kind, folders, monkeypatch):
     """Scored here once more, one answer at a time."""
-    pools, real = [], best_of_n.sample
-    monkeypatch.setattr(best_of_n, "sample", lambda *args: pools.append(real(*args)) or pools[-1])
+    pools, real = [], best_of_n.generate
+    monkeypatch.setattr(best_of_n, "generate", lambda *args: pools.append(real(*args)) or pools[-1])
     cfg, metrics = ran(folders, kind, best_of_n, n=5)
     judge = reward.load(cfg, policy.load(cfg, "sft"))
     with torch.no_grad():
@@ -143,21 +143,29 @@ EXIT = {"n": 4, "epochs": 2, "batch_size": 16, "lr": 1e-3}
 def watched(monkeypatch):
     """What expert iteration samples, and what it trains on: lists of one entry a round."""
     seen = {name: [] for name in ("by", "prompts", "rows", "scores", "seed", "from", "kept", "after")}
-    pool, train = expert_iteration.pool, sft.train
+    generate, scorer, train = expert_iteration.generate, reward.scorer, sft.train
 
-    def watch_pool(model, reward_model, prompts, text, cfg, n, seed):
-        rows, scores = pool(model, reward_model, prompts, text, cfg, n, seed)
-        for name, value in (("by", state(model)), ("prompts", prompts), ("rows", rows), ("scores", scores),
-                            ("seed", seed)):
+    def watch_generate(model, prompts, text, cfg, seed, n):
+        rows = generate(model, prompts, text, cfg, seed, n)
+        for name, value in (("by", state(model)), ("prompts", prompts), ("rows", rows), ("seed", seed)):
             seen[name].append(value)
-        return rows, scores
+        return rows
 
-    def watch_train(model, rows, cfg, log, show, start):
+    def watch_scorer(*args):
+        score = scorer(*args)
+
+        def watched_score(rows):
+            seen["scores"].append(score(rows))
+            return seen["scores"][-1]
+        return watched_score
+
+    def watch_train(model, rows, cfg, log, start):
         seen["from"].append(state(model)), seen["kept"].append(rows)
-        metrics = train(model, rows, cfg, log, show, start)
+        metrics = train(model, rows, cfg, log, start=start)
         seen["after"].append(state(model))
         return metrics
-    monkeypatch.setattr(expert_iteration, "pool", watch_pool)
+    monkeypatch.setattr(expert_iteration, "generate", watch_generate)
+    monkeypatch.setattr(reward, "scorer", watch_scorer)
     monkeypatch.setattr(expert_iteration.sft, "train", watch_train)
     return seen
 
@@ -172,6 +180,7 @@ def state(model):
 def test_it_imitates_the_winners_that_ended_and_nothing_else(kind, folders, watched):
     cfg, metrics = ran(folders, kind, expert_iteration, **EXIT)
     rows, scores, kept = (watched[name][0] for name in ("rows", "scores", "kept"))
+    scores = scores.view(80, 4)
     winners = [rows[4 * i + max(range(4), key=scores[i].tolist().__getitem__)] for i in range(80)]
     assert len(rows) == 320 and kept == [row for row in winners if row[1][-1] in toy.STOPS]
     assert 10 < len(kept) < 70 and metrics.keys() >= {"loss", "eval/finished", "objective/kl"}
@@ -213,13 +222,14 @@ def test_the_log_keeps_all_rounds(folders):
 
 
 def test_where_no_winner_ended_the_user_is_told(folders, monkeypatch):
-    monkeypatch.setattr(expert_iteration, "pool", lambda *args: ([([9], [20])] * 8, torch.zeros(2, 4)))
+    monkeypatch.setattr(expert_iteration, "generate", lambda model, prompts, *args: [
+        (prompt, [20]) for prompt in prompts for _ in range(4)])
     with pytest.raises((InputError, FloatingPointError)):
         ran(folders, "full", expert_iteration, **EXIT)
 
 
-def test_imitating_winners_raises_the_score(folders, watched, monkeypatch):
-    monkeypatch.setattr(reward, "score", toy.thirties)
-    ran(folders, "full", expert_iteration, **EXIT | {"n": 8, "lr": 1e-2, "epochs": 8}, rounds=2)
-    means = [scores.mean().item() for scores in watched["scores"]]
+def test_imitating_winners_raises_the_reward(folders, watched):
+    """The reward is a rule here, and no reward model is needed."""
+    ran(folders, "full", expert_iteration, toy.thirties, **EXIT | {"n": 8, "lr": 1e-2, "epochs": 8}, rounds=2)
+    means = [toy.thirties(rows).mean().item() for rows in watched["rows"]]
     assert means[1] > means[0] + .2, means

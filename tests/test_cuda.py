@@ -34,7 +34,7 @@ def on_gpu(kind, dtype=torch.float32, **changes):
     if kind == "lora":
         for p in model.gpt.adapter("sft").values():
             p.data = p.data.float()
-    model.gpt.adjoin()
+    model.gpt.make_contiguous()
     return model
 
 
@@ -65,7 +65,7 @@ def test_other_families_are_captured_and_trained_as_well(kind, family):
 def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
     model = on_gpu(kind, **family)
     for prompt, response in sampler.sample(model, PROMPTS, [500], 12, temperature=0, slots=4):
-        with model.gpt.wear(model.role), torch.no_grad():
+        with model.gpt.using(model.role), torch.no_grad():
             logits = model.gpt(torch.tensor([prompt + response], device="cuda"))[0, len(prompt) - 1:-1]
         best = logits.max(-1).values
         chosen = logits.gather(1, torch.tensor(response, device="cuda")[:, None])[:, 0]
@@ -118,7 +118,7 @@ def test_a_shared_prompt_and_int8_on_the_gpu(dtype):
     with torch.no_grad():
         plain, shared = (token_logps(model, *pack(rows, "cuda"), shared=shared) for shared in (1, 2))
         model.gpt.quantise()
-        model.gpt.adjoin()
+        model.gpt.make_contiguous()
         low = token_logps(model, *pack(rows, "cuda"), shared=2)
     assert (plain - shared).norm() < .05 * plain.norm() and (plain - low).norm() < .15 * plain.norm()
     eager, graph = (sampler.sample(model, PROMPTS, [7], 30, slots=4, graph=graph) for graph in (False, True))

@@ -9,8 +9,8 @@ import torch
 
 import model
 from rlhf import dpo
-from rlhf.dpo import dpo_loss, load_pairs
-from rlhf.logprobs import pack, token_logps
+from rlhf.dpo import dpo_loss
+from rlhf.pairs import load_pairs
 from rlhf.policy import Policy
 from rlhf.update import Updater
 
@@ -18,20 +18,22 @@ torch.set_num_threads(1)
 PROMPTS = tiny.texts([3, 5, 2])
 CHOSEN = list(zip(PROMPTS, tiny.texts([4, 1, 6], seed=10)))
 REJECTED = list(zip(PROMPTS, tiny.texts([2, 7, 3], seed=20)))
-
-
-def logps(policy, rows):
-    return token_logps(policy, *pack(rows)).sum(-1)
+PAIRS = list(zip(CHOSEN, REJECTED))
 
 
 def losses_and_margins(model, ref, beta=.1):
-    four = [logps(policy, rows) for policy in (model, ref) for rows in (CHOSEN, REJECTED)]
-    losses, chosen, rejected = dpo_loss(*four, beta)
-    return losses, chosen - rejected
+    cfg = dpo.Config(beta=beta)
+    losses, rewards = dpo_loss(dpo.logps(model, PAIRS, cfg), dpo.logps(ref, PAIRS, cfg), None, cfg)
+    return losses, rewards[0] - rewards[1]
 
 
-def numbers(*seeds):
-    return [torch.randn(8, generator=torch.Generator().manual_seed(seed)) * 10 for seed in seeds]
+def loss(logp, ref_logp, beta):
+    return dpo_loss(logp, ref_logp, None, dpo.Config(beta=beta))
+
+
+def numbers(seed):
+    """Log-probs (2, 8) of eight pairs."""
+    return torch.randn(2, 8, generator=torch.Generator().manual_seed(seed)) * 10
 
 
 def llama(folder, seed):
@@ -62,9 +64,9 @@ def test_loss_and_gradients_equal_trl(tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     theirs = trainer._compute_loss(policy, batch, False)
 
-    with_eos = [[(prompt, [*response, 0]) for prompt, response in side] for side in (CHOSEN, REJECTED)]
-    params = mine.trainable()
-    losses, *_ = dpo_loss(*(logps(p, side) for p in (mine, ref) for side in with_eos), .1)
+    with_eos = [tuple((prompt, [*response, 0]) for prompt, response in pair) for pair in PAIRS]
+    params, cfg = mine.trainable(), dpo.Config()
+    losses, _ = loss(dpo.logps(mine, with_eos, cfg), dpo.logps(ref, with_eos, cfg), .1)
     assert abs(theirs.item() - math.log(2)) > .1               # it is not the start that is compared
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     losses.mean().backward()
@@ -75,8 +77,8 @@ def test_loss_and_gradients_equal_trl(tmp_path):
 
 
 def test_the_loss_by_hand():
-    losses, chosen, rejected = dpo_loss(*(torch.tensor([x]) for x in (-10., -12., -11., -9.)), beta=.5)
-    assert (chosen.item(), rejected.item()) == (.5, -1.5)       # 1 nat above the reference, and 3 below it
+    losses, rewards = loss(torch.tensor([[-10.], [-12.]]), torch.tensor([[-11.], [-9.]]), .5)
+    assert rewards.tolist() == [[.5], [-1.5]]                   # 1 nat above the reference, and 3 below it
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-2)))
 
 
@@ -90,40 +92,39 @@ def test_it_starts_at_log_2(kind):
 
 def test_gradients_pull_up_the_chosen_and_push_down_the_rejected():
     """In closed form: -beta sigmoid(-margin) and its opposite (eq. 7's gradient), none through rewards."""
-    chosen, rejected, ref_chosen, ref_rejected = numbers(1, 2, 3, 4)
-    chosen.requires_grad_(), rejected.requires_grad_()
-    losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, .3)
+    logp = numbers(1).requires_grad_()
+    losses, rewards = loss(logp, numbers(2), .3)
     losses.sum().backward()
-    assert not good.requires_grad and not bad.requires_grad
-    torch.testing.assert_close(chosen.grad, -.3 * torch.sigmoid(bad - good))
-    assert (chosen.grad < 0).all() and torch.equal(rejected.grad, -chosen.grad)
+    assert not rewards.requires_grad
+    torch.testing.assert_close(logp.grad[0], -.3 * torch.sigmoid(rewards[1] - rewards[0]))
+    assert (logp.grad[0] < 0).all() and torch.equal(logp.grad[1], -logp.grad[0])
 
 
 def test_swapping_chosen_and_rejected_mirrors_the_loss():
     """-log sigmoid(m) and -log sigmoid(-m) differ by m, and their probabilities add up to 1."""
-    c, r, rc, rr = numbers(1, 2, 3, 4)
-    (loss, good, bad), (mirrored, bad_too, good_too) = dpo_loss(c, r, rc, rr, .3), dpo_loss(r, c, rr, rc, .3)
-    assert torch.equal(good, good_too) and torch.equal(bad, bad_too)
-    torch.testing.assert_close(mirrored - loss, good - bad)
-    torch.testing.assert_close((-loss).exp() + (-mirrored).exp(), torch.ones(8))
+    logp, ref_logp = numbers(1), numbers(2)
+    (losses, rewards), (mirrored, swapped) = loss(logp, ref_logp, .3), loss(logp.flip(0), ref_logp.flip(0), .3)
+    assert torch.equal(rewards, swapped.flip(0))
+    torch.testing.assert_close(mirrored - losses, rewards[0] - rewards[1])
+    torch.testing.assert_close((-losses).exp() + (-mirrored).exp(), torch.ones(8))
 
 
 def test_margins_of_thousands_of_nats_stay_finite():
-    losses, *_ = dpo_loss(*torch.tensor([[-1e4, -9e4], [-9e4, -1e4], [-1e4, -1e4], [-1e4, -1e4]]), .1)
+    losses, _ = loss(torch.tensor([[-1e4, -9e4], [-9e4, -1e4]]), torch.full((2, 2), -1e4), .1)
     assert losses.tolist() == [0, 8000]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_small_step_raises_the_margin_and_leaves_the_reference(kind):
     ref = tiny.policy(kind)
-    model, before = ref.copy("policy"), [logps(ref, rows) for rows in (CHOSEN, REJECTED)]
+    model, before = ref.copy("policy"), dpo.logps(ref, PAIRS, dpo.Config())
     updater = Updater(model.trainable(), lr=1e-4, steps=1)
     losses, _ = losses_and_margins(model, ref)
     updater.add(losses.sum(), 3)
     updater.step()
     after, margins = losses_and_margins(model, ref)
     assert margins.mean() > 0 and after.mean() < losses.mean()
-    assert all(torch.equal(logps(ref, rows), old) for rows, old in zip((CHOSEN, REJECTED), before))
+    assert torch.equal(dpo.logps(ref, PAIRS, dpo.Config()), before)
 
 
 def test_the_preferred_answer_is_the_chosen_one(tmp_path):
@@ -132,6 +133,5 @@ def test_the_preferred_answer_is_the_chosen_one(tmp_path):
     pair = {"prompt": [1, 2], "ids_1": [3, 0], "ids_2": [4, 4, 0]}
     pairs = [pair | {"preference": preference} for preference in (1, 2)]
     (cfg.dir("pairs") / "pairs.json").write_text(json.dumps(pairs))
-    chosen, rejected = load_pairs(cfg, SimpleNamespace(prompt=lambda pair: pair["prompt"]))
-    assert chosen == [([1, 2], [3, 0]), ([1, 2], [4, 4, 0])]
-    assert rejected == [([1, 2], [4, 4, 0]), ([1, 2], [3, 0])]
+    one, two = ([1, 2], [3, 0]), ([1, 2], [4, 4, 0])
+    assert load_pairs(cfg, SimpleNamespace(prompt=lambda pair: pair["prompt"])) == [(one, two), (two, one)]

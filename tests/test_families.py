@@ -467,7 +467,7 @@ def test_peft_loads_an_adapter_of_ours_and_it_can_be_merged(name, made, tmp_path
     assert {path for path, _ in gpt.linears()} == linears - {"lm_head", "embed_out"}
     assert set(gpt.targets()) == {path.rpartition(".")[2] for path, _ in gpt.linears()}
     worn = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         ours = gpt(IDS)
     wanted = worn(IDS).logits
     assert off_at_real_tokens(wanted, made(name).logits) > .01
@@ -494,8 +494,8 @@ def test_an_adapter_of_peft_on_some_of_the_layers_is_put_on(name, made, tmp_path
     worn = peft.get_peft_model(copy.deepcopy(made(name).theirs), lora).eval()
     shake(p for tensor, p in worn.named_parameters() if "lora_" in tensor)
     worn.save_pretrained(tmp_path)
-    policy = policies.put_on(gpt, "theirs", tmp_path)
-    with gpt.wear(policy.role):
+    policy = policies.with_adapter(gpt, "theirs", tmp_path)
+    with gpt.using(policy.role):
         ours = gpt(IDS)
     assert off_at_real_tokens(worn(IDS).logits, made(name).logits) > .01
     assert off_at_real_tokens(ours, worn(IDS).logits) < 1e-5

@@ -117,12 +117,12 @@ def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
     cache.fused = fused
     for row, length in enumerate(lengths[:3]):
         prompts[row, length:] = 0                                                    # the right padding
-    gpt.hidden(prompts, None, cache.begin(slots, source))
+    gpt.hidden(prompts, None, cache.prefill(slots, source))
     rows = {slot: ids[i, :lengths[i]] for slot, i in zip(slots.tolist(), source.tolist())}
     for step, width in enumerate((4, 4, 2)):
         new = ids[:width, 8 + step]
         pos = torch.tensor([len(rows[slot]) for slot in range(width)])
-        h = gpt.hidden(new, pos, cache.go_on(pos, span=7 + step + 1))
+        h = gpt.hidden(new, pos, cache.decode(pos, span=7 + step + 1))
         for slot in range(width):
             rows[slot] = torch.cat((rows[slot], new[slot:slot + 1]))
             close(h[slot], gpt.hidden(rows[slot][None])[0, -1])
@@ -132,9 +132,9 @@ def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
 def test_a_row_that_is_moved_to_another_slot_goes_on_there():
     gpt, ids = tiny.gpt(), tiny.ids(3, 6)
     cache, pos = dirty_cache(gpt, 3, 8, 8), torch.full((2,), 5)
-    gpt.hidden(ids[:, :5], None, cache.begin(torch.arange(3), torch.arange(3)))
+    gpt.hidden(ids[:, :5], None, cache.prefill(torch.arange(3), torch.arange(3)))
     cache.move([2], [0])
-    close(gpt.hidden(ids[[2, 1], 5], pos, cache.go_on(pos, 6)), gpt.hidden(ids[[2, 1]])[:, 5])
+    close(gpt.hidden(ids[[2, 1], 5], pos, cache.decode(pos, 6)), gpt.hidden(ids[[2, 1]])[:, 5])
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_a_fresh_role_answers_as_the_base():
     gpt, ids = tiny.gpt(), tiny.ids(2, 9)
     base = gpt(ids)
     gpt.add_role("policy", rank=4, alpha=8)
-    with gpt.wear("policy"):
+    with gpt.using("policy"):
         assert torch.equal(gpt(ids), base)
 
 
@@ -165,20 +165,20 @@ def test_a_role_is_worn_inside_the_with_block_only():
     gpt, ids = tiny.policy("lora").gpt, tiny.ids(2, 9)
     gpt.add_role("other", rank=2, alpha=2)
     base = gpt(ids)
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         sft = gpt(ids)
         assert not torch.allclose(sft, base, atol=.1)
-        with pytest.raises(KeyboardInterrupt), gpt.wear("other"):
+        with pytest.raises(KeyboardInterrupt), gpt.using("other"):
             raise KeyboardInterrupt
         assert torch.equal(gpt(ids), sft)
-        with gpt.wear(None):
+        with gpt.using(None):
             assert torch.equal(gpt(ids), base)
     assert torch.equal(gpt(ids), base)
 
 
 def test_merged_weights_answer_as_the_role():
     policy, ids = tiny.policy("lora", tie_word_embeddings=True, attention_bias=True), tiny.ids(2, 9)
-    with policy.gpt.wear("sft"):
+    with policy.gpt.using("sft"):
         worn = policy.gpt(ids)
     policy.gpt.merge("sft")
     close(policy.gpt(ids), worn)
@@ -196,7 +196,7 @@ def test_a_role_equals_peft_with_the_same_a_and_b(tmp_path):
     state = theirs.state_dict()
     for name, p in gpt.adapter("sft").items():
         state[f"base_model.model.{name}.default.weight"].copy_(p.data)
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         close(gpt(ids), theirs(ids).logits)
 
 
@@ -204,7 +204,7 @@ def test_every_target_of_the_worn_role_gets_gradient_and_nothing_else_does():
     policy = tiny.policy("lora", num_hidden_layers=2)
     policy.gpt.add_role("other", rank=4, alpha=8)
     policy.trainable()
-    with policy.gpt.wear("sft"):
+    with policy.gpt.using("sft"):
         policy.gpt(tiny.ids(2, 9)).logsumexp(-1).sum().backward()
     got = {name for name, p in policy.gpt.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert got == {f"model.layers.{i}.{block}.{target}_proj.lora_{ab}.sft" for i in (0, 1) for ab in "AB"
@@ -215,13 +215,13 @@ def test_every_target_of_the_worn_role_gets_gradient_and_nothing_else_does():
 def test_a_copied_role_is_equal_and_independent():
     gpt, ids = tiny.policy("lora").gpt, tiny.ids(2, 9)
     gpt.add_role("policy", rank=4, alpha=8, start="sft")
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         sft = gpt(ids)
-    with gpt.wear("policy"):
+    with gpt.using("policy"):
         assert torch.equal(gpt(ids), sft)
     for p in gpt.adapter("policy").values():
         p.data.add_(1)
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         assert torch.equal(gpt(ids), sft)
 
 
@@ -231,7 +231,7 @@ def test_adapters_stay_fp32_on_a_low_precision_base_and_logits_too(tmp_path):
     gpt.add_role("sft", rank=4, alpha=8)
     assert gpt.head.dtype == torch.bfloat16 and not any(p.requires_grad for p in gpt.weights().values())
     assert {p.dtype for p in gpt.adapter("sft").values()} == {torch.float32}
-    with gpt.wear("sft"):
+    with gpt.using("sft"):
         assert gpt(ids).dtype == torch.float32
         close(gpt(ids), model.load(tmp_path)(ids), .2)
 
@@ -258,9 +258,9 @@ def test_checkpointing_changes_neither_logits_nor_gradients(kind):
         params, count = policy.trainable(), []
         for block in policy.gpt.model.layers:
             block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        with policy.gpt.wear(policy.role):
+        with policy.gpt.using(policy.role):
             logits = policy.gpt(tiny.ids(2, 9))
-        with policy.gpt.wear("other"):
+        with policy.gpt.using("other"):
             logits.logsumexp(-1).sum().backward()
         results.append([logits.detach(), *(p.grad for p in params if p.grad is not None)])
         passes.append(len(count))

@@ -62,7 +62,7 @@ def theirs(folder, dtype=torch.float32):
 @torch.no_grad()
 def logits(model, ids):
     if isinstance(model, policy.Policy):
-        with model.gpt.wear(model.role):
+        with model.gpt.using(model.role):
             return model.gpt(ids)
     return model(ids).logits
 
@@ -77,7 +77,7 @@ def test_a_run_ends_in_an_adapter_that_peft_loads_and_a_checkpoint_that_transfor
     base, merged = world / "base", world / "run" / "sft" / "merged"
     result = train(world, "run", "--lora_rank", 4, "--merge", "--model", base)
     assert result.code == 0 and f"merged into its base: {merged}" in result.out and "nobody has judged" in result.out
-    ours, cfg, settings = policy.read(world / "run" / "sft")
+    ours, cfg, settings = policy.open_checkpoint(world / "run" / "sft")
     worn = peft.PeftModel.from_pretrained(theirs(base), world / "run" / "sft" / "checkpoint")
     torch.testing.assert_close(logits(ours, ids), logits(worn, ids), atol=2e-5, rtol=2e-5)
     assert (logits(ours, ids) - logits(theirs(base), ids)).abs().max() > .1
@@ -103,14 +103,14 @@ def test_an_adapter_is_a_start(world, rank):
     """Training goes on from what it answers: as an adapter of the same base, or merged into all weights."""
     ids, adapter = tiny.ids(2, 9), world / "run" / "sft" / "checkpoint"
     assert train(world, "run", "--lora_rank", 4, "--model", world / "base").code == 0
-    trained, _, _ = policy.read(adapter)
+    trained, _, _ = policy.open_checkpoint(adapter)
     cfg = sft.Config(model=str(adapter), lora_rank=rank, lora_alpha=8., max_prompt_tokens=12, max_new_tokens=8)
     start = policy.fresh(cfg, "sft")
     torch.testing.assert_close(logits(start, ids), logits(trained, ids), atol=2e-5, rtol=2e-5)
     assert bool(start.role) == bool(rank) and cfg.checkpoint == world / "base"
     assert start.trainable()
     assert train(world, "on", "--lora_rank", rank, "--model", adapter).code == 0
-    on, cfg, _ = policy.read(world / "on" / "sft")
+    on, cfg, _ = policy.open_checkpoint(world / "on" / "sft")
     assert (logits(on, ids) - logits(trained, ids)).abs().max() > .05
     if rank:
         assert load_adapter(world / "on" / "sft" / "checkpoint")[1]["base_model_name_or_path"] == str(world / "base")
@@ -198,10 +198,10 @@ def test_an_adapter_s_own_tokenizer_goes_where_the_adapter_goes(world):
     assert train(world, "on", "--lora_rank", 4, "--merge", "--model", own, "--limit", 16).code == 0
     assert train(world, "full", "--lora_rank", 0, "--model", own, "--limit", 16).code == 0
     for folder in (own, world / "on" / "sft", world / "on" / "sft" / "merged", world / "full" / "sft"):
-        _, cfg, _ = policy.read(folder)
+        _, cfg, _ = policy.open_checkpoint(folder)
         text = Text(*cfg.words)
         assert text.prompt({"instruction": "w1"}) == [7, 1, 8] and text.stops == toy.STOPS
-    assert Text(*policy.read(world / "run" / "sft")[1].words).prompt({"instruction": "w1"}) == [1]
+    assert Text(*policy.open_checkpoint(world / "run" / "sft")[1].words).prompt({"instruction": "w1"}) == [1]
 
 
 def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, mon
     (world / "elsewhere").mkdir()
     monkeypatch.chdir(world / "elsewhere")
     resolve.cache_clear()
-    trained = policy.read(world / "run" / "sft")[0]
+    trained = policy.open_checkpoint(world / "run" / "sft")[0]
     for path in ("run/sft", "run/sft/checkpoint"):
         start = policy.fresh(sft.Config(model=f"../{path}", lora_rank=4, lora_alpha=8., max_prompt_tokens=12,
                                         max_new_tokens=8), "sft")
@@ -220,7 +220,7 @@ def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, mon
     (world / "base").rename(world / "gone")
     resolve.cache_clear()
     with pytest.raises(InputError, match="checkpoint adapts .*base: there is no folder .*base"):
-        policy.read(world / "run" / "sft")
+        policy.open_checkpoint(world / "run" / "sft")
     resolve.cache_clear()
 
 
@@ -250,7 +250,7 @@ def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkey
     assert asked == ["org/name"]
     heads.pop(0)
     resolve.cache_clear()
-    assert policy.read(world / "run" / "sft")[1].checkpoint.name == commits[0] and asked[-1] == f"org/name@{commits[0]}"
+    assert policy.open_checkpoint(world / "run" / "sft")[1].checkpoint.name == commits[0] and asked[-1] == f"org/name@{commits[0]}"
     refused(train(world, "run", "--lora_rank", 4, "--model", "org/name"), 2, f"revision is '{commits[0]}' there")
     resolve.cache_clear()
 
@@ -273,7 +273,7 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
     """Barn has a chat template, which is the default; n answers have numbers."""
     result = command("serve.py", "barn", "--ask", "What do cows eat?", "--n", 3, "--seed", 5, "--max_new_tokens", 9,
                      *flags)
-    text, base = Text(BASE), policy.read("barn")[0]
+    text, base = Text(BASE), policy.open_checkpoint("barn")[0]
     record = {"instruction": "What do cows eat?"}
     if form is None:
         text.template = None

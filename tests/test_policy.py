@@ -176,7 +176,7 @@ def trained(base, kind):
 
 
 def logits(model):
-    with model.gpt.wear(model.role), torch.no_grad():
+    with model.gpt.using(model.role), torch.no_grad():
         return model.gpt(tiny.ids(2, 9))
 
 

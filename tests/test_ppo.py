@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 import model
 from data import InputError, sets
-from rlhf import logprobs, policy, ppo, reward, update
+from rlhf import experience, logprobs, policy, ppo, reward, update
+from rlhf.experience import collect
 from rlhf.ppo import KL, explained_variance, gae, policy_loss, shape_rewards, value_loss, whiten
 
 torch.set_num_threads(1)
@@ -219,12 +220,12 @@ def train(folders, tmp_path):
     """PPO on a copy of such a folder -> its settings (with .result, .metrics: of run and of each step)."""
     counter = itertools.count()
 
-    def trained(kind, **changes):
+    def trained(kind, score_fn=None, **changes):
         folder = tmp_path / f"{kind}{next(counter)}"
         shutil.copytree(folders[kind], folder)
         cfg = toy.settings(folder, kind, ppo.Config, **{                # base and data stay where they are
             "model": str(folders[kind] / "base"), "data": str(folders[kind] / "data.json")} | USUAL | changes)
-        cfg.result = ppo.run(cfg)
+        cfg.result = ppo.run(cfg, score_fn)
         cfg.metrics = toy.lines(cfg)
         return cfg
     return trained
@@ -239,7 +240,7 @@ def weights(cfg):
 
 
 def start(folders, kind, **changes):
-    """(settings, prompts of the unlabeled split, the four roles at the start of a run)."""
+    """(settings, prompts, the four roles at the start of a run)."""
     cfg = toy.settings(folders[kind], kind, ppo.Config, **changes)
     ref = policy.load(cfg, "sft")
     reward_model = reward.load(cfg, ref)
@@ -247,12 +248,18 @@ def start(folders, kind, **changes):
                                                           reward_model.copy("value"))
 
 
+def collected(cfg, prompts, roles, seed):
+    model, ref, reward_model, _ = roles
+    return collect(prompts, toy.text(cfg), model, ref, reward.scorer(reward_model, cfg), cfg, seed)
+
+
 @kinds
 @pytest.mark.parametrize("temperature", [1., 2.])
 def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature, folders):
     cfg, prompts, roles = start(folders, kind, temperature=temperature, micro_batch_tokens=30)
     toy.moved(roles[3].trainable(), 9)                          # so that it is not the reward model any more
-    roll = ppo.rollout(prompts, toy.STOPS, *roles, cfg, seed=3)
+    roll = collected(cfg, prompts, roles, seed=3)
+    values = roll.per_token(roles[3].values, cfg)
     assert 0 < sum(roll.finished) < len(prompts)
     for i, prompt in enumerate(prompts):
         response = roll.ids[i, len(prompt):roll.lengths[i]].tolist()
@@ -261,26 +268,35 @@ def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature
         ids, mask = logprobs.pack([(prompt, response)])
         t = mask.shape[1]
         with torch.no_grad():
-            close(roll.old_logp[i, :t], logprobs.token_logps(roles[0], ids, mask, temperature)[0])
+            close(roll.logp[i, :t], logprobs.token_logps(roles[0], ids, mask, temperature)[0])
             close(roll.ref_logp[i, :t], logprobs.token_logps(roles[1], ids, mask, temperature)[0])
             states = [roles[3].values(ids[:, :k + 1], torch.ones(1, k, dtype=torch.bool))[0, -1].item()
                       for k in range(len(prompt), t + 1)]                           # each from the text before it
-            own = reward.score(roles[2], ids, mask)[0] - cfg.missing_eos_penalty * (not roll.finished[i])
-        assert roll.values[i, len(prompt) - 1:t].tolist() == pytest.approx(states, abs=1e-5)
+            own = reward.score(roles[2], ids, mask)[0]
+        assert values[i, len(prompt) - 1:t].tolist() == pytest.approx(states, abs=1e-5)
         assert torch.equal(roll.mask[i, :t], mask[0]) and not roll.mask[i, t:].any()
-        assert not any(x[i][~roll.mask[i]].any() for x in (roll.old_logp, roll.ref_logp, roll.values))
+        assert not any(x[i][~roll.mask[i]].any() for x in (roll.logp, roll.ref_logp, values))
         close(roll.score[i], own)
     assert roll.kl() == 0                                       # the policy is still the reference
 
 
-def test_an_answer_that_did_not_end_scores_exactly_the_penalty_lower(folders):
-    rolls = []
+def test_an_answer_that_did_not_end_scores_exactly_the_penalty_lower(train, rolls):
+    """In the rollout and in the look at val."""
+    means = []
     for penalty in (0., 1.5):
-        cfg, prompts, roles = start(folders, "full", missing_eos_penalty=penalty)
-        rolls.append(ppo.rollout(prompts, toy.STOPS, *roles, cfg, seed=0))
-    free, charged = rolls
-    unfinished = ~torch.tensor(free.finished)
-    assert 0 < unfinished.sum() < len(prompts) and torch.equal(charged.score, free.score - 1.5 * unfinished)
+        cfg = train("full", missing_eos_penalty=penalty, steps=1, lr=0.)
+        means.append([cfg.metrics[0]["objective/scores"], toy.lines(cfg, "samples.jsonl")[0]["val_score"]])
+    for free, charged, roll in zip(*means, rolls):
+        unfinished = (~roll.finished).float().mean().item()
+        assert unfinished > 0 and free - charged == pytest.approx(1.5 * unfinished, abs=1e-5)
+
+
+@pytest.fixture
+def rolls(monkeypatch):
+    """All that a run collects, in order."""
+    seen, real = [], ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *args: seen.append(real(*args)) or seen[-1])
+    return seen
 
 
 @kinds
@@ -302,12 +318,12 @@ def test_the_first_ratio_is_1_and_nothing_is_clipped(kind, temperature, train, m
 
 @kinds
 def test_padding_to_twice_the_length_changes_no_metric_of_a_run(kind, train, monkeypatch):
-    plain, real = train(kind), logprobs.pack
+    plain, real = train(kind), experience.pack
 
     def wide(rows, device="cpu"):
         ids, mask = real(rows, device)
         return pad(ids, (0, ids.shape[1]), value=5), pad(mask, (0, ids.shape[1]))
-    monkeypatch.setattr(logprobs, "pack", wide)
+    monkeypatch.setattr(experience, "pack", wide)
     padded = train(kind)
     for a, b in zip(plain.metrics, padded.metrics, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
@@ -323,19 +339,17 @@ def test_neither_micro_batches_nor_checkpointing_change_a_metric_of_a_run(kind, 
     close(weights(one), weights(all_at_once), 1e-4)
 
 
-def test_metrics_say_what_their_names_say(train, monkeypatch):
+def test_metrics_say_what_their_names_say(train, rolls):
     """TRL's names. The KL that is shown is unbiased, whatever the estimator that is paid for."""
-    rolls, real = [], ppo.rollout
-    monkeypatch.setattr(ppo, "rollout", lambda *args: rolls.append(real(*args)) or rolls[-1])
     cfg = train("full", kl_estimator="k3", kl_coef=.3, lr=1e-2)
     for roll, step in zip(rolls, cfg.metrics):
-        d = [(roll.old_logp - roll.ref_logp)[i, mask] for i, mask in enumerate(roll.mask)]
+        d = [(roll.logp - roll.ref_logp)[i, mask] for i, mask in enumerate(roll.mask)]
         assert step["objective/kl"] == pytest.approx(sum(x.sum().item() for x in d) / 20, abs=1e-5)
         k3 = sum(((-x).exp() - 1 + x).sum().item() for x in d) / 20
         assert step["objective/non_score_reward"] == pytest.approx(-.3 * k3, abs=1e-5)
         assert step["objective/scores"] == pytest.approx(roll.score.mean().item())
         assert step["objective/rlhf_reward"] == pytest.approx(roll.score.mean().item() - .3 * k3, abs=1e-5)
-        assert step["objective/entropy"] == pytest.approx(-roll.old_logp[roll.mask].sum().item() / 20)
+        assert step["objective/entropy"] == pytest.approx(-roll.logp[roll.mask].sum().item() / 20)
         assert step["response_length"] == pytest.approx(roll.mask.sum().item() / 20)
         assert step["val/num_eos_tokens"] == sum(roll.finished)
     assert abs(cfg.metrics[2]["objective/kl"] + cfg.metrics[2]["objective/non_score_reward"] / .3) > .01
@@ -343,8 +357,8 @@ def test_metrics_say_what_their_names_say(train, monkeypatch):
 
 def test_every_rollout_is_whole_and_every_prompt_comes_once_a_pass(train, monkeypatch):
     """Also where the 80 prompts end within a rollout. So the schedule ends where it should: at a tenth."""
-    asked, real = [], ppo.rollout
-    monkeypatch.setattr(ppo, "rollout", lambda prompts, *rest: asked.append(prompts) or real(prompts, *rest))
+    asked, real = [], ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda prompts, *rest: asked.append(prompts) or real(prompts, *rest))
     cfg = train("full", steps=5, rollout_batch=24, batch_size=8, eval_every=5)
     assert [len(prompts) for prompts in asked] == [24] * 5 + [8]        # the last are val's
     unlabeled = [toy.text(cfg).prompt(record) for record in sets.load(cfg.data)["unlabeled"]]
@@ -355,11 +369,12 @@ def test_every_rollout_is_whole_and_every_prompt_comes_once_a_pass(train, monkey
 @kinds
 def test_reference_and_reward_model_stay_bit_for_bit_as_they_are(kind, train, monkeypatch):
     """And with adapters, so does the base, of which all four share the very same tensors."""
-    kept, real = [], ppo.rollout
-    monkeypatch.setattr(ppo, "rollout", lambda prompts, stops, *rest: kept.append(rest[:4])
-                        or real(prompts, stops, *rest))
+    kept, collect, scorer, trainable = [], ppo.collect, reward.scorer, reward.Critic.trainable
+    monkeypatch.setattr(ppo, "collect", lambda *args: kept.append(args[2:4]) or collect(*args))
+    monkeypatch.setattr(reward, "scorer", lambda model, cfg: kept.append(model) or scorer(model, cfg))
+    monkeypatch.setattr(reward.Critic, "trainable", lambda self: kept.append(self) or trainable(self))
     cfg = train(kind, lr=1e-2)
-    model, ref, reward_model, value = kept[-1]
+    reward_model, value, *_, (model, ref) = kept
     fresh = policy.load(cfg, "sft")
     judge = reward.load(cfg, fresh)
     ids = tiny.ids(4, 9)
@@ -372,7 +387,7 @@ def test_reference_and_reward_model_stay_bit_for_bit_as_they_are(kind, train, mo
     for role, original in ((model, fresh), (value, judge)):
         assert (role.hidden(ids) - original.hidden(ids)).abs().max() > 1e-2
     assert (value.head.weight - judge.head.weight).abs().max() > 1e-3
-    assert len({id(role.gpt) for role in kept[-1]}) == (1 if kind == "lora" else 4)
+    assert len({id(role.gpt) for role in (model, ref, reward_model, value)}) == (1 if kind == "lora" else 4)
     if kind == "full":
         assert all(p.grad is None for role in (ref, reward_model) for p in role.gpt.parameters())
 
@@ -402,17 +417,15 @@ TOY = {"lr": 1e-2, "steps": 10, "rollout_batch": 40, "batch_size": 20, "init_val
 
 
 @kinds
-def test_it_learns_to_say_more_of_what_is_rewarded(kind, train, monkeypatch):
-    monkeypatch.setattr(reward, "score", toy.thirties)
-    cfg = train(kind, **TOY)
+def test_it_learns_to_say_more_of_what_is_rewarded(kind, train):
+    cfg = train(kind, toy.thirties, **TOY)
     scores = [step["objective/scores"] for step in cfg.metrics]
     assert scores[0] < .7 and min(scores[-3:]) > 1.3
     assert cfg.result["val/rlhf_reward"] > 1
 
 
-def test_the_lower_its_price_the_further_the_policy_goes(train, monkeypatch):
-    monkeypatch.setattr(reward, "score", toy.thirties)
-    free, dear = (train("full", **TOY | {"kl_coef": kl_coef}).metrics for kl_coef in (0., 1.))
+def test_the_lower_its_price_the_further_the_policy_goes(train):
+    free, dear = (train("full", toy.thirties, **TOY | {"kl_coef": kl_coef}).metrics for kl_coef in (0., 1.))
     assert free[0]["objective/kl"] == dear[0]["objective/kl"] == 0
     far, near = (sum(step["objective/kl"] for step in steps[-3:]) / 3 for steps in (free, dear))
     assert far > 1.5 * near > 0
@@ -420,15 +433,15 @@ def test_the_lower_its_price_the_further_the_policy_goes(train, monkeypatch):
 
 def test_adaptive_kl_moves_kl_coef_towards_its_target_within_a_clip(train, monkeypatch):
     """Ziegler et al. 2019, 2.2: a fifth of the relative error at most, a tenth of it is taken."""
-    measured, real = iter((12, 6.6, 6, 5.4, 0, -3)), ppo.rollout
+    measured, real = iter((12, 6.6, 6, 5.4, 0, -3)), ppo.collect
 
-    def rollout(prompts, *rest):
+    def collect(prompts, *rest):
         roll = real(prompts, *rest)
         if len(prompts) != 8:                                           # a rollout, not a look at val
             kl = next(measured)
             roll.kl = lambda: kl
         return roll
-    monkeypatch.setattr(ppo, "rollout", rollout)
+    monkeypatch.setattr(ppo, "collect", collect)
     cfg = train("full", adaptive_kl=6., steps=6, rollout_batch=10)
     coefs = [step["objective/kl_coef"] for step in cfg.metrics]
     assert coefs[0] == .05
@@ -446,37 +459,36 @@ def test_max_kl_stops_and_saves(train):
 @pytest.mark.parametrize("best", [0, 1, 3])
 def test_the_policy_that_did_best_on_val_is_saved(kind, best, train, monkeypatch):
     """The score at one look is made the highest; what is saved is the policy of that look alone."""
-    looks, real = [], ppo.rollout
+    looks, real = [], ppo.collect
 
-    def rollout(prompts, stops, model, *rest):
-        roll = real(prompts, stops, model, *rest)
+    def collect(prompts, text, model, *rest):
+        roll = real(prompts, text, model, *rest)
         if len(prompts) == 8:                                           # val; a rollout has 20
             looks.append(flat(model.trainable()).detach().sort().values)
             roll.score += 100 * (len(looks) - 1 == best)
         return roll
-    monkeypatch.setattr(ppo, "rollout", rollout)
+    monkeypatch.setattr(ppo, "collect", collect)
     cfg = train(kind, steps=4, eval_every=1)
     assert len(looks) == 4 and cfg.result["chosen_step"] == best and cfg.result["val/rlhf_reward"] > 50
     written = weights(cfg).sort().values                                # files and modules differ in order
     assert [torch.equal(look, written) for look in looks] == [look == best for look in range(4)]
 
 
-def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train, monkeypatch):
+def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train):
     """The learning rate is far too high: the policy gets worse, and an early one is kept."""
-    monkeypatch.setattr(reward, "score", toy.thirties)
-    cfg = train("full", **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})
+    cfg = train("full", toy.thirties, **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})
     looks = [shown["val_score"] - shown["val_kl"] for shown in toy.lines(cfg, "samples.jsonl")]
     assert len(looks) == 6 and max(looks) > looks[-1] + 1
     assert cfg.result["chosen_step"] == looks.index(max(looks))
     assert cfg.result["val/rlhf_reward"] == pytest.approx(max(looks))
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-@pytest.mark.parametrize("whose", ["reward model", "value function"])
+@pytest.mark.parametrize("whose, at", [("reward", 1), ("reward", 2), ("reward", 3), ("reward", 4),
+                                       ("value", 1), ("value", 2)])
 def test_a_number_that_is_not_finite_stops_the_run_unsaved(whose, at, train, monkeypatch, tmp_path):
-    """In the first rollout, in the first look at val, in the next rollout and in the last look."""
-    calls, owner, name = itertools.count(1), *((reward, "score") if whose == "reward model"
-                                               else (reward.Critic, "values"))
+    """A reward in the first rollout, in the first look at val, in the next rollout and in the last look; a value in
+    each rollout."""
+    calls, owner, name = itertools.count(1), *((reward, "score") if whose == "reward" else (reward.Critic, "values"))
     real = getattr(owner, name)
 
     def spoilt(*args):

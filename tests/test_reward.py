@@ -42,7 +42,7 @@ def test_a_score_is_the_head_at_the_last_response_token(kind):
     model, (ids, mask) = critic(kind), pack(ROWS)
     read = score(model, ids, mask)
     for row, (prompt, response) in enumerate(ROWS):
-        with model.gpt.wear(model.role):
+        with model.gpt.using(model.role):
             h = model.gpt.hidden(torch.tensor([prompt + response]))[0, -1]
         close(read[row], model.head.weight[0] @ h + model.head.bias[0])
         states = model.values(pad(ids, (0, 1)), torch.ones_like(ids, dtype=torch.bool))    # as if one more followed
@@ -209,8 +209,8 @@ def test_what_is_held_out_is_not_learned_from(folder):
 
 
 def test_swapped_pairs_give_1_minus_the_accuracy():
-    model, chosen, rejected = critic(), ROWS[:3], [ROWS[3], ROWS[4], ROWS[0]]
-    metrics, swapped = validate(model, chosen, rejected, CFG), validate(model, rejected, chosen, CFG)
+    model, pairs = critic(), list(zip(ROWS[:3], [ROWS[3], ROWS[4], ROWS[0]]))
+    metrics, swapped = validate(model, pairs, CFG), validate(model, [pair[::-1] for pair in pairs], CFG)
     assert 0 < metrics["eval_accuracy"] == pytest.approx(1 - swapped["eval_accuracy"])
     assert metrics["eval_margin"] == pytest.approx(-swapped["eval_margin"])
     assert swapped["eval_loss"] - metrics["eval_loss"] == pytest.approx(metrics["eval_margin"], abs=1e-5)
@@ -233,13 +233,13 @@ def test_normalise_gives_mean_0_and_deviation_1_and_moves_nothing_but_the_head(k
 @pytest.mark.parametrize("answers", [8, 32])
 def test_what_run_saves_is_normalised_over_fresh_answers_of_the_sft_model(folder, monkeypatch, answers):
     """Spread over the 8 prompts of val; an answer that is shown stands beside its own prompt."""
-    rows, by, ids, real = [], [], tiny.ids(2, 5), reward.sample
+    rows, by, ids, real = [], [], tiny.ids(2, 5), reward.generate
 
-    def sample(model, *rest):
+    def generate(model, *rest):
         by.append(model.hidden(ids))
         rows.extend(real(model, *rest))
         return rows
-    monkeypatch.setattr(reward, "sample", sample)
+    monkeypatch.setattr(reward, "generate", generate)
     cfg, _ = trained(folder, pairs(20), scale_answers=answers)
     assert torch.equal(by[0], policy.load(cfg, "sft").hidden(ids))
     values = scores(reward.load(cfg, policy.load(cfg, "sft")), rows, CFG)
@@ -270,7 +270,7 @@ def test_nothing_is_saved_where_the_scores_are_alike_or_not_finite(folder, monke
 
 def test_metrics_are_numbers_also_where_a_correlation_has_none():
     """A single pair of equally long answers: NaN is no JSON."""
-    assert all(map(math.isfinite, validate(critic(), [([7], [1, 0])], [([7], [2, 0])], CFG).values()))
+    assert all(map(math.isfinite, validate(critic(), [(([7], [1, 0]), ([7], [2, 0]))], CFG).values()))
 
 
 def test_the_command_leaves_numbers_also_with_an_answer_to_each_prompt(tmp_path):

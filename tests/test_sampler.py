@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data import InputError
 from rlhf.logprobs import pack, token_logps
-from rlhf.sampler import LOOK, draw, sample
+from rlhf.sampler import CHECK_EVERY, draw, sample
 
 torch.set_num_threads(1)
 PROMPTS = tiny.texts([3, 9, 1, 5, 5, 2, 7])
@@ -18,7 +18,7 @@ def greedy(policy, prompt, stops, max_new_tokens):
     """The definition: the whole text through the model again for each token."""
     response = []
     while len(response) < max_new_tokens and (not response or response[-1] not in stops):
-        with policy.gpt.wear(policy.role):
+        with policy.gpt.using(policy.role):
             response.append(policy.gpt(torch.tensor([prompt + response]))[0, -1].argmax().item())
     return response
 
@@ -127,7 +127,7 @@ def test_temperature_0_is_the_most_likely_token_whatever_u():
 def test_learned_positions_may_be_used_up_and_no_more(monkeypatch):
     """A row that ends at the last position goes on beside others until it is seen to have ended; on a GPU, that is
     several steps."""
-    monkeypatch.setitem(LOOK, "cpu", 8)
+    monkeypatch.setitem(CHECK_EVERY, "cpu", 8)
     model = tiny.policy(learned_positions=True, ropes=(), layer_ropes=(-1, -1), max_position_embeddings=16)
     prompts, limits = tiny.texts([15, 3]), [1, 13]
     rows = sample(model, prompts, UNUSED, limits, temperature=0)

@@ -124,7 +124,7 @@ def test_a_chat_says_what_a_trained_stage_sampled(kind, tmp_path):
 
 
 def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
-    model, cfg, settings = policy.read(run.dir() / "checkpoint")
+    model, cfg, settings = policy.open_checkpoint(run.dir() / "checkpoint")
     text = Text(*cfg.words)
     rows = sampler.sample(model, [text.prompt({"instruction": QUESTIONS[0]})], text.stops, 9, temperature=0)
     assert spoken(text, rows[0][1]) == sampled(run, QUESTIONS[0], max_new_tokens=9, temperature=0)[0][0]
@@ -151,7 +151,7 @@ def test_no_answer_depends_on_those_beside_it(run, url):
 
 def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
     """64 tokens each, all there before the first step: 64 steps for all, and one pass over the prompts."""
-    begin, step, steps, prefills = writer.Writer.next, writer.Standing.step, [], []
+    begin, step, steps, prefills = writer.Writer.next, writer.ServingEngine.step, [], []
 
     def next_(self):
         with self.gate:
@@ -160,11 +160,11 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
 
     def begun(self, waiting):
         prefills.append(len(waiting))
-        sampler.Engine.begin(self, waiting)
+        sampler.Engine.prefill(self, waiting)
     monkeypatch.setattr(writer.Writer, "next", next_)
-    monkeypatch.setattr(writer.Standing, "step", lambda self, width, span: steps.append(width) or step(
+    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span: steps.append(width) or step(
         self, width, span))
-    monkeypatch.setattr(writer.Standing, "begin", begun)
+    monkeypatch.setattr(writer.ServingEngine, "prefill", begun)
     with serve.serving("barn") as url, ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda i: post(url, "/completions", prompt=f"{i} cows", max_tokens=64), range(16)))
     assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [64] * 16
@@ -172,8 +172,8 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
 
 
 def test_a_lone_answer_runs_in_one_slot_again_after_a_crowd(endless, monkeypatch):
-    widths, step = [], writer.Standing.step
-    monkeypatch.setattr(writer.Standing, "step", lambda self, width, span: widths.append(width) or step(
+    widths, step = [], writer.ServingEngine.step
+    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span: widths.append(width) or step(
         self, width, span))
     with serve.serving("barn", slots=8) as url:
         body = {"prompt": "The cows", "temperature": 0, "max_tokens": 6}
@@ -232,7 +232,7 @@ def test_log_probs_are_the_models_whatever_the_temperature(run, client, stream):
     response = [token for token in response if token not in toy.STOPS]
     assert [entry.token for entry in entries] == [f"w{token}" for token in response] and len(response) > 3
     prompt = toy.text(run).prompt({"instruction": question})
-    with torch.no_grad(), model.gpt.wear(model.role):
+    with torch.no_grad(), model.gpt.using(model.role):
         logp = model.gpt(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1].log_softmax(-1)
     for row, token, entry in zip(logp, response, entries, strict=True):
         assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4) and bytes(entry.bytes) == b"w%d" % token
@@ -393,13 +393,13 @@ def test_routes_methods_and_sizes(url):
 
 
 def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, capfd):
-    expected, advance = ask(url, QUESTIONS[1], seed=1), writer.Standing.advance
+    expected, advance = ask(url, QUESTIONS[1], seed=1), writer.ServingEngine.advance
 
     def broken(self, explained):
-        monkeypatch.setattr(writer.Standing, "advance", advance)
+        monkeypatch.setattr(writer.ServingEngine, "advance", advance)
         advance(self, explained)
         raise FloatingPointError("not finite\nat all")
-    monkeypatch.setattr(writer.Standing, "advance", broken)
+    monkeypatch.setattr(writer.ServingEngine, "advance", broken)
     reply = post(url, n=9, **HELLO)
     assert reply.status_code == 500 and reply.json()["error"]["type"] == "server_error"
     assert "not finite" in reply.json()["error"]["message"]
@@ -409,14 +409,14 @@ def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, ca
 
 
 def test_a_fault_within_a_stream_is_told_in_it(url, monkeypatch):
-    advance, calls = writer.Standing.advance, []
+    advance, calls = writer.ServingEngine.advance, []
 
     def broken(self, explained):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("none left")
         advance(self, explained)
-    monkeypatch.setattr(writer.Standing, "advance", broken)
+    monkeypatch.setattr(writer.ServingEngine, "advance", broken)
     reply = post(url, messages=[{"role": "user", "content": QUESTIONS[1]}], n=4, max_tokens=50, stream=True)
     *_, last = [line for line in reply.text.split("\n\n") if line]
     assert reply.status_code == 200 and "none left" in json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -436,8 +436,8 @@ def test_a_client_that_hangs_up_frees_its_slot(stream, endless, monkeypatch):
             gone.wait(.01)                              # tokens have to come, for a stream to notice
         else:
             gone.wait(20)
-    steps, step = [], writer.Standing.step
-    monkeypatch.setattr(writer.Standing, "step", lambda *args: steps.append(1) or step(*args))
+    steps, step = [], writer.ServingEngine.step
+    monkeypatch.setattr(writer.ServingEngine, "step", lambda *args: steps.append(1) or step(*args))
     monkeypatch.setattr(writer.Writer, "write", slowly)
     monkeypatch.setattr(serve.Server, "shutdown_request", lambda *args: gone.set() or shut(*args))
     with serve.serving("barn") as url:

@@ -65,6 +65,6 @@ def texts(lengths, seed=0, vocab=61):
 
 def plain_logps(policy, ids, mask, temperature=1.):
     """What token_logps must equal, as the textbook writes it."""
-    with policy.gpt.wear(policy.role):
+    with policy.gpt.using(policy.role):
         logp = (policy.gpt(ids[:, :-1]) / temperature).log_softmax(-1)
     return logp.gather(-1, ids[:, 1:, None])[..., 0] * mask

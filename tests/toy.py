@@ -80,6 +80,6 @@ def lines(cfg, name="metrics.jsonl"):
     return [json.loads(line) for line in (cfg.dir() / name).read_text().splitlines()]
 
 
-def thirties(model, ids, mask):
-    """In place of reward.score: how many words of an answer are one of w30 to w39."""
-    return ((ids[:, 1:] // 10 == 3) & mask).sum(1).float()
+def thirties(rows):
+    """A reward (B,) that is a rule: how many words of each answer are one of w30 to w39."""
+    return torch.tensor([float(sum(i // 10 == 3 for i in response)) for _, response in rows])
