@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 from data import InputError, run, underscored
 from data.protocol import TOP, Refused, read_request, speller
-from data.text import Text
 from rlhf.policy import open_checkpoint
 from rlhf.sampler import sample, slots_that_fit
 from rlhf.update import plainly
@@ -187,7 +186,7 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
         policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
-        server.text, longest = Text(*cfg.words), settings.get("max_new_tokens", cfg.max_new_tokens)
+        server.text, longest = cfg.text(), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
         server.names, server.spell = [name or str(path), str(path), Path(path).name], speller(server.text.tokenizer)
@@ -228,7 +227,7 @@ def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, de
     """n answers (strings) of a checkpoint to one prompt. form: one of FORMS; by default chat if the checkpoint has a
     template, alpaca if it was trained here, else text."""
     policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
-    text = Text(*cfg.words)
+    text = cfg.text()
     trained = policy.role or settings
     ids = prompt_ids(text, form or ("chat" if text.template else "alpaca" if trained else "text"), prompt)
     context = policy.gpt.config.max_position_embeddings

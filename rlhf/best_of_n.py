@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from data.barn.reward import true_reward
-from data.text import Text
 from rlhf import config, policy, reward
 from rlhf.answers import questions, write_outputs
 from rlhf.sampler import generate
@@ -57,7 +56,7 @@ def log_binomial(n, k):
 
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,); by default the reward model of the run."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     sft = policy.load(cfg, "sft")
     score_fn = score_fn or reward.scorer(reward.load(cfg, sft), cfg)
     records, prompts = questions(sft, text, cfg)

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 from data import InputError, Refusal, hub, sets
-from data.text import read_json
+from data.text import Text, read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
@@ -148,9 +148,13 @@ class Config:
         except Refusal as error:
             raise type(error)(f"{self.model} adapts {base}: {error}") from None
 
+    def text(self):
+        """The tokenizer and prompt form of the model."""
+        return Text(*self.tokenizer)
+
     @property
-    def words(self):
-        """The folders of the tokenizer, an adapter's own if it brings one, and of the model that it is for."""
+    def tokenizer(self):
+        """The folder of the tokenizer (an adapter may bring its own), and the folder of the model."""
         own = self.adapter and (self.adapter / "tokenizer.json").exists()
         return self.adapter if own else self.checkpoint, self.checkpoint
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data.text import Text
 from rlhf import config, policy, update
 from rlhf.answers import answer, show_sample
 from rlhf.logprobs import pack, token_logps
@@ -66,7 +65,7 @@ def reference_logps(ref, pairs, cfg):
 def run(cfg, loss_fn=dpo_loss, needs_reference=True):
     """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp, and
     no reference is kept in memory or computed."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     model, ref, ref_logps = policy.load(cfg, "sft"), None, None
     pairs = load_pairs(cfg, text)
     if needs_reference:

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 from data import InputError
-from data.text import Text
 from rlhf import policy, reward, sft, update
 from rlhf.answers import answer
 from rlhf.sampler import generate
@@ -32,7 +31,7 @@ class Config(sft.Config):
 
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,); by default the reward model of the run."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     unlabeled = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
     model = ref = policy.load(cfg, "sft")
     score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import annotate
 from data import InputError, sets
-from data.text import Text
 from rlhf import config, policy
 from rlhf.logprobs import lengths
 from rlhf.sampler import generate
@@ -39,7 +38,7 @@ class Config(config.Config):
 
 def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     records = text.fitting(cfg.splits()["preference"], cfg.max_prompt_tokens)
     rows = generate(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
                     2 * cfg.pairs_per_prompt)
@@ -55,7 +54,7 @@ def sample_pairs(cfg):
 
 def released(cfg):
     """Pairs that others have labelled, their answers as tokens."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     pairs = text.fitting(sets.preferences(cfg.labels)[:cfg.limit or None], cfg.max_prompt_tokens)
     for pair in pairs:
         for i in "12":

@@ -103,12 +103,12 @@ def save(policy, cfg):
     if policy.role:
         rank, alpha = policy.size()
         base = cfg.base.partition("@")[0] if cfg.revision else cfg.base
-        own_words = cfg.words[0] if cfg.words[0] != cfg.checkpoint else None
+        own_words = cfg.tokenizer[0] if cfg.tokenizer[0] != cfg.checkpoint else None
         adapters.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
                              policy.gpt.config.transposed, cfg.revision or None, own_words)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
         config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
-        weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.words[0])
+        weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.tokenizer[0])
 
 
 def load(cfg, stage, beside=None):
@@ -121,7 +121,7 @@ def load(cfg, stage, beside=None):
 
 
 def with_adapter(gpt, role, folder):
-    """The frozen policy with the adapter of a PEFT folder as `role`. A layer that the folder does not adapt gets a fresh
+    """The frozen policy with the adapter of a PEFT folder as `role`. Layers that the folder does not adapt get a fresh
     adapter, which changes nothing."""
     tensors, config = adapters.load_adapter(folder)
     gpt.add_role(role, config["r"], adapters.lora_scale(config) * config["r"])

@@ -7,12 +7,12 @@ What AlpacaFarm does or offers otherwise is an option: --kl_estimator clamped, -
 Left out: dropout, entropy bonus, a separate optimizer for the value function.
 
 Memory: policy, reference, reward model and value function. With LoRA they are four adapters on one frozen base, and
-only two of them have gradients; with full training they are four models, two of them with an optimizer. Policy and
-value function take turns in every micro-batch. The best policy so far is kept in host memory.
+only two of them have gradients; with full training they are four models, two of them with an optimizer. The best policy
+so far is kept in host memory.
 
-Questions a reader asks. Why is the KL inside the reward? Its gradient is then exactly that of the true KL if k1 is the
-estimator (as a loss, k1 has none). Why may it be negative? It is an estimate from one sample; only its mean is a KL.
-Why are log-probs computed again after sampling? So that the first ratio is 1 but for rounding, however was sampled.
+Questions a reader asks. Why is the KL inside the reward? As a reward, k1 has the gradient of the true KL; as a loss, it
+has none. Why may it be negative? It is an estimate from one sample; only its mean is a KL. Why are log-probs computed
+again after sampling? The training code then computes both sides of the ratio, so the first ratio is 1 up to rounding.
 """
 import math
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError
-from data.text import Text
 from rlhf import config, policy, reward, update
 from rlhf.answers import answer
 from rlhf.experience import collect, schedule
@@ -41,7 +40,7 @@ class Config(config.Config):
     kl_coef: float = .05                # price of a nat of KL to the reference, in deviations of the reward
     kl_estimator: str = "k1"            # k1 (unbiased), k2, k3, or clamped: AlpacaFarm's max(k1, 0)
     adaptive_kl: float = 0.             # aim at this KL by moving kl_coef (Ziegler et al. 2019, 2.2); 0: fixed kl_coef
-    max_kl: float = 0.                  # stop when the KL of a rollout exceeds this; 0: never
+    max_kl: float = 0.                  # stop when the KL of a rollout is above this; 0: never
     gamma: float = 1.                   # discount of later rewards
     lam: float = .95                    # GAE's lambda: 1 trusts only rewards, 0 only values
     cliprange: float = .2               # how far the ratio of probabilities may move
@@ -88,14 +87,15 @@ def variance(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """x with masked deviation 1, and masked mean 0 if shift_mean."""
+    """x scaled to a masked standard deviation of 1, and shifted to a masked mean of 0 if shift_mean."""
     mean = update.masked_mean(x, mask)
     white = (x - mean) / (variance(x, mask).sqrt() + 1e-8)
     return (white if shift_mean else white + mean) * mask
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """(B, T-1) each -> advantages, returns; 0 outside the mask, and nothing is worth anything after the last token."""
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): rewards, values, mask (B, T-1) -> advantages,
+    returns (B, T-1), 0 outside the mask. The value after the last token is 0."""
     values = values * mask
     advantages, ahead, after = torch.zeros_like(values), 0., 0.
     for t in reversed(range(values.shape[1])):
@@ -106,14 +106,15 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logp, old_logp, advantages, mask, cliprange):
-    """Clipped surrogate, summed over tokens, and how many tokens the clip holds back. The mask may hold weights."""
+    """Clipped surrogate (Schulman et al. 2017, eq. 7), summed over tokens, and how many tokens are clipped; all tensors
+    are (B, T-1). The mask may hold weights instead of 0 and 1: they weigh the tokens' losses."""
     ratio = (logp - old_logp).masked_fill(mask == 0, 0).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return (torch.max(free, clipped) * mask).sum(), ((clipped > free) * mask).sum()
 
 
 def value_loss(values, old_values, returns, mask, cliprange):
-    """Clipped squared error, summed over tokens, and how many tokens the clip holds back."""
+    """Clipped squared error, halved and summed over tokens, and how many tokens are clipped. All (B, T-1)."""
     near = torch.max(torch.min(values, old_values + cliprange), old_values - cliprange)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     return .5 * (torch.max(free, clipped) * mask).sum(), ((clipped > free) * mask).sum()
@@ -128,7 +129,7 @@ def explained_variance(values, returns, mask):
 
 def run(cfg, score_fn=None):
     """score_fn: rows [(prompt ids, response ids)] -> scores (B,); by default the reward model of the run."""
-    text = Text(*cfg.words)
+    text = cfg.text()
     splits = cfg.splits()
     prompts = text.prompts(splits["unlabeled"], cfg.max_prompt_tokens)
     val = text.prompts(splits["val"], cfg.max_prompt_tokens)[:cfg.val_prompts]

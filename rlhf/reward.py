@@ -11,6 +11,7 @@ accuracy of 0.65 good? A quarter of the labels are wrong on purpose: nobody can 
 """
 import copy
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 
 from data import InputError
 from data.barn.reward import true_reward
-from data.text import Text
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, logprobs, policy, update
 from rlhf.pairs import load_pairs, pair_lengths, rows_of
@@ -34,7 +34,7 @@ class Config(config.Config):
     epochs: int = 1                     # passes over the pairs
     batch_size: int = 64                # pairs in an optimizer step
     weight_decay: float = 0.            # pull of the weights to zero
-    held_out: float = .05               # share of the pairs that is kept for validation
+    held_out: float = .05               # share of the pairs, as whole prompts, that is kept for validation
     scale_answers: int = 1000           # fresh answers of the SFT model that scores are shifted and scaled by
 
     BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
@@ -96,6 +96,19 @@ def scorer(model, cfg):
     return lambda rows: scores(model, rows, cfg)
 
 
+def hold_out(pairs, share, seed):
+    """(pairs to train on, pairs held out). All pairs of some prompts are held out, drawn until they are `share` of all;
+    one prompt is left in any case."""
+    pairs_of = {}
+    for pair in pairs:
+        pairs_of.setdefault(tuple(pair[0][0]), []).append(pair)
+    prompts = random.Random(seed).sample(list(pairs_of), len(pairs_of))
+    held_out = []
+    while len(prompts) > 1 and len(held_out) < round(share * len(pairs)):
+        held_out += pairs_of.pop(prompts.pop())
+    return [pair for of_prompt in pairs_of.values() for pair in of_prompt], held_out
+
+
 def bradley_terry(chosen, rejected):
     """Scores (B,) of the better and of the worse answers -> losses (B,)."""
     return -F.logsigmoid(chosen - rejected)
@@ -155,10 +168,8 @@ def load(cfg, beside):
 
 
 def run(cfg):
-    text = Text(*cfg.words)
-    pairs = load_pairs(cfg, text)
-    n = len(pairs) - round(cfg.held_out * len(pairs))
-    pairs, held_out = pairs[:n], pairs[n:]
+    text = cfg.text()
+    pairs, held_out = hold_out(load_pairs(cfg, text), cfg.held_out, cfg.seed)
     sft = policy.load(cfg, "sft")
     model = fresh(sft.copy("reward"))
 

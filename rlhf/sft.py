@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from data.text import Text
 from rlhf import config, logprobs, policy, update
 from rlhf.answers import answer, show_sample
 
@@ -53,7 +52,7 @@ def train(model, rows, cfg, log, show=None, start=0):
 
 
 def run(cfg):
-    text = Text(*cfg.words)
+    text = cfg.text()
     splits = cfg.splits()
     rows = [text.example(record, record["output"]) for record in text.fitting(splits["sft"], cfg.max_prompt_tokens)]
     rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS

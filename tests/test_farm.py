@@ -392,7 +392,6 @@ README_EXAMPLE = re.compile(r"```python\n(\"\"\"IPO.*?)```", re.DOTALL)
 ECHO = '''"""Echo: what the base model says, without any training."""
 from dataclasses import dataclass
 
-from data.text import Text
 from rlhf import answers, config, policy
 
 NEEDS = ()
@@ -405,7 +404,7 @@ class Config(config.Config):
 
 def run(cfg):
     cfg.dir().mkdir(exist_ok=True)
-    return answers.answer(policy.fresh(cfg, "policy"), Text(*cfg.words), cfg)
+    return answers.answer(policy.fresh(cfg, "policy"), cfg.text(), cfg)
 '''
 
 

@@ -199,9 +199,9 @@ def test_an_adapter_s_own_tokenizer_goes_where_the_adapter_goes(world):
     assert train(world, "full", "--lora_rank", 0, "--model", own, "--limit", 16).code == 0
     for folder in (own, world / "on" / "sft", world / "on" / "sft" / "merged", world / "full" / "sft"):
         _, cfg, _ = policy.open_checkpoint(folder)
-        text = Text(*cfg.words)
+        text = cfg.text()
         assert text.prompt({"instruction": "w1"}) == [7, 1, 8] and text.stops == toy.STOPS
-    assert Text(*policy.open_checkpoint(world / "run" / "sft")[1].words).prompt({"instruction": "w1"}) == [1]
+    assert policy.open_checkpoint(world / "run" / "sft")[1].text().prompt({"instruction": "w1"}) == [1]
 
 
 def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, monkeypatch):
@@ -250,7 +250,8 @@ def test_a_model_from_the_hub_stays_the_commit_that_was_trained_on(world, monkey
     assert asked == ["org/name"]
     heads.pop(0)
     resolve.cache_clear()
-    assert policy.open_checkpoint(world / "run" / "sft")[1].checkpoint.name == commits[0] and asked[-1] == f"org/name@{commits[0]}"
+    cfg = policy.open_checkpoint(world / "run" / "sft")[1]
+    assert cfg.checkpoint.name == commits[0] and asked[-1] == f"org/name@{commits[0]}"
     refused(train(world, "run", "--lora_rank", 4, "--model", "org/name"), 2, f"revision is '{commits[0]}' there")
     resolve.cache_clear()
 

@@ -178,6 +178,15 @@ def test_policy_loss_by_hand():
     assert gradient[0].tolist() == pytest.approx([0, -2, 2, 0, -3])     # raise good tokens, lower bad ones
 
 
+def test_a_mask_of_weights_weighs_tokens_and_leaves_their_ratios():
+    """The loss is the weighted sum of each token's own loss: a weight must not reach into the ratio."""
+    logp, old, a = (torch.randn(1, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
+    weights = torch.tensor([[.5, 2., 0., .25, 1.]])
+    alone = [policy_loss(*(x[:, i:i + 1] for x in (logp, old, a, ONES)), .2)[0].item() for i in range(5)]
+    loss, _ = policy_loss(logp, old, a, weights, .2)
+    assert loss.item() == pytest.approx(sum(w * x for w, x in zip(weights[0].tolist(), alone)), rel=1e-5)
+
+
 def test_value_loss_by_hand():
     """Old value 2, return 3: half the square of the value's error, or of the value held near the old one."""
     values = row(2.1, 2.7, 1.5, 5., 3.)

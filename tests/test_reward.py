@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 from data import InputError
 from rlhf import logprobs, policy, reward
 from rlhf.logprobs import pack
-from rlhf.reward import agreement, bradley_terry, calibration_error, normalise, score, scores, validate
+from rlhf.pairs import load_pairs
+from rlhf.reward import (agreement, bradley_terry, calibration_error, hold_out, normalise, score, scores,
+                         validate)
 from rlhf.update import Updater
 
 torch.set_num_threads(1)
@@ -198,14 +200,30 @@ def test_what_is_held_out_is_not_learned_from(folder):
     """Turning its labels round changes no weight, and mirrors the accuracy."""
     written = pairs(40)
     cfg, before = trained(folder, written, held_out=.25)
-    weights = toy.saved(cfg)
-    for pair in written[-10:]:
+    weights, text = toy.saved(cfg), toy.text(cfg)
+    held_out = {tuple(pair[0][0]) for pair in hold_out(load_pairs(cfg, text), .25, cfg.seed)[1]}
+    turned = [pair for pair in written if tuple(text.prompt(pair)) in held_out]
+    assert len(turned) in (10, 11) and turned != written[-len(turned):]
+    for pair in turned:
         pair["preference"] = 3 - pair["preference"]
     _, after = trained(folder, written, held_out=.25)
     assert all(torch.equal(w, weights[name]) for name, w in toy.saved(cfg).items())
     assert after["eval_accuracy"] == pytest.approx(1 - before["eval_accuracy"])
     assert after["eval_margin"] == pytest.approx(-before["eval_margin"])
     assert after["eval_loss"] - before["eval_loss"] == pytest.approx(before["eval_margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize("share, least, most", [(0, 0, 0), (.1, 9, 11), (.5, 45, 47), (.999, 87, 89)])
+def test_whole_prompts_are_held_out_at_random(share, least, most):
+    """Pairs to the same prompt would leak; the last ones of a file, or the first, are no sample of all."""
+    written = [(([i // 3], [i]), ([i // 3], [i + 1000])) for i in range(90)]        # three pairs to each of 30 prompts
+    rest, held_out = hold_out(written, share, 0)
+    assert sorted(rest + held_out) == written and least <= len(held_out) <= most
+    prompts = {pair[0][0][0] for pair in held_out}
+    assert not prompts & {pair[0][0][0] for pair in rest} and len(prompts) * 3 == len(held_out)
+    if 0 < share < .9:
+        seeds = [{pair[0][0][0] for pair in hold_out(written, share, seed)[1]} for seed in range(20)]
+        assert len(set().union(*seeds)) > 25 and len(set(map(frozenset, seeds))) > 15
 
 
 def test_swapped_pairs_give_1_minus_the_accuracy():

@@ -125,7 +125,7 @@ def test_a_chat_says_what_a_trained_stage_sampled(kind, tmp_path):
 
 def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
     model, cfg, settings = policy.open_checkpoint(run.dir() / "checkpoint")
-    text = Text(*cfg.words)
+    text = cfg.text()
     rows = sampler.sample(model, [text.prompt({"instruction": QUESTIONS[0]})], text.stops, 9, temperature=0)
     assert spoken(text, rows[0][1]) == sampled(run, QUESTIONS[0], max_new_tokens=9, temperature=0)[0][0]
     assert not settings and cfg.max_new_tokens == 300

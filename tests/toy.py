@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data.adapters import load_adapter
-from data.text import Text
 from data.weights import load_weights, save_pretrained
 from rlhf import policy, reward, sft
 
@@ -67,7 +66,7 @@ def moved(params, seed):
 
 
 def text(cfg):
-    return Text(*cfg.words)
+    return cfg.text()
 
 
 def saved(cfg):

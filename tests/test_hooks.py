@@ -1,0 +1,113 @@
+"""What a student adds is one file: methods in tests/methods use the hooks of the kit, and change nothing in it."""
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import toy
+from methods import grpo, ppo_rule, simpo
+
+from rlhf import dpo, logprobs, policy, reward
+
+torch.set_num_threads(1)
+METHODS = Path(__file__).parent / "methods"
+kinds = pytest.mark.parametrize("kind", toy.KINDS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Run folders with sft, reward, and pairs in which the chosen answer has a word of w30 to w39."""
+    made = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    for folder in made.values():
+        (folder / "run" / "pairs").mkdir()
+        (folder / "run" / "pairs" / "pairs.json").write_text(json.dumps(
+            [{"instruction": toy.sentence(prompt), "preference": 1, "ids_1": [*one, 30 + i % 10, 0], "ids_2": [*two, 0]}
+             for i, (prompt, one, two) in enumerate(zip(*(
+                 tiny.texts([1 + (i + j) % 5 for i in range(40)], 99 * j) for j in (1, 2, 3))))]))
+    return made
+
+
+@pytest.mark.parametrize("name, most", [("simpo", 30), ("ppo_rule", 25), ("grpo", 80)])
+def test_a_method_is_short(name, most):
+    assert len((METHODS / f"{name}.py").read_text().splitlines()) <= most
+
+
+# --- a loss of its own for pairs -------------------------------------------------------------------------
+
+@kinds
+def test_simpo_gets_what_it_needs_and_pays_for_no_reference(kind, folders, monkeypatch):
+    """The first loss in closed form, from log-probs and lengths that are counted here; one model is loaded."""
+    loaded, load = [], policy.load
+    monkeypatch.setattr(policy, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(dpo, "reference_logps", lambda *args: pytest.fail("a reference was computed"))
+    cfg = toy.settings(folders[kind], kind, simpo.Config, batch_size=40, epochs=12, lr=1e-3, micro_batch_tokens=60)
+    simpo.run(cfg)
+    start, text = load(cfg, "sft"), toy.text(cfg)
+    means = []
+    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
+        for side in ("ids_1", "ids_2"):
+            ids, mask = logprobs.pack([(text.prompt(pair), pair[side])])
+            with torch.no_grad():
+                means.append(logprobs.token_logps(start, ids, mask).sum().item() / len(pair[side]))
+    margins = [2 * (chosen - rejected) - .5 for chosen, rejected in zip(means[::2], means[1::2])]
+    metrics = toy.lines(cfg)
+    assert len(loaded) == 1
+    assert metrics[0]["loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 40, rel=1e-5)
+    assert metrics[0]["rewards/margins"] == pytest.approx(sum(margins) / 40 + .5, rel=1e-4)
+    assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + .05
+
+
+# --- a reward of its own ---------------------------------------------------------------------------------
+
+def test_ppo_against_a_rule_needs_no_reward_model(folders, tmp_path):
+    folder = tmp_path / "rule"
+    shutil.copytree(folders["full"], folder)
+    shutil.rmtree(folder / "run" / "reward")
+    cfg = toy.settings(folder, "full", ppo_rule.Config, words=2, lr=1e-2, steps=10, rollout_batch=40, batch_size=20,
+                       kl_coef=0., eval_every=10, missing_eos_penalty=0.)
+    metrics = ppo_rule.run(cfg)
+    scores = [step["objective/scores"] for step in toy.lines(cfg)]
+    assert min(scores[-3:]) > scores[0] + .1 and metrics["eval/mean_length"] > 0
+
+
+# --- a whole method --------------------------------------------------------------------------------------
+
+@kinds
+def test_grpo_learns_what_is_rewarded(kind, folders):
+    cfg = toy.settings(folders[kind], kind, grpo.Config, lr=1e-2, steps=10, prompts=10, n=4, batch_size=20, beta=0.)
+    grpo.run(cfg, toy.thirties)
+    rewards = [step["reward"] for step in toy.lines(cfg)]
+    assert rewards[0] < .7 and min(rewards[-3:]) > 1.2, rewards
+
+
+def test_the_micro_batch_changes_no_metric_of_grpo(folders):
+    """Its loss is a mean over answers of means over tokens, so the mask it hands to policy_loss holds weights."""
+    runs = []
+    for tokens in (1, 40, 10_000):
+        cfg = toy.settings(folders["full"], "full", grpo.Config, steps=2, prompts=6, n=4, batch_size=12, lr=1e-3,
+                           micro_batch_tokens=tokens)
+        grpo.run(cfg)
+        runs.append(toy.lines(cfg))
+    for other in runs[1:]:
+        for a, b in zip(other, runs[0], strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_a_group_s_advantages_have_mean_0_and_deviation_1():
+    score = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 3 + torch.arange(6)[:, None] * 10
+    advantages = grpo.advantages_of(score.flatten(), 8).view(6, 8)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages.std(1), torch.ones(6), atol=1e-3, rtol=0)
+
+
+@kinds
+def test_a_reward_model_is_a_function_of_rows(kind, folders):
+    cfg = toy.settings(folders[kind], kind, reward.Config)
+    model = reward.load(cfg, policy.load(cfg, "sft"))
+    rows = [([3, 4], [5, 0]), ([7], [8, 9, 9, 9, 0]), ([1] * 6, [2])]
+    with torch.no_grad():
+        alone = torch.cat([reward.score(model, *logprobs.pack([row])) for row in rows])
+    torch.testing.assert_close(reward.scorer(model, cfg)(rows), alone, atol=1e-5, rtol=1e-5)
