@@ -1,4 +1,5 @@
 """DPO against TRL and closed forms."""
+import ast
 import json
 import math
 from types import SimpleNamespace
@@ -6,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import toy
 
 import model
-from rlhf import dpo
+from rlhf import dpo, logprobs, policy
 from rlhf.dpo import dpo_loss
 from rlhf.pairs import load_pairs
 from rlhf.policy import Policy
@@ -135,3 +137,79 @@ def test_the_preferred_answer_is_the_chosen_one(tmp_path):
     (cfg.dir("pairs") / "pairs.json").write_text(json.dumps(pairs))
     one, two = ([1, 2], [3, 0]), ([1, 2], [4, 4, 0])
     assert load_pairs(cfg, SimpleNamespace(prompt=lambda pair: pair["prompt"])) == [(one, two), (two, one)]
+
+
+# --- a whole run, on a tiny model --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Run folders whose stages sft and pairs are done, for both kinds of training."""
+    made = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    for folder in made.values():
+        toy.write_pairs(folder, toy.preferences(40))
+    return made
+
+
+def ran(folders, kind, **changes):
+    """(settings, metrics of each step, what run() returned)."""
+    usual = {"lr": 1e-3, "epochs": 2, "batch_size": 16, "max_new_tokens": 8}
+    cfg = toy.settings(folders[kind], kind, dpo.Config, **usual | changes)
+    result = dpo.run(cfg)
+    return cfg, toy.lines(cfg), result
+
+
+@pytest.mark.parametrize("temperature", [1., 2.])
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_a_run_starts_at_its_reference(kind, temperature, folders):
+    """The SFT model with its adapter, at the same temperature, pair by pair: no answer has a reward yet."""
+    _, metrics, _ = ran(folders, kind, temperature=temperature, micro_batch_tokens=60)
+    first = metrics[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert max(abs(first[name]) for name in ("rewards/chosen", "rewards/rejected", "rewards/margins")) < 1e-5
+    assert abs(metrics[1]["rewards/chosen"]) > 1e-4                       # and then it moves
+
+
+def trained_pairs(model, pairs, cfg):
+    """What logps() is asked for with gradients, so not by the reference."""
+    return [str(pair) for pair in pairs] if torch.is_grad_enabled() else []
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_the_first_log_probs_are_means_over_the_batch(kind, folders, monkeypatch):
+    batches = toy.steps_of(monkeypatch, dpo, "logps", trained_pairs)
+    cfg, metrics, _ = ran(folders, kind, epochs=1, micro_batch_tokens=60)
+    start, first = policy.load(cfg, "sft"), [ast.literal_eval(pair) for pair in batches[0]]
+    assert len(first) == 16
+    for side, name in enumerate(("logps/chosen", "logps/rejected")):
+        with torch.no_grad():
+            alone = [logprobs.token_logps(start, *logprobs.pack([pair[side]])).sum().item() for pair in first]
+        assert metrics[0][name] == pytest.approx(sum(alone) / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_the_micro_batch_size_changes_nothing(kind, folders):
+    runs = []
+    for tokens in (1, 60, 10_000):
+        cfg, metrics, _ = ran(folders, kind, micro_batch_tokens=tokens)
+        runs.append((metrics, torch.cat([w.flatten() for w in toy.saved(cfg).values()])))
+    for metrics, weights in runs[1:]:
+        for a, b in zip(metrics, runs[0][0], strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(weights, runs[0][1], atol=1e-4, rtol=1e-4)
+
+
+def test_it_learns_what_the_preferred_answers_have_in_common(folders):
+    cfg, metrics, result = ran(folders, "full", epochs=8)
+    assert metrics[-1]["rewards/accuracies"] > .9 and metrics[-1]["loss"] < .4
+    assert result.keys() >= {"loss", "rewards/margins", "eval/mean_length", "objective/kl"}
+    ref, trained = policy.load(cfg, "sft"), policy.open_checkpoint(cfg.dir() / "checkpoint")[0]
+    margins = dpo.logps(trained, load_pairs(cfg, toy.text(cfg)), cfg) - dpo.logps(
+        ref, load_pairs(cfg, toy.text(cfg)), cfg)
+    assert (margins[0] > margins[1]).float().mean() > .9
+
+
+def test_every_epoch_has_an_order_of_its_own(folders, monkeypatch):
+    batches = toy.steps_of(monkeypatch, dpo, "logps", trained_pairs)
+    ran(folders, "full", epochs=3, batch_size=20)
+    assert len(batches) == 6 == len(set(batches))
+    assert all(sorted(batches[i] + batches[i + 1]) == sorted(batches[0] + batches[1]) for i in (2, 4))

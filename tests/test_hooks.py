@@ -1,16 +1,15 @@
 """What a student adds is one file: methods in tests/methods use the hooks of the kit, and change nothing in it."""
-import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import toy
 from methods import grpo, ppo_rule, simpo
 
 from rlhf import dpo, logprobs, policy, reward
+from rlhf.pairs import load_pairs
 
 torch.set_num_threads(1)
 METHODS = Path(__file__).parent / "methods"
@@ -19,14 +18,10 @@ kinds = pytest.mark.parametrize("kind", toy.KINDS)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Run folders with sft, reward, and pairs in which the chosen answer has a word of w30 to w39."""
+    """Run folders with sft, reward and pairs."""
     made = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
     for folder in made.values():
-        (folder / "run" / "pairs").mkdir()
-        (folder / "run" / "pairs" / "pairs.json").write_text(json.dumps(
-            [{"instruction": toy.sentence(prompt), "preference": 1, "ids_1": [*one, 30 + i % 10, 0], "ids_2": [*two, 0]}
-             for i, (prompt, one, two) in enumerate(zip(*(
-                 tiny.texts([1 + (i + j) % 5 for i in range(40)], 99 * j) for j in (1, 2, 3))))]))
+        toy.write_pairs(folder, toy.preferences())
     return made
 
 
@@ -47,11 +42,9 @@ def test_simpo_gets_what_it_needs_and_pays_for_no_reference(kind, folders, monke
     simpo.run(cfg)
     start, text = load(cfg, "sft"), toy.text(cfg)
     means = []
-    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
-        for side in ("ids_1", "ids_2"):
-            ids, mask = logprobs.pack([(text.prompt(pair), pair[side])])
-            with torch.no_grad():
-                means.append(logprobs.token_logps(start, ids, mask).sum().item() / len(pair[side]))
+    for row in (row for pair in load_pairs(cfg, text) for row in pair):
+        with torch.no_grad():
+            means.append(logprobs.token_logps(start, *logprobs.pack([row])).sum().item() / len(row[1]))
     margins = [2 * (chosen - rejected) - .5 for chosen, rejected in zip(means[::2], means[1::2])]
     metrics = toy.lines(cfg)
     assert len(loaded) == 1

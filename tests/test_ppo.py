@@ -348,6 +348,58 @@ def test_neither_micro_batches_nor_checkpointing_change_a_metric_of_a_run(kind, 
     close(weights(one), weights(all_at_once), 1e-4)
 
 
+@pytest.fixture
+def at_once(train, rolls, monkeypatch):
+    """One step that is paid by the score alone -> the rollout, and what the losses get: lists of advantages and of
+    returns, (tokens,) of each answer."""
+    def trained(**changes):
+        seen, policy_loss, value_loss = ([], []), ppo.policy_loss, ppo.value_loss
+
+        def watched_policy_loss(logp, old, advantages, mask, cliprange):
+            assert not advantages[~mask].any()
+            seen[0].extend(row[own] for row, own in zip(advantages, mask))
+            return policy_loss(logp, old, advantages, mask, cliprange)
+
+        def watched_value_loss(values, old, returns, mask, cliprange):
+            seen[1].extend(row[own] for row, own in zip(returns, mask))
+            return value_loss(values, old, returns, mask, cliprange)
+        monkeypatch.setattr(ppo, "policy_loss", watched_policy_loss)
+        monkeypatch.setattr(ppo, "value_loss", watched_value_loss)
+        train("full", steps=1, num_ppo_epochs=1, batch_size=20, kl_coef=0., missing_eos_penalty=0., lam=1., **changes)
+        return rolls[0], *seen
+    return trained
+
+
+def test_advantages_are_whitened_and_returns_are_not(at_once):
+    """Without discount and KL the return of every token is the answer's score."""
+    roll, advantages, returns = at_once()
+    assert torch.cat(advantages).mean().abs() < 1e-5 and len(advantages) == 20
+    assert torch.cat(advantages).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert all((row - row[0]).abs().max() < 1e-4 for row in returns)
+    close(torch.stack([row[0] for row in returns]).sort().values, roll.score.sort().values, 1e-4)
+
+
+def test_whitened_rewards_keep_their_mean(at_once):
+    """Score s at the last of n tokens, 0 at the others, mean m and deviation d of all: the first token's return is
+    (s - n m) / d + n m."""
+    roll, _, returns = at_once(whiten_rewards=True)
+    tokens = roll.mask.sum(1)                                             # (B,)
+    rewards = torch.cat([torch.tensor([0.] * (n - 1) + [s]) for n, s in zip(tokens.tolist(), roll.score.tolist())])
+    m, d = rewards.mean(), rewards.std(correction=0)
+    assert m.abs() > .01
+    first = torch.stack([row[0] for row in returns])
+    close(first.sort().values, ((roll.score - tokens * m) / d + tokens * m).sort().values, 1e-4)
+
+
+def test_every_pass_over_a_rollout_has_an_order_of_its_own(train, monkeypatch):
+    """Within a step and from step to step: three steps of two passes in two batches."""
+    batches = toy.steps_of(monkeypatch, experience.Experience, "cut", lambda roll, indices, *per_token: (
+        indices if per_token else ()))
+    train("full", micro_batch_tokens=40)
+    assert [len(batch) for batch in batches] == [10] * 12 and len(set(batches)) == 12
+    assert all(sorted(batches[i] + batches[i + 1]) == list(range(20)) for i in range(0, 12, 2))
+
+
 def test_metrics_say_what_their_names_say(train, rolls):
     """TRL's names. The KL that is shown is unbiased, whatever the estimator that is paid for."""
     cfg = train("full", kl_estimator="k3", kl_coef=.3, lr=1e-2)
@@ -483,9 +535,13 @@ def test_the_policy_that_did_best_on_val_is_saved(kind, best, train, monkeypatch
     assert [torch.equal(look, written) for look in looks] == [look == best for look in range(4)]
 
 
-def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train):
-    """The learning rate is far too high: the policy gets worse, and an early one is kept."""
-    cfg = train("full", toy.thirties, **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})
+@pytest.mark.parametrize("target", [0., .01])
+def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(target, train):
+    """The learning rate is far too high: the policy gets worse, and an early one is kept. The price is that of the
+    settings, also where kl_coef moves: or looks at different steps could not be compared."""
+    cfg = train("full", toy.thirties, **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1,
+                                               "adaptive_kl": target})
+    assert (toy.lines(cfg)[-1]["objective/kl_coef"] > 1.05) == bool(target)
     looks = [shown["val_score"] - shown["val_kl"] for shown in toy.lines(cfg, "samples.jsonl")]
     assert len(looks) == 6 and max(looks) > looks[-1] + 1
     assert cfg.result["chosen_step"] == looks.index(max(looks))

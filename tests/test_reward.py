@@ -226,6 +226,23 @@ def test_whole_prompts_are_held_out_at_random(share, least, most):
         assert len(set().union(*seeds)) > 25 and len(set(map(frozenset, seeds))) > 15
 
 
+def test_every_epoch_has_an_order_of_its_own(folder, monkeypatch):
+    batches = toy.steps_of(monkeypatch, reward, "rows_of", lambda pairs: [str(pair) for pair in pairs])
+    trained(folder, pairs(40), epochs=3, batch_size=20, held_out=0.)
+    assert len(batches) == 6 == len(set(batches))
+    assert all(sorted(batches[i] + batches[i + 1]) == sorted(batches[0] + batches[1]) for i in (2, 4))
+
+
+def test_weight_decay_pulls_the_weights_to_zero(folder):
+    """By lr * weight_decay of themselves in a step, beside what the gradient does, which is little in one step."""
+    sizes = {}
+    for decay in (0., 5.):
+        cfg, _ = trained(folder, pairs(40), lr=1e-3, batch_size=40, epochs=1, held_out=0., weight_decay=decay)
+        sizes[decay] = torch.cat([w.flatten() for w in toy.saved(cfg).values()])
+    shrunk = (sizes[0.] - sizes[5.]) / sizes[0.]
+    assert shrunk.median().item() == pytest.approx(1e-3 * 5, rel=.05)
+
+
 def test_swapped_pairs_give_1_minus_the_accuracy():
     model, pairs = critic(), list(zip(ROWS[:3], [ROWS[3], ROWS[4], ROWS[0]]))
     metrics, swapped = validate(model, pairs, CFG), validate(model, [pair[::-1] for pair in pairs], CFG)

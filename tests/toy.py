@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data.adapters import load_adapter
 from data.weights import load_weights, save_pretrained
-from rlhf import policy, reward, sft
+from rlhf import policy, reward, sft, update
 
 STOPS = list(range(8))
 KINDS = {"full": 0, "lora": 4}
@@ -27,6 +27,36 @@ def base(folder):
     (source / "tokenizer_config.json").write_text(json.dumps(template))
     shape = {**tiny.SHAPE, "model_type": "llama", "eos_token_id": STOPS}
     save_pretrained(folder / "base", tiny.gpt().weights(), shape, source)
+
+
+def preferences(n=40):
+    """n pairs {instruction, ids_1, ids_2, preference}: what is preferred has a word of w30 to w39; half prefer 1."""
+    prompts, ones, twos = (tiny.texts([1 + (i + j) % 5 for i in range(n)], 99 * j) for j in (1, 2, 3))
+    made = []
+    for i, (prompt, one, two) in enumerate(zip(prompts, ones, twos)):
+        answers = [*one, 30 + i % 10, 0], [10 + t % 20 for t in two] + [0]
+        one, two = answers[::1 - 2 * (i % 2)]
+        made.append({"instruction": sentence(prompt), "ids_1": one, "ids_2": two, "preference": 1 + i % 2})
+    return made
+
+
+def write_pairs(folder, pairs):
+    """Leave pairs in the run folder as the stage does."""
+    (folder / "run" / "pairs").mkdir(exist_ok=True)
+    (folder / "run" / "pairs" / "pairs.json").write_text(json.dumps(pairs))
+
+
+def steps_of(monkeypatch, owner, name, used):
+    """Watch a run: a list that gets, for each optimizer step, all that `used` says of the calls of owner.name."""
+    batches, now, real, step = [], [], getattr(owner, name), update.Updater.step
+    monkeypatch.setattr(owner, name, lambda *args: now.extend(used(*args)) or real(*args))
+
+    def watched(self):
+        batches.append(tuple(sorted(now)))
+        now.clear()
+        return step(self)
+    monkeypatch.setattr(update.Updater, "step", watched)
+    return batches
 
 
 def sentence(ids):
