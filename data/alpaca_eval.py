@@ -5,6 +5,7 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 import csv
 import gzip
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -121,11 +122,12 @@ def read_labels(path):
 
 
 def read_annotations(paths, any_reference=False):
-    """{name: records} of all models judged in files, or in folders that have an annotations.json in them or below.
+    """({name: records}, {name: path}) of all models judged in files, or in folders with an annotations.json in or
+    below them.
 
-    A model is a generator_2 with its generator_1; what is ambiguous gets its path or its reference into the name. The
-    reference answers to one instruction must be the same text for all (unless `any_reference`), or win rates could
-    not be compared.
+    A model is a generator_2 with its generator_1. It is called by the first; where that is not enough, its reference
+    or the part of its path that differs is added. All must have been judged against the same text by a reference to
+    an instruction (unless `any_reference`), or their win rates could not be compared.
     """
     files = {}
     for path in map(Path, paths):
@@ -133,26 +135,50 @@ def read_annotations(paths, any_reference=False):
         if not found:
             raise InputError(f"{path}: no annotations.json in this folder")
         files |= {each.resolve(): each for each in found}       # named twice, read once
-    groups, references = {}, {}
-    for path in files.values():
+    models, references = {}, {}
+    for whole, path in files.items():
         records = read_records(path, (*TEXTS, "generator_1", "generator_2"))
         once(path, records, lambda record: (record["generator_1"], record["generator_2"]))
         check(path, records)
         for i, record in enumerate(records):
-            groups.setdefault((record["generator_2"], record["generator_1"], str(path)), []).append(record)
+            models.setdefault((record["generator_2"], record["generator_1"], whole), []).append(record)
             key = record["generator_1"], question(record)
             text, where = references.setdefault(key, (record["output_1"], f"row {i} of {path}"))
             if text != record["output_1"] and not any_reference:
                 raise InputError(f"{path}: row {i} was judged against another answer of {key[0]!r} than {where}: such "
                                  "win rates do not compare (--any_reference prints them all the same)")
-    models, keys = {}, list(groups)
-    several = len({reference for _, reference, _ in keys}) > 1
-    for model, reference, path in keys:
+    names = names_of(models)
+    return {names[key]: records for key, records in models.items()}, {names[key]: key[2] for key in models}
+
+
+def check_against(models, reference, path):
+    """InputError unless annotations are of the reference's instructions, and were judged against its answers."""
+    theirs = {question(record): record["output"] for record in reference}
+    for name, records in models.items():
+        for i, record in enumerate(records):
+            if theirs.get(question(record)) != record["output_1"]:
+                how = "was judged against another answer" if question(record) in theirs else "asks something else"
+                raise InputError(f"annotations of {name!r}: row {i} {how} than {path} (--any_reference: never mind)")
+
+
+def names_of(models):
+    """{(model, reference, path): a name that no other one has}, as short as possible."""
+    several = len({reference for _, reference, _ in models}) > 1
+    names = {}
+    for model, reference, path in models:
         name = f"{model} vs {reference}" if several else model
-        if [key[:2] for key in keys].count((model, reference)) > 1:
-            name += f" ({path})"
-        models[name] = groups[model, reference, path]
-    return models
+        alike = [key[2] for key in models if key[:2] == (model, reference)]
+        names[model, reference, path] = name if len(alike) == 1 else f"{name} ({different_parts(alike)[path]})"
+    return names
+
+
+def different_parts(paths):
+    """{path: the part of it that differs}: of runs/a/dpo/x.json and runs/b/dpo/x.json these are a and b."""
+    parts = [path.parts for path in paths]
+    start = len(os.path.commonprefix(parts))
+    rest = [each[start:] for each in parts]
+    end = len(os.path.commonprefix([each[::-1] for each in rest]))
+    return {path: "/".join(each[:len(each) - end]) or "." for path, each in zip(paths, rest)}
 
 
 def read_column(path):

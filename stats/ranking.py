@@ -7,6 +7,19 @@ import numpy as np
 
 from stats.winrate import interval, usable
 
+# ---- who comes first -----------------------------------------------------------------------------------
+
+def best_first(rows):
+    """{name: row} by win rate, those without one last."""
+    return dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
+
+
+def to_compare(rows, baseline=""):
+    """The pairs of models (a, b) to compare: all with the baseline, or each with the next."""
+    names = list(rows)
+    return [(name, baseline) for name in names if name != baseline] if baseline else list(zip(names, names[1:]))
+
+
 # ---- who beat whom -------------------------------------------------------------------------------------
 
 
@@ -99,6 +112,25 @@ def ratings(names, preferences, first, second, counts, anchor):
             row |= {"rank": 1 + int((theta > theta[m]).sum()), "rank_low": round(best), "rank_high": round(worst)}
         rows.append(row)
     return rows
+
+
+def tournament(references, players, preferences, counts):
+    """{ratings, matrix} of all that met, references included; of a single model there is nothing to say.
+
+    references, players (M,): the names of the two sides of each row of preferences (M, N). The anchor of the ratings
+    is the reference of most.
+    """
+    if len(players) < 2:
+        return {"ratings": [], "matrix": None}
+    names = list(dict.fromkeys([*references, *players]))
+    first, second = ([names.index(name) for name in side] for side in (references, players))
+    anchor = max(range(len(names)), key=first.count)
+    won = wins(preferences, first, second, len(names))
+    played, theta = won + won.swapaxes(1, 2), bradley_terry(won, anchor)[0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = {"names": names, "win_rate": (100 * won / played)[0].tolist(),
+                  "predicted": (100 / (1 + np.exp(theta - theta[:, None]))).tolist()}
+    return {"ratings": ratings(names, preferences, first, second, counts, anchor), "matrix": matrix}
 
 
 # ---- do two leaderboards agree? ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import csv
 import json
 import textwrap
 
-import numpy as np
+from stats.ranking import CORRELATIONS, best_first
 
 COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
            "avg_length", "length_controlled_winrate", "lc_standard_error"]      # AlpacaEval's, in its order
@@ -15,12 +15,13 @@ EXTRA = ["lc_name",                                                             
          "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
          "diff_sft", "diff_sft_standard_error",                                 # points over the SFT model,
-         "true_reward"]                                                         # what only the offline world knows
+         "true_reward",                                                         # what only the offline world knows,
+         "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
+         "diff_sft_spread", "true_reward_spread"]                               # of runs that differ in the seed
 MANY = 12                               # models: more of them, and the terminal shows only the most important tables
 WIDTH = 80                              # columns of a terminal
-NAME = 20                               # columns that a name may always have
-PAIR = 28                               # and that the names of two models have together
-HEADER = 16                             # columns that the head of a column of numbers may have
+NAME = 16                               # columns that a name always has, and the head of a column of numbers at most
+PAIR = 28                               # columns that the names of two models have together
 
 
 # ---- cells ---------------------------------------------------------------------------------------------
@@ -62,12 +63,12 @@ def table(*lines):
     """Lines of cells as a table that is at most 80 columns wide; the first line is the header.
 
     The first column holds names and is aligned to the left, the others are aligned to the right. Columns without any
-    value are left out. Names that would make the table too wide are shortened, but not below 20 characters; columns
+    value are left out. Names that would make the table too wide are shortened, but not below 16 characters; columns
     that do not fit beside them are printed below the others, each time with the names in front.
     """
     lines = [[printable(cell) for cell in line] for line in lines]
     names, *columns = zip(*lines)
-    columns = [(shortened(head, HEADER), *cells) for head, *cells in columns if any(cells)]
+    columns = [(shortened(head, NAME), *cells) for head, *cells in columns if any(cells)]
     room = WIDTH - sum(2 + widest(column) for column in columns)
     names = [shortened(name, max(NAME, room)) for name in names]
     blocks = side_by_side(columns, WIDTH - widest(names))
@@ -105,11 +106,6 @@ def filled(text):
 
 
 # ---- the leaderboard -----------------------------------------------------------------------------------
-
-def best_first(rows):
-    """{name: row} by win rate, those without one last."""
-    return dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
-
 
 def write_csv(rows, path):
     """{name: row} as AlpacaEval's leaderboard CSV, in this order; its columns first, then ours that any row has."""
@@ -165,6 +161,65 @@ def write(result, out):
     """leaderboard.csv, and the whole of eval.report in report.json, in the folder `out`; returns the leaderboard."""
     write_json(result, out / "report.json")
     return leaderboard(result["rows"], out / "leaderboard.csv")
+
+
+# ---- runs that differ in the seed ----------------------------------------------------------------------
+
+def write_over_seeds(result, out):
+    """As `write`, of eval.averaged: the means come first in leaderboard.csv, the single runs after them."""
+    write_json(result, out / "report.json")
+    write_csv(result["rows"] | result["runs"], out / "leaderboard.csv")
+    return over_seeds(result)
+
+
+def over_seeds(result):
+    """eval.averaged as text: the means, the numbers of each run, the differences between methods."""
+    lines = [["method", "runs", "win rate", "LC", "length", "vs sft", "true reward"]]
+    for name, row in result["rows"].items():
+        lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
+                      with_spread(row, "length_controlled_winrate"), number(row["avg_length"], ".0f"),
+                      with_spread(row, "diff_sft", "+.1f"), with_spread(row, "true_reward", ".2f")])
+    errors = sorted(row["standard_error"] for row in result["runs"].values())
+    note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
+            "standard error (±) knows the prompts only: for the win rate of one run it is "
+            f"{errors[0]:.1f} to {errors[-1]:.1f} points.")
+    parts = [table(*lines), filled(note), *each_run(result)]
+    title, *lines = differences(result["compared"])
+    if len(lines) > 1:
+        parts.append(f"{filled(title)}\n\n{table(*lines)}")
+    return "\n\n".join(parts)
+
+
+def with_spread(row, key, form=".1f"):
+    spread = number(row.get(f"{key}_spread"), form.lstrip("+"))
+    return number(row.get(key), form) + (f" ({spread})" if spread else "")
+
+
+def each_run(result):
+    """Tables of methods by runs: win rates, differences to sft, true rewards; as far as there are such."""
+    columns = list(dict.fromkeys(row["run"] for row in result["runs"].values()))
+    shown = []
+    for title, key, error, form in (("win rate", "win_rate", "standard_error", ".1f"),
+                                    ("vs sft", "diff_sft", "diff_sft_standard_error", "+.1f"),
+                                    ("true reward", "true_reward", "", ".2f")):
+        lines = [[title, *columns]]
+        for method, names in result["methods"].items():
+            of_run = {result["runs"][name]["run"]: result["runs"][name] for name in names.values()}
+            cells = [of_run.get(column, {}) for column in columns]
+            lines.append([method, *(plus_minus(row.get(key), row.get(error), form) for row in cells)])
+        lines = [line for line in lines if any(line[1:])]
+        if len(lines) > 1:
+            shown.append(table(*lines))
+    return shown
+
+
+def differences(rows):
+    lines = [["", "runs", "difference", "error", "ahead"]]
+    for row in rows:
+        lines.append([pair_name(row["a"], row["b"]), str(row["n_runs"]), with_spread(row, "difference", "+.1f"),
+                      number(row["standard_error"], ".1f"), f"{row['n_ahead']} of {row['n_runs']}"])
+    return ["difference in points between methods of the same seed (its standard deviation over the seeds), its "
+            "standard error over the prompts of one run, and the seeds in which the first method is ahead:", *lines]
 
 
 # ---- beyond the leaderboard: titles and lines of tables ------------------------------------------------
@@ -243,3 +298,13 @@ def everyone(matrix):
             cells.append("" if i == j else number(won, ".1f") or f"{number(predicted, '.1f')}~")
         lines.append([name, *cells])
     return ["win rate of row over column (~: never compared, predicted by the ratings):", *lines]
+
+
+def correlations(found):
+    """stats.ranking.agreement_of_rankings as a table."""
+    lines = [["", "value", "95 %", "p"]]
+    for name in CORRELATIONS:
+        row = found[name]
+        lines.append([name, number(row["value"], ".3f"), between(row["ci_low"], row["ci_high"], ".2f"),
+                      p_value(row["p"])])
+    return table(*lines)
