@@ -1,14 +1,14 @@
 """Run folders, as farm.py leaves them: which settings made a stage, and which runs differ in the seed only.
 
-A run folder holds a folder for each stage, named after it. In there config.json holds the settings, the `id` of what
-was made, and the stages that it `needs`; annotations.json holds the verdicts on its answers, if it answers.
+A run folder holds a folder for each stage. In there config.json holds the settings, the `id` of what was made, and
+{stage: id} of what it `needs`; annotations.json holds the verdicts on its answers, if it answers.
 """
 from data import read_json
 from data.alpaca_eval import different_parts
 
 # What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
-NOT_COMPARED = {"seed", "out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing", "graph", "compile",
-                "merge", "shared_prompt", "commit", "versions", "id", "needs"}
+NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
+                "checkpointing", "graph", "compile", "merge", "shared_prompt", "commit", "versions", "id", "needs"}
 NAMED = 3                               # differences between two runs that a sentence names
 
 
@@ -42,7 +42,7 @@ def starts_of(stages):
 
 def in_the_barn(stages):
     """The names of the models whose instructions are the offline world's, of {name: folder of a stage}."""
-    return {name for name, folder in stages.items() if settings(folder)["data"] == "barn"}
+    return {name for name, folder in stages.items() if settings(folder).get("data") == "barn"}
 
 
 def labels(stages):
@@ -55,8 +55,10 @@ def made_of(folder):
     needed, as {"sft.lr": 0.001}."""
     own = settings(folder)
     made = {key: value for key, value in own.items() if key not in NOT_COMPARED}
-    for stage in own.get("needs", ()):
-        for key, value in made_of(folder.parent / stage).items():
+    beside = {settings(path.parent).get("id"): path.parent for path in folder.parent.glob("*/config.json")}
+    for stage, id in own["needs"].items():
+        needed = made_of(beside[id]) if id in beside else {}
+        for key, value in needed.items():
             made[key if "." in key else f"{stage}.{key}"] = value
     return made
 
@@ -65,12 +67,13 @@ def difference(folder, other):
     """How the settings that made a stage differ from those that made another one, as the end of a sentence."""
     ours, theirs = made_of(folder), made_of(other)
     keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-    keys = [key for key in keys if key.partition(".")[2] not in keys]       # sft.lora_rank, where lora_rank is named
-    named = [f"{key} {ours.get(key)} instead of {theirs.get(key)}" for key in keys[:NAMED]]
-    more = [f"{len(keys) - NAMED} more"] if len(keys) > NAMED else []
     if not keys:
         return f"have the same seed, {settings(folder)['seed']}"
-    return f"differ in more than the seed ({', '.join(named + more)})"
+    keys = [key for key in keys if key.partition(".")[2] not in keys]       # sft.lora_rank, where lora_rank is named
+    said = [key if isinstance(ours.get(key), dict) else f"{key} {ours.get(key)} instead of {theirs.get(key)}"
+            for key in keys]
+    more = [f"{len(keys) - NAMED} more"] if len(keys) > NAMED else []
+    return f"differ in more than the seed ({', '.join(said[:NAMED] + more)})"
 
 
 def same_but_the_seed(folders):

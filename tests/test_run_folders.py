@@ -22,7 +22,6 @@ from stats.winrate import paired_difference, win_rate
 
 evaluation = functools.partial(command, "eval.py")
 RATES = {"sft": .4, "dpo": .6, "ppo": .7}
-NEEDS = {"sft": {}, "dpo": {"sft": "1"}, "ppo": {"sft": "1"}}
 
 
 def preferences(method, seed, n=60):
@@ -34,8 +33,9 @@ def preferences(method, seed, n=60):
 def stage(folder, seed=0, given=None, **settings):
     """What farm.py leaves of a stage that evaluation needs; its settings and its verdicts."""
     method = folder.name
+    needs = {} if method == "sft" else {"sft": f"{folder.parent.name} sft"}
     config = {"lr": .1, "data": "mine", "slots": 0, "out": str(folder.parent), **settings, "seed": seed,
-              "needs": NEEDS[method], "id": f"{method}{seed}{settings}"}
+              "needs": needs, "id": f"{folder.parent.name} {method}"}
     write(folder / "config.json", json.dumps(config))
     rows = annotations(method, preferences(method, seed) if given is None else given)
     write(folder / "annotations.json", rows)
@@ -148,10 +148,21 @@ def test_what_runs_may_differ_in(tmp_path):
     ((1, {"lr": .2}, {}), r"\(sft.lr 0.2 instead of 0.1\)"), ((1, {}, {"beta": 3}), r"\(beta 3 instead of None\)"),
     ((1, {"lr": 0}, {"lr": 0}), r"\(lr 0 instead of 0.1\)"),
     ((1, {}, {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}), r"a 1 .*, b 2 .*, c 3 instead of None, 2 more\)"),
+    ((1, {}, {"sources": {"dpo.py": "a1"}}), r"\(sources\)"),
     ((0, {}, {}), "run1 and run0 have the same seed, 0$")])
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, change, said):
     methods, sentences = grouped(tmp_path, [(0, {}, {}), change])
     assert methods == {} and len(sentences) == 1 and re.search(f"^not averaged: .*{said}", sentences[0]), sentences
+
+
+def test_a_needed_stage_is_found_by_its_id_whatever_its_folder_is_called(tmp_path):
+    stages = {}
+    for n, lr in enumerate((.1, .2)):
+        stages[f"dpo{n}"] = stage(tmp_path / f"run{n}" / "dpo", n)
+        made = stage(tmp_path / f"run{n}" / "sft", n, lr=lr)
+        made.rename(made.with_name("sft_slow"))
+    assert by_method(stages) == ({}, ["not averaged: run1 and run0 differ in more than the seed (sft.lr 0.2 instead of "
+                                      "0.1)"])
 
 
 def test_other_settings_are_a_row_of_their_own(tmp_path):
@@ -270,6 +281,15 @@ def test_long_answers_are_cut_and_several_references_named():
     assert "... and 21 lines more" in text and text.count("la " * 20) == 15 and "(nothing)" in text
     assert "gpt (reference)\n      Yes.\n\n      No." in text and "llama (reference)" in text
     assert "b: the judge prefers this answer" in text
+
+
+def test_models_come_in_the_order_of_their_win_rates_after_what_they_started_from():
+    def records(preference):
+        return {"Sing.": {"output_1": "a", "output_2": "b", "generator_1": "reference", "preference": preference}}
+
+    models = {"ppo": records(1.9), "sft": records(1.7), "dpo": records(1.2)}
+    for before, names in (((), ["dpo", "sft", "ppo"]), ({"sft"}, ["sft", "dpo", "ppo"])):
+        assert re.findall(r"^   (\w+):", side_by_side(models, 1, 0, before), re.MULTILINE) == names
 
 
 def test_models_without_a_common_instruction_are_not_shown(tmp_path):
