@@ -1,26 +1,20 @@
 """Evaluation: win rates and their errors, models compared, judges examined.
 
-python eval.py runs/barn                the leaderboard of a run folder, or of
-                                        any files and folders of annotations
-python eval.py runs/0 runs/1 runs/2     runs that differ in the seed: the mean
-                                        of each method and its spread
-python eval.py --show runs/barn         instructions, the answers of each
-                                        model to them, and the verdicts
-python eval.py A.json B.json --baseline A
-                                        all models compared with A
+python eval.py runs/barn                    the leaderboard of a run folder
+python eval.py runs/0 runs/1 runs/2         mean and spread over seeds
+python eval.py A.json B.json --baseline A   all models compared with A
+python eval.py --show runs/barn             answers side by side, to be read
 python eval.py --outputs OUT.json --reference REF.json --judge MODEL
-                                        answers are judged first
+                                            have answers judged first
 python eval.py --judge_report LABELS.json --human HUMAN.json
-                                        how far a judge can be trusted
-python eval.py --rankings ONE.csv TWO.csv
-                                        do two leaderboards agree?
-python eval.py --attack --judge MODEL   what a judge gives for answers that
-                                        say nothing
+                                            how far to trust a judge
+python eval.py --rankings ONE.csv TWO.csv   do two leaderboards agree?
+python eval.py --attack --judge MODEL       judge answers that say nothing
 
 leaderboard.csv has AlpacaEval's columns, then ours. For runs that differ in
-the seed it has a row for each method (numbers are means, counts are sums,
-n_runs says of how many runs, *_spread is the standard deviation over them)
-and then, named like "dpo (0)", a row for each run of it (`run`, `seed`).
+the seed it has a row for each method (means; counts are sums; n_runs is the
+number of runs, *_spread the standard deviation over them) and, named like
+"dpo (0)", a row for each run, with its `run` and `seed`.
 """
 import argparse
 import csv
@@ -51,8 +45,8 @@ from stats.winrate import (compare, left_out, paired_difference, position_flips,
 def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
     """Judge a model's outputs against the reference's -> AlpacaEval's annotations, in the reference's order.
 
-    Both are lists of {instruction, output, generator, optional input and dataset} that answer the same instructions;
-    InputError names the first that does not.
+    Both are lists of {instruction, output, generator, optional input and dataset}. InputError names the first
+    instruction that only one of them answers.
     """
     return annotate(paired(matched(outputs, reference), reference), annotators, judge, seed, both_orders=both_orders)
 
@@ -60,10 +54,10 @@ def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
 # ---- annotations -> numbers ----------------------------------------------------------------------------
 
 class Prompts:
-    """The annotations of M models, brought to the same N instructions in one order: arrays (M, N).
+    """The annotations of M models as arrays (M, N), with the same N instructions in the same order for all.
 
-    `asked` gives the instructions and their order; by default they are those of all models, as they come. preferences,
-    lengths and reference_lengths are NaN where a model has no annotation, which `there` says too.
+    The instructions are those of the records `asked`, in this order, then others that a model has. preferences, lengths
+    and reference_lengths are NaN where a model has no annotation; `there` says where it has one.
     """
 
     def __init__(self, models, asked=()):
@@ -83,10 +77,13 @@ class Prompts:
             self.datasets[n] = self.datasets[n] or record.get("dataset") or ""
         self.there = ~np.isnan(self.lengths)
         self.references = [records[0]["generator_1"] for records in models.values()]
+        writers = [records[0]["generator_2"] for records in models.values()]
+        self.players = self.names if len(set(self.references)) == 1 else writers    # who plays in stats.ranking
 
 
 def shown_first(record):
-    """Was the model's answer shown first? AlpacaEval does not store it, but drew it from the instruction (seed 0)."""
+    """Whether the judge saw the model's answer first. AlpacaEval's files do not say it, but the instruction decides
+    it there (with seed 0)."""
     switched = record.get("is_switched")
     return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
 
@@ -96,11 +93,11 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
     if lc == "none":
         return {}
     if all(record["output_1"] == record["output_2"] for record in records):
-        return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # by definition
+        return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # the reference itself
     difficulty, gamed = lc_data or (None, None)
     if lc == "alpaca_eval":
-        # As published: rows in the file's order, the difficulties by row number even where rows are missing before it,
-        # C chosen by cross-validation, and as the error the spread of what was fitted.
+        # As published: a row gets the difficulty of its row number, even if rows before it are missing; C is chosen by
+        # cross-validation; the error is the spread of the fitted probabilities.
         if difficulty is None or len(records) > len(difficulty):
             raise InputError("--lc alpaca_eval needs AlpacaEval's own difficulties (--lc_data), and as many rows")
         place = [prompts.place[question(record)] for record in records]
@@ -155,7 +152,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
                   for name in rows}
     return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
             "position": {name: position[name] for name in rows if name in position}, "flips": flips,
-            **tournament(prompts.references, players_of(models, prompts), prompts.preferences, counts)}
+            **tournament(prompts.references, prompts.players, prompts.preferences, counts)}
 
 
 def one_by_one(models, prompts, counts, lc, lc_data, lc_C, barn):
@@ -187,13 +184,6 @@ def true_reward_of(record):
     return true_reward(record["instruction"], record["output_2"])
 
 
-def players_of(models, prompts):
-    """What the models are called among each other and their references."""
-    if len(set(prompts.references)) == 1:               # one reference: a model is a row of the leaderboard
-        return prompts.names
-    return [records[0]["generator_2"] for records in models.values()]
-
-
 def averaged(result, models, stages, methods, asked=(), baseline=""):
     """report() of runs that differ in the seed, averaged over them by stats.seeds.over_runs.
 
@@ -208,7 +198,7 @@ def averaged(result, models, stages, methods, asked=(), baseline=""):
 # ---- the command ---------------------------------------------------------------------------------------
 
 def read_all(args, reference):
-    """{name: outputs in the reference's order} of the files in args.outputs, before a cent is spent on the first."""
+    """{name: outputs in the reference's order} of the files in args.outputs; all are checked before any is judged."""
     asked, models = {question(record) for record in reference}, {}
     for path in args.outputs:
         outputs = read_outputs(path)
@@ -225,7 +215,7 @@ def read_all(args, reference):
 
 
 def folder_of(name):
-    """A generator's name as the name of a folder, below --out and beside its other files."""
+    """A generator's name as the name of a folder in --out, unlike the names of the files there."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-").replace(".json", "-json").replace(".csv", "-csv") or "model"
 
 
@@ -233,7 +223,7 @@ def reference_outputs(args):
     if args.reference:
         return read_outputs(args.reference)
     if args.judge != "barn":
-        raise InputError("which answers are the others compared with? --reference REF.json, in AlpacaEval's format")
+        raise InputError("which answers are these compared with? Give --reference REF.json, in AlpacaEval's format")
     return sets.load()["eval"]                          # the offline world's
 
 
@@ -296,7 +286,7 @@ def examined(args):
 
 
 def correlated(paths):
-    """Do two leaderboards agree? As a table."""
+    """How well two leaderboards agree, as a table."""
     one, two = map(read_column, paths)
     both = [name for name in one if name in two]
     if len(both) < 3:
@@ -394,7 +384,7 @@ MODES = {                                               # what is done, and the 
 def to_judge(args):
     """({name: annotations}, the reference's records): what --outputs and --attack ask for, judged."""
     if args.reference and not args.judge:
-        raise InputError("who judges? --judge MODEL (barn knows its own world only)")
+        raise InputError("who judges? Give --judge MODEL (barn can judge answers in its own world only)")
     args.judge = args.judge or "barn"
     asked = reference_outputs(args)[:args.limit or None]
     outputs = read_all(args, asked) if args.outputs else {

@@ -16,7 +16,7 @@ from data.sets import read_records
 
 
 def question(record):
-    """What is asked, in one text: instructions are told apart by it, and a judge is shown it."""
+    """An instruction with its input, as one text. It identifies the instruction, and it is what a judge is shown."""
     return record["instruction"] + ("\n\n" + record["input"] if record.get("input") else "")
 
 
@@ -25,7 +25,7 @@ def shown(text):
 
 
 def once(path, records, keys=lambda record: ()):
-    """InputError if two records ask the same, and have the same `keys`."""
+    """InputError if two records have the same instruction and the same `keys`."""
     seen = {}
     for i, record in enumerate(records):
         first = seen.setdefault((question(record), keys(record)), i)
@@ -73,7 +73,7 @@ KINDS = {                                               # key: (what it is, unle
 
 
 def check(path, records):
-    """InputError names the first row whose preference is missing, or that holds something of the wrong kind."""
+    """InputError, which names the first row, if a preference is missing or a value is of the wrong kind."""
     for i, record in enumerate(records):
         for key in record.keys() & KINDS.keys() | {"preference"}:
             kind, fits = KINDS[key]
@@ -86,10 +86,11 @@ TEXTS = ("instruction", "output_1", "output_2")
 
 
 def read_pairs(path, reference=""):
-    """Pairs {instruction, output_1, output_2, ...} to be annotated, from any of
+    """Pairs {instruction, output_1, output_2, ...} to be annotated, from a file in any of three forms:
 
-    AlpacaFarm's pairs; several outputs to one instruction, {instruction, output: [text, ...]}, of which the first and
-    second are a pair, the third and fourth, ...; AlpacaEval's outputs, whose output_1 are then those of `reference`.
+    AlpacaFarm's pairs; lists of outputs {instruction, output: [text, ...]}, of which the first and the second are a
+    pair, the third and the fourth, and so on; AlpacaEval's outputs of a model, as output_2, if the file `reference`
+    has those that become output_1.
     """
     if reference:
         outputs, theirs = read_outputs(path), read_outputs(reference)
@@ -122,12 +123,12 @@ def read_labels(path):
 
 
 def read_annotations(paths, any_reference=False):
-    """({name: records}, {name: path}) of all models judged in files, or in folders with an annotations.json in or
-    below them.
+    """({name: records}, {name: path}) of all models that were judged, from files, or from folders that have an
+    annotations.json in them or below.
 
-    A model is a generator_2 with its generator_1. It is called by the first; where that is not enough, its reference
-    or the part of its path that differs is added. All must have been judged against the same text by a reference to
-    an instruction (unless `any_reference`), or their win rates could not be compared.
+    A model is a generator_2 with its generator_1. Its name is that of generator_2; where this is not unique, the
+    reference or the part of the path that differs is added. A reference must have given the same answer to an
+    instruction in all files (unless `any_reference`), as win rates over different answers cannot be compared.
     """
     files = {}
     for path in map(Path, paths):
@@ -162,7 +163,7 @@ def check_against(models, reference, path):
 
 
 def names_of(models):
-    """{(model, reference, path): a name that no other one has}, as short as possible."""
+    """{(model, reference, path): a short name that no other has}."""
     several = len({reference for _, reference, _ in models}) > 1
     names = {}
     for model, reference, path in models:

@@ -1,8 +1,8 @@
 """The judge report: how far to trust a judge, from labels of the same pairs by judges and people.
 
 Names and definitions are those of AlpacaEval's table of evaluators (`analyze_evaluators`). Labels are preferences
-(N, K): K labels of each of N pairs, by several people or by one judge with K seeds; NaN where there is none. A pair that
-has only some of its labels counts with these, while AlpacaEval leaves it out. A draw coded as 0 becomes 1.5.
+(N, K): K labels of each of N pairs, by several people or by one judge with K seeds; NaN where there is none. A pair
+that has only some of its labels counts with these, while AlpacaEval leaves it out. A draw coded as 0 becomes 1.5.
 """
 import re
 from collections import Counter
