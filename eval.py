@@ -1,41 +1,52 @@
-"""Evaluation: win rates with honest errors from AlpacaEval's files, models ranked and compared, judges examined.
+"""Evaluation: win rates and their errors, models compared, judges examined.
 
-    python eval.py runs/barn                            leaderboard of annotations: files, or folders that hold them
-    python eval.py A.json B.json --baseline A           and every model compared with A on the same prompts
-    python eval.py --outputs OUT.json --reference REF.json --judge MODEL        have answers judged first
-    python eval.py --judge_report LABELS.json --human HUMAN.json                how far to trust a judge
-    python eval.py --rankings SIMULATED.csv HUMAN.csv   do two leaderboards agree? (FILE.csv:COLUMN for another column)
-    python eval.py --attack --judge MODEL               what the judge gives to answers that say nothing
+python eval.py runs/barn                    the leaderboard of a run folder
+python eval.py runs/0 runs/1 runs/2         mean and spread over seeds
+python eval.py A.json B.json --baseline A   all models compared with A
+python eval.py --show runs/barn             answers side by side, to be read
+python eval.py --outputs OUT.json --reference REF.json --judge MODEL
+                                            have answers judged first
+python eval.py --judge_report LABELS.json --human HUMAN.json
+                                            how far to trust a judge
+python eval.py --rankings ONE.csv TWO.csv   do two leaderboards agree?
+python eval.py --attack --judge MODEL       judge answers that say nothing
 
-Everything is computed from files, in numpy, without torch. As a library: `report`, and the parts in stats/.
+leaderboard.csv has AlpacaEval's columns, then ours. For runs that differ in
+the seed it has a row for each method (means; counts are sums; n_runs is the
+number of runs, *_spread the standard deviation over them) and, named like
+"dpo (0)", a row for each run, with its `run` and `seed`.
 """
 import argparse
 import csv
 import json
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
 
 from annotate import annotate, connect, draw, pool
-from data import InputError, run, sets, underscored
-from data.alpaca_eval import (matched, paired, question, read_annotations, read_column, read_labels,
+from data import InputError, did_you_mean, run, run_folders, sets, underscored
+from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_labels,
                               read_length_control, read_outputs)
 from data.attacks import ATTACKS
+from data.barn.reward import true_reward
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
-from stats.ranking import CORRELATIONS, agreement_of_rankings, bradley_terry, ratings, wins
-from stats.tables import best_first, between, details, number, table, write
-from stats.winrate import (compare, left_out, position_flips, position_gap, rate_interval, resample, resampled_means,
-                           usable, win_rate)
+from stats.ranking import agreement_of_rankings, best_first, to_compare, tournament
+from stats.seeds import over_runs
+from stats.side_by_side import side_by_side
+from stats.tables import correlations, details, filled, number, table, write, write_over_seeds
+from stats.winrate import (compare, left_out, paired_difference, position_flips, position_gap, rate_interval, resample,
+                           resampled_means, usable, win_rate)
 
 # ---- judging -------------------------------------------------------------------------------------------
 
 def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
     """Judge a model's outputs against the reference's -> AlpacaEval's annotations, in the reference's order.
 
-    Both are lists of {instruction, output, generator, optional input and dataset} that answer the same instructions;
-    InputError names the first that does not.
+    Both are lists of {instruction, output, generator, optional input and dataset}. InputError names the first
+    instruction that only one of them answers.
     """
     return annotate(paired(matched(outputs, reference), reference), annotators, judge, seed, both_orders=both_orders)
 
@@ -43,10 +54,10 @@ def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
 # ---- annotations -> numbers ----------------------------------------------------------------------------
 
 class Prompts:
-    """The annotations of M models, brought to the same N instructions in one order: arrays (M, N).
+    """The annotations of M models as arrays (M, N), with the same N instructions in the same order for all.
 
-    `asked` gives the instructions and their order; by default they are those of all models, as they come. preferences,
-    lengths and reference_lengths are NaN where a model has no annotation, which `there` says too.
+    The instructions are those of the records `asked`, in this order, then others that a model has. preferences, lengths
+    and reference_lengths are NaN where a model has no annotation; `there` says where it has one.
     """
 
     def __init__(self, models, asked=()):
@@ -66,10 +77,13 @@ class Prompts:
             self.datasets[n] = self.datasets[n] or record.get("dataset") or ""
         self.there = ~np.isnan(self.lengths)
         self.references = [records[0]["generator_1"] for records in models.values()]
+        writers = [records[0]["generator_2"] for records in models.values()]
+        self.players = self.names if len(set(self.references)) == 1 else writers    # who plays in stats.ranking
 
 
 def shown_first(record):
-    """Was the model's answer shown first? AlpacaEval does not store it, but drew it from the instruction (seed 0)."""
+    """Whether the judge saw the model's answer first. AlpacaEval's files do not say it, but the instruction decides
+    it there (with seed 0)."""
     switched = record.get("is_switched")
     return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
 
@@ -79,11 +93,11 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
     if lc == "none":
         return {}
     if all(record["output_1"] == record["output_2"] for record in records):
-        return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # by definition
+        return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}        # the reference itself
     difficulty, gamed = lc_data or (None, None)
     if lc == "alpaca_eval":
-        # As published: rows in the file's order, the difficulties by row number even where rows are missing before it,
-        # C chosen by cross-validation, and as the error the spread of what was fitted.
+        # As published: a row gets the difficulty of its row number, even if rows before it are missing; C is chosen by
+        # cross-validation; the error is the spread of the fitted probabilities.
         if difficulty is None or len(records) > len(difficulty):
             raise InputError("--lc alpaca_eval needs AlpacaEval's own difficulties (--lc_data), and as many rows")
         place = [prompts.place[question(record)] for record in records]
@@ -97,17 +111,20 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
                              lc_C or HARDLY_ANY, counts[:, there])
 
 
-def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None, resamples=1000, seed=0):
+def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None, resamples=1000, seed=0, starts=None,
+           barn=()):
     """All that annotations say: {name: AlpacaEval records} of M models -> a dict that JSON can hold.
 
-    asked       records of all instructions in their order, for what is missing; `lc_data`, from
+    asked       records of all instructions in their order, to know what is missing; `lc_data`, from
                 data.alpaca_eval.read_length_control, follows this order
     baseline    the model that all are compared with; by default each is compared with the next on the leaderboard
     lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published; "none"
-    Every interval is of the same `resamples` draws of the instructions.
+    starts      {name: name of the SFT model that it started from}; by default that is the model called sft
+    barn        names of the models that were asked instructions of the offline world, which knows the true reward
+    All intervals are from the same `resamples` draws of the instructions.
 
     rows        {name: row of the leaderboard}, best first
-    compared    [{a, b, and what stats.winrate.compare says}], for models with the same reference
+    compared    [{a, b, and the row of stats.winrate.compare}], for models with the same reference
     by_dataset  {name: {dataset: row}}
     position    {name: stats.winrate.position_gap}; flips: {name: stats.winrate.position_flips}, if asked in both orders
     ratings     stats.ranking.ratings, the reference at 1000
@@ -117,9 +134,30 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     if lc_data and lc == "default" and len(lc_data[0]) != len(asked):
         raise InputError(f"the difficulties are of {len(lc_data[0])} instructions: give the reference outputs with all "
                          "of them, in AlpacaEval's order, as --reference")
-    if baseline and baseline not in models:
-        raise InputError(f"--baseline {baseline!r} is not among the models: {', '.join(models)}")
-    counts, rows, position, flips = resample(len(prompts.datasets), resamples, seed), {}, {}, {}
+    known(baseline, models)
+    counts = resample(len(prompts.datasets), resamples, seed)
+    rows, position, flips = one_by_one(models, prompts, counts, lc, lc_data, lc_C, barn)
+    rows = best_first(rows)
+    preferences, reference = (dict(zip(models, x)) for x in (prompts.preferences, prompts.references))
+    starts = dict.fromkeys(models.keys() - {"sft"}, "sft") if starts is None and "sft" in models else starts or {}
+    for name, start in starts.items():
+        if reference[name] == reference[start]:
+            points, error = paired_difference(preferences[name], preferences[start])
+            rows[name] |= {"diff_sft": points, "diff_sft_standard_error": error}
+    datasets = list(dict.fromkeys(prompts.datasets))
+    clusters = prompts.datasets if len(datasets) > 1 else None
+    compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
+                for a, b in to_compare(rows, baseline) if reference[a] == reference[b]]
+    by_dataset = {name: {dataset: win_rate(preferences[name][prompts.datasets == dataset]) for dataset in datasets}
+                  for name in rows}
+    return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
+            "position": {name: position[name] for name in rows if name in position}, "flips": flips,
+            **tournament(prompts.references, prompts.players, prompts.preferences, counts)}
+
+
+def one_by_one(models, prompts, counts, lc, lc_data, lc_C, barn):
+    """What can be said of each model alone: rows, position and flips of `report`."""
+    rows, position, flips = {}, {}, {}
     for m, (name, records) in enumerate(models.items()):
         p, there = prompts.preferences[m], prompts.there[m]
         row = win_rate(p[there])
@@ -127,47 +165,40 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
         rows[name] = {**row, "mode": "community", "avg_length": int(prompts.lengths[m, there].mean()),
                       **controlled(records, prompts, m, lc, lc_data, lc_C, counts),
                       "win_rate_ci_low": low, "win_rate_ci_high": high, **left_out(p[there], int((~there).sum()))}
+        if name in barn:
+            rows[name]["true_reward"] = statistics.mean(map(true_reward_of, records))
         if by_order := [record["preference_by_order"] for record in records if "preference_by_order" in record]:
             flips[name] = position_flips(by_order)
         else:
             position[name] = position_gap(p, prompts.switched[m])
-    rows = best_first(rows)
-
-    preferences, reference = (dict(zip(models, x)) for x in (prompts.preferences, prompts.references))
-    pairs = [(name, baseline) for name in rows if name != baseline] if baseline else zip(rows, list(rows)[1:])
-    datasets = list(dict.fromkeys(prompts.datasets))
-    clusters = prompts.datasets if len(datasets) > 1 else None
-    compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
-                for a, b in pairs if reference[a] == reference[b]]
-    by_dataset = {name: {dataset: win_rate(preferences[name][prompts.datasets == dataset]) for dataset in datasets}
-                  for name in rows}
-    return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
-            "position": {name: position[name] for name in rows if name in position}, "flips": flips,
-            **tournament(models, prompts, counts)}
+    return rows, position, flips
 
 
-def tournament(models, prompts, counts):
-    """Ratings and matrix of all that met, references included; nothing for a single model."""
-    if len(models) < 2:
-        return {"ratings": [], "matrix": None}
-    players = [records[0]["generator_2"] for records in models.values()]
-    if len(set(prompts.references)) == 1:               # one reference: a model is a row of the leaderboard
-        players = prompts.names
-    names = list(dict.fromkeys([*prompts.references, *players]))
-    first, second = ([names.index(name) for name in side] for side in (prompts.references, players))
-    anchor = max(range(len(names)), key=first.count)    # the reference of most
-    won = wins(prompts.preferences, first, second, len(names))
-    played, theta = won + won.swapaxes(1, 2), bradley_terry(won, anchor)[0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        matrix = {"names": names, "win_rate": (100 * won / played)[0].tolist(),
-                  "predicted": (100 / (1 + np.exp(theta - theta[:, None]))).tolist()}
-    return {"ratings": ratings(names, prompts.preferences, first, second, counts, anchor), "matrix": matrix}
+def known(baseline, models):
+    """InputError if there is a baseline, but not among the models."""
+    if baseline and baseline not in models:
+        raise InputError(f"--baseline {baseline!r} is not among the models: {', '.join(models)}")
+
+
+def true_reward_of(record):
+    return true_reward(record["instruction"], record["output_2"])
+
+
+def averaged(result, models, stages, methods, asked=(), baseline=""):
+    """report() of runs that differ in the seed, averaged over them by stats.seeds.over_runs.
+
+    stages {name: folder of the stage}, methods {method: {seed: name}}; the other arguments as for report().
+    """
+    known(baseline, methods)
+    runs, preferences = run_folders.labels(stages), dict(zip(models, Prompts(models, asked).preferences))
+    labels = {name: runs[folder.parent] for name, folder in stages.items()}
+    return over_runs(result, preferences, labels, methods, baseline)
 
 
 # ---- the command ---------------------------------------------------------------------------------------
 
 def read_all(args, reference):
-    """{name: outputs in the reference's order} of the files in args.outputs, before a cent is spent on the first."""
+    """{name: outputs in the reference's order} of the files in args.outputs; all are checked before any is judged."""
     asked, models = {question(record) for record in reference}, {}
     for path in args.outputs:
         outputs = read_outputs(path)
@@ -184,7 +215,7 @@ def read_all(args, reference):
 
 
 def folder_of(name):
-    """A generator's name as the name of a folder, below --out and beside its other files."""
+    """A generator's name as the name of a folder in --out, unlike the names of the files there."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-").replace(".json", "-json").replace(".csv", "-csv") or "model"
 
 
@@ -192,7 +223,7 @@ def reference_outputs(args):
     if args.reference:
         return read_outputs(args.reference)
     if args.judge != "barn":
-        raise InputError("which answers are the others compared with? --reference REF.json, in AlpacaEval's format")
+        raise InputError("which answers are these compared with? Give --reference REF.json, in AlpacaEval's format")
     return sets.load()["eval"]                          # the offline world's
 
 
@@ -207,16 +238,6 @@ def judged(args, outputs, reference):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
     return models
-
-
-def check_against(models, reference, path):
-    """InputError unless annotations are of the reference's instructions, and were judged against its answers."""
-    theirs = {question(record): record["output"] for record in reference}
-    for name, records in models.items():
-        for i, record in enumerate(records):
-            if theirs.get(question(record)) != record["output_1"]:
-                how = "was judged against another answer" if question(record) in theirs else "asks something else"
-                raise InputError(f"annotations of {name!r}: row {i} {how} than {path} (--any_reference: never mind)")
 
 
 def labels_of(records, pairs=None):
@@ -265,104 +286,148 @@ def examined(args):
 
 
 def correlated(paths):
-    """Do two leaderboards agree? As a table."""
+    """How well two leaderboards agree, as a table."""
     one, two = map(read_column, paths)
     both = [name for name in one if name in two]
     if len(both) < 3:
         raise InputError(f"{len(both)} models are in both {paths[0]} and {paths[1]}: a ranking needs three")
-    found = agreement_of_rankings([one[name] for name in both], [two[name] for name in both])
-    lines = [[name, number(found[name]["value"], ".3f"), between(found[name]["ci_low"], found[name]["ci_high"], ".2f"),
-              number(found[name]["p"], ".2g")] for name in CORRELATIONS]
     lonely = len(one) + len(two) - 2 * len(both)
-    return (f"{len(both)} models{f' (and {lonely} in one of the two only)' if lonely else ''}; 95 % over resampled "
-            "models, p over permutations of them:\n\n" +
-            table(["", "value", "95 %", "p"], *lines))
+    others = f" ({lonely} others are in one of the two files only)" if lonely else ""
+    title = f"{len(both)} models{others}; 95 %: interval over resampled models, p: over permutations of the models:"
+    found = agreement_of_rankings([one[name] for name in both], [two[name] for name in both])
+    return f"{filled(title)}\n\n{correlations(found)}"
+
+
+def shown(args):
+    """Instructions with the answers of all models of the files and folders in args.show, as text."""
+    models, stages = run_folders.named_by_run(*read_annotations(args.show, args.any_reference))
+    records = {name: {question(record): record for record in records} for name, records in models.items()}
+    if not set.intersection(*map(set, records.values())):
+        raise InputError("there is no instruction that all of these models have answered")
+    before = {name for name in models if stages.get(name, Path(name)).name == "sft"}
+    worth = true_reward if run_folders.in_the_barn(stages) == models.keys() else None
+    return side_by_side(records, args.n, args.seed, before, worth)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+
+    def add(flag, help, **kind):
+        default = "off" if kind.get("action") == "store_true" else kind.get("default")
+        default = "none" if default in (None, "") else default
+        said = "" if "default" in help or not flag.startswith("-") else f" (default: {default})"
+        parser.add_argument(flag, help=help + said, **kind)
+
     add("annotations", nargs="*", help="AlpacaEval annotations: .json, .jsonl, .gz, or folders with annotations.json")
+    add("--show", nargs="+", metavar="PATH", help="print instructions from such files or folders, with the answers")
+    add("--n", type=int, default=3, help="instructions that --show prints")
     add("--outputs", nargs="+", metavar="FILE", help="answers to be judged, one file for each model")
     add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
-        "with annotations: all instructions in their order, for what is missing")
+        "with annotations: all instructions in their order, to know which are missing")
     add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, or a model at OPENAI_BASE_URL")
     add("--pool", choices=["p_eval", "p_single"], default="p_eval", help="thirteen annotators, or one greedy one")
     add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
     add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
     add("--second", default="", metavar="FILE", help="a second judge's labels, to correlate win rates with")
     add("--seeds", type=int, default=4, help="labels of each pair with --judge_report and --judge")
-    add("--rankings", nargs=2, metavar="CSV", help="two leaderboards, FILE.csv or FILE.csv:COLUMN")
-    add("--attack", action="store_true", help="score answers that say nothing")
-    add("--baseline", default="", metavar="NAME", help="compare all with this model (default: each with the next)")
+    add("--rankings", nargs=2, metavar="CSV", help="two leaderboards: FILE.csv, or FILE.csv:COLUMN for a column other "
+        "than win_rate")
+    add("--attack", action="store_true", help="have answers judged that say nothing")
+    add("--baseline", default="", metavar="NAME", help="compare all models with this one (default: each with the next "
+        "on the leaderboard)")
     add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
-    add("--any_reference", action="store_true", help="take annotations against different reference answers together")
+    add("--any_reference", action="store_true", help="accept annotations against different answers of one reference")
     add("--lc", choices=["default", "alpaca_eval", "none"], default="default",
-        help="length control: correct, as AlpacaEval published it, or none")
+        help="length control: correct (default), as AlpacaEval published it, or none")
     add("--lc_data", default="", metavar="FILE", help="AlpacaEval's difficulties and gamed baseline (df_gamed.csv)")
-    add("--lc_C", type=float, metavar="C", help="inverse L1 penalty (default: none; as published: cross-validated)")
+    add("--lc_C", type=float, metavar="C", help="inverse L1 penalty of the length control (default: 100, hardly any; "
+        "with --lc alpaca_eval: cross-validated)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples of the instructions")
-    add("--seed", type=int, default=0, help="of orders, annotators and resamples")
-    add("--limit", type=int, default=0, help="judge only so many instructions (0: all)")
-    add("--workers", type=int, default=8, help="questions to the judge at a time")
-    add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
+    add("--seed", type=int, default=0, help="seed of orders, annotators, resamples, and of what --show draws")
+    add("--limit", type=int, default=0, help="judge only so many instructions, 0 for all (default: 0)")
+    add("--workers", type=int, default=8, help="requests to the judge at the same time")
+    add("--max_unusable", type=float, default=.02, help="stop if a larger share of the verdicts is unusable")
     add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
-    args = parser.parse_args(underscored(argv))
+
+    args, unknown = parser.parse_known_args(underscored(argv))
+    if unknown:
+        flags = [f"--{name}" for name in vars(args)]
+        parser.error(f"there is no {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
     modes = [mode for mode in MODES if getattr(args, mode)]
     if len(modes) != 1:
-        raise InputError(f"give annotations, or one of --outputs, --judge_report, --rankings, --attack, not "
+        raise InputError(f"give annotations, or one of {', '.join(f'--{mode}' for mode in list(MODES)[1:])}, not "
                          f"{' and '.join(modes) or 'nothing'}; --help explains them")
     (mode,) = modes
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {*MODES, "out"}
     if stray := sorted(given - set(MODES[mode].split())):
         raise InputError(f"--{stray[0]} would change nothing here: it does not go with {mode}")
-    if min(args.seeds, args.workers) < 1 or min(args.limit, args.seed) < 0 or not 2 <= args.resamples <= 10 ** 5:
-        raise InputError("--seeds and --workers are positive, --limit and --seed not negative, --resamples 2 to 100000")
+    if min(args.seeds, args.workers, args.n) < 1 or min(args.limit, args.seed) < 0:
+        raise InputError("--seeds, --workers and --n are positive, --limit and --seed are not negative")
+    if not 2 <= args.resamples <= 10 ** 5:
+        raise InputError("--resamples lies between 2 and 100000")
     if not 0 <= args.max_unusable <= 1 or not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
         raise InputError("--max_unusable lies between 0 and 1, --lc_C between 1e-6 and 1e6")
     return args
 
 
 NUMBERS = "reference baseline lc lc_data lc_C resamples seed"
-MODES = {                                               # what goes with each
+MODES = {                                               # what is done, and the flags that go with it
     "annotations": f"{NUMBERS} any_reference",
+    "show": "n seed any_reference",
     "outputs": f"{NUMBERS} judge pool both_orders limit workers max_unusable",
     "attack": "reference judge pool both_orders limit workers resamples seed",
     "judge_report": "judge pool human second seeds limit workers max_unusable",
     "rankings": ""}
 
 
+def to_judge(args):
+    """({name: annotations}, the reference's records): what --outputs and --attack ask for, judged."""
+    if args.reference and not args.judge:
+        raise InputError("who judges? Give --judge MODEL (barn can judge answers in its own world only)")
+    args.judge = args.judge or "barn"
+    asked = reference_outputs(args)[:args.limit or None]
+    outputs = read_all(args, asked) if args.outputs else {
+        name: [{**record, "output": text, "generator": name} for record in asked] for name, text in ATTACKS.items()}
+    known(args.baseline, outputs)
+    return judged(args, outputs, asked), asked
+
+
 def main(argv):
     args = parse(argv)
     if args.rankings:
         return print(correlated(args.rankings))
+    if args.show:
+        return print(shown(args))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.judge_report:
         return print(examined(args))
     lc_data = read_length_control(args.lc_data) if args.lc_data else None
     if args.annotations:
-        models = read_annotations(args.annotations, args.any_reference)
+        models, stages = run_folders.named_by_run(*read_annotations(args.annotations, args.any_reference))
         asked = read_outputs(args.reference) if args.reference else []
         if asked and not args.any_reference:
             check_against(models, asked, args.reference)
     else:
-        if args.reference and not args.judge:
-            raise InputError("who judges? --judge MODEL (barn knows its own world only)")
-        args.judge = args.judge or "barn"
-        asked = reference_outputs(args)[:args.limit or None]
-        outputs = read_all(args, asked) if args.outputs else {
-            name: [{**record, "output": text, "generator": name} for record in asked] for name, text in ATTACKS.items()}
-        if args.baseline and args.baseline not in outputs:
-            raise InputError(f"--baseline {args.baseline!r} is not among the models: {', '.join(outputs)}")
-        models = judged(args, outputs, asked)
-    lc = "none" if args.attack else args.lc             # one text for everything has no length to control for
-    result = report(models, asked, args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed)
+        stages = {}
+        models, asked = to_judge(args)
     references = sorted({records[0]["generator_1"] for records in models.values()})
-    print(f"win rate over {', '.join(references)} in %{LC[lc, bool(lc_data)]}:\n\n{write(result, args.out)}\n")
-    if more := details({**result, "compared": [], "ratings": [], "matrix": None} if args.attack else result):
-        print(f"{more}\n")
-    print(f"leaderboard.csv and report.json are in {args.out}")
+    lc = "none" if args.attack else args.lc             # where all answers are one text, their length explains nothing
+    what = f"win rate over {', '.join(references)} in %{LC[lc, bool(lc_data)]}"
+    methods, remarks = {}, []
+    if len(references) == 1 and len(set(stages.values())) == len(models):       # each model is a stage of a run
+        methods, remarks = run_folders.by_method(stages)
+    result = report(models, asked, "" if methods else args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed,
+                    run_folders.starts_of(stages) if stages else None, run_folders.in_the_barn(stages))
+    if methods:
+        what += ", mean over runs that differ in the seed"
+        text = write_over_seeds(averaged(result, models, stages, methods, asked, args.baseline), args.out)
+        more = ""
+    else:
+        text = write(result, args.out)
+        more = details({**result, "compared": [], "ratings": [], "matrix": None} if args.attack else result)
+    where = f"leaderboard.csv and report.json are in {args.out}"
+    print("\n\n".join(filter(None, [filled(f"{what}:"), text, *map(filled, remarks), more, where])))
 
 
 LC = {("default", True): ", LC: length-controlled, by instruction", ("none", True): "", ("none", False): "",

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 import annotate  # noqa: E402
 import eval  # noqa: E402
 from data import InputError, run, sets  # noqa: E402
-from data.barn.reward import true_reward  # noqa: E402
 from data.text import read_json  # noqa: E402
 from rlhf import config, methods, policy  # noqa: E402
 from rlhf.update import peak_gb, plainly  # noqa: E402
@@ -102,7 +100,7 @@ def leaderboard(cfg):
     """Judge the answers of every finished stage in the run folder against the reference; the table as text."""
     out = Path(cfg.out)
     reference = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
-    models, truth = {}, {}
+    models = {}
     with annotate.connect(cfg.judge, out / "judge.jsonl") as judge:
         finished = [path.parent for path in sorted(out.glob("*/result.json"))]
         for folder in (folder for folder in finished if (folder / "outputs.json").exists()):
@@ -110,15 +108,8 @@ def leaderboard(cfg):
             models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool),
                                                  judge)
             (folder / "annotations.json").write_text(json.dumps(models[folder.name], indent=1))
-            if cfg.data == "barn":
-                truth[folder.name] = statistics.mean(true_reward(row["instruction"], row["output"]) for row in outputs)
-    result = eval.report(models, reference, baseline="sft" if "sft" in models else "")
-    for name, reward in truth.items():
-        result["rows"][name]["true_reward"] = reward
-    for row in result["compared"]:
-        if row["b"] == "sft":
-            difference = {"diff_sft": row["difference"], "diff_sft_standard_error": row["standard_error"]}
-            result["rows"][row["a"]] |= difference
+    result = eval.report(models, reference, baseline="sft" if "sft" in models else "",
+                         barn=models if cfg.data == "barn" else ())
     return eval.write(result, out)
 
 

@@ -1,8 +1,11 @@
 """Data: text and tokens, data sets, weights on disk, and the offline world in `barn`; and how a command ends."""
+import difflib
 import errno
+import json
 import os
 import re
 import sys
+from pathlib import Path
 
 
 class Refusal(Exception):
@@ -23,6 +26,25 @@ class OutOfMemory(Refusal):
 def underscored(argv):
     """Flags with underscores, however they were written: --max-calls=3 is --max_calls=3."""
     return [re.sub(r"^--[\w-]+", lambda match: "--" + match[0][2:].replace("-", "_"), token) for token in argv]
+
+
+def did_you_mean(word, known):
+    """" (did you mean X?)" with the one of the known words that is most like `word`; "" if none is."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def read_json(path):
+    """The JSON object in a file, {} if there is no such file; InputError if it is not one."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return document
 
 
 def run(main, name, kept):

@@ -5,6 +5,7 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 import csv
 import gzip
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data.sets import read_records
 
 
 def question(record):
-    """What is asked, in one text: instructions are told apart by it, and a judge is shown it."""
+    """An instruction with its input, as one text. It identifies the instruction, and it is what a judge is shown."""
     return record["instruction"] + ("\n\n" + record["input"] if record.get("input") else "")
 
 
@@ -24,7 +25,7 @@ def shown(text):
 
 
 def once(path, records, keys=lambda record: ()):
-    """InputError if two records ask the same, and have the same `keys`."""
+    """InputError if two records have the same instruction and the same `keys`."""
     seen = {}
     for i, record in enumerate(records):
         first = seen.setdefault((question(record), keys(record)), i)
@@ -72,7 +73,7 @@ KINDS = {                                               # key: (what it is, unle
 
 
 def check(path, records):
-    """InputError names the first row whose preference is missing, or that holds something of the wrong kind."""
+    """InputError, which names the first row, if a preference is missing or a value is of the wrong kind."""
     for i, record in enumerate(records):
         for key in record.keys() & KINDS.keys() | {"preference"}:
             kind, fits = KINDS[key]
@@ -85,10 +86,11 @@ TEXTS = ("instruction", "output_1", "output_2")
 
 
 def read_pairs(path, reference=""):
-    """Pairs {instruction, output_1, output_2, ...} to be annotated, from any of
+    """Pairs {instruction, output_1, output_2, ...} to be annotated, from a file in any of three forms:
 
-    AlpacaFarm's pairs; several outputs to one instruction, {instruction, output: [text, ...]}, of which the first and
-    second are a pair, the third and fourth, ...; AlpacaEval's outputs, whose output_1 are then those of `reference`.
+    AlpacaFarm's pairs; lists of outputs {instruction, output: [text, ...]}, of which the first and the second are a
+    pair, the third and the fourth, and so on; AlpacaEval's outputs of a model, as output_2, if the file `reference`
+    has those that become output_1.
     """
     if reference:
         outputs, theirs = read_outputs(path), read_outputs(reference)
@@ -121,11 +123,12 @@ def read_labels(path):
 
 
 def read_annotations(paths, any_reference=False):
-    """{name: records} of all models judged in files, or in folders that have an annotations.json in them or below.
+    """({name: records}, {name: path}) of all models that were judged, from files, or from folders that have an
+    annotations.json in them or below.
 
-    A model is a generator_2 with its generator_1; what is ambiguous gets its path or its reference into the name. The
-    reference answers to one instruction must be the same text for all (unless `any_reference`), or win rates could
-    not be compared.
+    A model is a generator_2 with its generator_1. Its name is that of generator_2; where this is not unique, the
+    reference or the part of the path that differs is added. A reference must have given the same answer to an
+    instruction in all files (unless `any_reference`), as win rates over different answers cannot be compared.
     """
     files = {}
     for path in map(Path, paths):
@@ -133,26 +136,50 @@ def read_annotations(paths, any_reference=False):
         if not found:
             raise InputError(f"{path}: no annotations.json in this folder")
         files |= {each.resolve(): each for each in found}       # named twice, read once
-    groups, references = {}, {}
-    for path in files.values():
+    models, references = {}, {}
+    for whole, path in files.items():
         records = read_records(path, (*TEXTS, "generator_1", "generator_2"))
         once(path, records, lambda record: (record["generator_1"], record["generator_2"]))
         check(path, records)
         for i, record in enumerate(records):
-            groups.setdefault((record["generator_2"], record["generator_1"], str(path)), []).append(record)
+            models.setdefault((record["generator_2"], record["generator_1"], whole), []).append(record)
             key = record["generator_1"], question(record)
             text, where = references.setdefault(key, (record["output_1"], f"row {i} of {path}"))
             if text != record["output_1"] and not any_reference:
                 raise InputError(f"{path}: row {i} was judged against another answer of {key[0]!r} than {where}: such "
                                  "win rates do not compare (--any_reference prints them all the same)")
-    models, keys = {}, list(groups)
-    several = len({reference for _, reference, _ in keys}) > 1
-    for model, reference, path in keys:
+    names = names_of(models)
+    return {names[key]: records for key, records in models.items()}, {names[key]: key[2] for key in models}
+
+
+def check_against(models, reference, path):
+    """InputError unless annotations are of the reference's instructions, and were judged against its answers."""
+    theirs = {question(record): record["output"] for record in reference}
+    for name, records in models.items():
+        for i, record in enumerate(records):
+            if theirs.get(question(record)) != record["output_1"]:
+                how = "was judged against another answer" if question(record) in theirs else "asks something else"
+                raise InputError(f"annotations of {name!r}: row {i} {how} than {path} (--any_reference: never mind)")
+
+
+def names_of(models):
+    """{(model, reference, path): a short name that no other has}."""
+    several = len({reference for _, reference, _ in models}) > 1
+    names = {}
+    for model, reference, path in models:
         name = f"{model} vs {reference}" if several else model
-        if [key[:2] for key in keys].count((model, reference)) > 1:
-            name += f" ({path})"
-        models[name] = groups[model, reference, path]
-    return models
+        alike = [key[2] for key in models if key[:2] == (model, reference)]
+        names[model, reference, path] = name if len(alike) == 1 else f"{name} ({different_parts(alike)[path]})"
+    return names
+
+
+def different_parts(paths):
+    """{path: the part of it that differs}: of runs/a/dpo/x.json and runs/b/dpo/x.json these are a and b."""
+    parts = [path.parts for path in paths]
+    start = len(os.path.commonprefix(parts))
+    rest = [each[start:] for each in parts]
+    end = len(os.path.commonprefix([each[::-1] for each in rest]))
+    return {path: "/".join(each[:len(each) - end]) or "." for path, each in zip(paths, rest)}
 
 
 def read_column(path):

@@ -3,12 +3,11 @@
 A checkpoint with a chat template is asked in that form; a base model in AlpacaFarm's (alpaca_farm, prompts v0).
 Left out: training new tokenizers (data/barn/pretrain.py), slow tokenizers without a tokenizer.json.
 """
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data import InputError
+from data import InputError, read_json
 from data.template import renderer
 
 ALPACA = (
@@ -18,19 +17,6 @@ ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-
-
-def read_json(path):
-    """The JSON object in a file, {} if there is no such file; InputError if it is not one."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return document
 
 
 def template_of(folder, settings):

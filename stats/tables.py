@@ -1,8 +1,13 @@
-"""Numbers as text: the leaderboard in AlpacaEval's CSV, tables for the terminal, report.json."""
+"""Numbers as text: tables for a terminal of 80 columns, AlpacaEval's leaderboard.csv, report.json.
+
+The tables show what a person needs. The intervals, the counts of wins and draws, and everything else that
+`eval.report` computes are in leaderboard.csv and report.json, under whole names and to the last digit.
+"""
 import csv
 import json
+import textwrap
 
-import numpy as np
+from stats.ranking import CORRELATIONS, best_first
 
 COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
            "avg_length", "length_controlled_winrate", "lc_standard_error"]      # AlpacaEval's, in its order
@@ -10,19 +15,16 @@ EXTRA = ["lc_name",                                                             
          "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
          "diff_sft", "diff_sft_standard_error",                                 # points over the SFT model,
-         "true_reward"]                                                         # what only the offline world knows
+         "true_reward",                                                         # what only the offline world knows,
+         "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
+         "diff_sft_spread", "true_reward_spread"]                               # of runs that differ in the seed
 MANY = 12                               # models: more of them, and the terminal shows only the most important tables
+WIDTH = 80                              # columns of a terminal
+NAME = 16                               # columns that a name always has, and the head of a column of numbers at most
+PAIR = 28                               # columns that the names of two models have together
 
 
-def table(*lines):
-    """Lines of cells, the first is the header, in columns: the first to the left, others to the right, none empty."""
-    lines = [["".join(c if c.isprintable() else "?" for c in cell) for cell in line] for line in lines]
-    lines = list(zip(*(column for column in zip(*lines) if any(column[1:]))))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-            for line in lines]
-    return "\n".join(line.rstrip() for line in [text[0], "-" * len(text[0]), *text[1:]])
-
+# ---- cells ---------------------------------------------------------------------------------------------
 
 def number(x, form=".2f"):
     return "" if x is None or x != x else format(x, form)
@@ -32,41 +34,118 @@ def between(low, high, form=".1f"):
     return "" if low is None or low != low else f"{low:{form}} to {high:{form}}"
 
 
-def plus_minus(row):
-    error = number(row["standard_error"], ".1f")
-    return number(row["win_rate"], ".1f") + (f" ± {error}" if error else "")
+def plus_minus(value, error, form=".1f"):
+    """A number and its standard error, as far as there are such."""
+    error = number(error, ".1f")
+    return number(value, form) + (f" ± {error}" if error else "")
 
 
-def best_first(rows):
-    """{name: row} by win rate, those without one last."""
-    return dict(sorted(rows.items(), key=lambda item: -np.nan_to_num(item[1]["win_rate"], nan=-1)))
+def p_value(p):
+    return "<0.001" if p < .001 else number(p, ".3f")
 
 
-def leaderboard(rows, path):
-    """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
-    ranked = best_first(rows).items()
+def shortened(text, width):
+    """The text, without its middle if it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return text[:width - 1 - tail] + "…" + text[len(text) - tail:]
+
+
+def printable(text):
+    """The text without characters that would change what the terminal does."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+# ---- tables --------------------------------------------------------------------------------------------
+
+def table(*lines):
+    """Lines of cells as a table that is at most 80 columns wide; the first line is the header.
+
+    The first column holds names and is aligned to the left, the others are aligned to the right. Columns without any
+    value are left out. Names that would make the table too wide are shortened, but not below 16 characters; columns
+    that do not fit beside them are printed below the others, each time with the names in front.
+    """
+    lines = [[printable(cell) for cell in line] for line in lines]
+    names, *columns = zip(*lines)
+    columns = [(shortened(head, NAME), *cells) for head, *cells in columns if any(cells)]
+    room = WIDTH - sum(2 + widest(column) for column in columns)
+    names = [shortened(name, max(NAME, room)) for name in names]
+    blocks = side_by_side(columns, WIDTH - widest(names))
+    return "\n\n".join(block(names, group) for group in blocks)
+
+
+def widest(column):
+    return max(map(len, column))
+
+
+def side_by_side(columns, room):
+    """The columns in groups, in order: as many beside each other as `room` characters hold."""
+    groups, left = [[]], room
+    for column in columns:
+        width = 2 + widest(column)
+        if groups[-1] and width > left:
+            groups.append([])
+            left = room
+        groups[-1].append(column)
+        left -= width
+    return groups
+
+
+def block(names, columns):
+    """Names and columns beside each other, a line under the header."""
+    columns = [[cell.ljust(widest(names)) for cell in names],
+               *([cell.rjust(widest(column)) for cell in column] for column in columns)]
+    head, *lines = ("  ".join(cells) for cells in zip(*columns))
+    return "\n".join(line.rstrip() for line in (head, "-" * len(head), *lines))
+
+
+def filled(text):
+    """A sentence in lines that fit the terminal."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+# ---- the leaderboard -----------------------------------------------------------------------------------
+
+def write_csv(rows, path):
+    """{name: row} as AlpacaEval's leaderboard CSV, in this order; its columns first, then ours that any row has."""
     extra = [column for column in EXTRA if any(column in row for row in rows.values())]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["", *COLUMNS, *extra], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({"": name, **row} for name, row in ranked)
+        writer.writerows({"": name, **row} for name, row in rows.items())
 
-    lines = [["model", "win rate", "error", "LC", "error", "LC 95 %", "length", "n", "left out", "if lost, won",
-              "vs sft", "error", "true reward"]]
-    for name, row in ranked:
-        out = row.get("n_unusable", 0) + row.get("n_missing", 0)
-        lines.append([name, number(row["win_rate"]), number(row["standard_error"]),
-                      number(row.get("length_controlled_winrate")), number(row.get("lc_standard_error")),
-                      between(row.get("lc_ci_low"), row.get("lc_ci_high")), str(row["avg_length"]),
-                      str(row["n_total"]), str(out or ""),
-                      between(row["win_rate_if_lost"], row["win_rate_if_won"]) if out else "",
-                      number(row.get("diff_sft"), "+.2f"), number(row.get("diff_sft_standard_error")),
+
+def leaderboard(rows, path):
+    """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
+    rows = best_first(rows)
+    write_csv(rows, path)
+    lines = [["model", "win rate", "LC", "length", "vs sft", "true reward"]]
+    for name, row in rows.items():
+        lines.append([name, plus_minus(row["win_rate"], row["standard_error"]),
+                      plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")),
+                      str(row["avg_length"]),
+                      plus_minus(row.get("diff_sft"), row.get("diff_sft_standard_error"), "+.1f"),
                       number(row.get("true_reward"))])
-    return table(*lines)
+    sizes = sorted({row["n_total"] for row in rows.values()})
+    prompts = " to ".join(dict.fromkeys([str(sizes[0]), str(sizes[-1])]))
+    parts = [table(*lines), f"±: standard error over {prompts} prompts, without the noise of training (seeds)"]
+    return "\n\n".join(parts + left_out(rows))
+
+
+def left_out(rows):
+    """The models of which verdicts are unusable or missing, with the bounds of their win rates: [] or [text]."""
+    lines = [["model", "judged", "unusable", "missing", "all lost", "all won"]]
+    for name, row in rows.items():
+        if row.get("n_unusable") or row.get("n_missing"):
+            lines.append([name, str(row["n_total"]), str(row["n_unusable"]), str(row["n_missing"]),
+                          number(row["win_rate_if_lost"], ".1f"), number(row["win_rate_if_won"], ".1f")])
+    title = "verdicts left out, and the win rate if all of them were lost, or won:"
+    return [f"{title}\n\n{table(*lines)}"] if len(lines) > 1 else []
 
 
 def plain(x):
-    """For JSON, which knows no NaN: null."""
+    """For JSON, which has no NaN: null."""
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, list):
@@ -74,47 +153,158 @@ def plain(x):
     return None if isinstance(x, float) and x != x else x
 
 
+def write_json(result, path):
+    path.write_text(json.dumps(plain(result), indent=1, allow_nan=False))
+
+
 def write(result, out):
     """leaderboard.csv, and the whole of eval.report in report.json, in the folder `out`; returns the leaderboard."""
-    (out / "report.json").write_text(json.dumps(plain(result), indent=1, allow_nan=False))
+    write_json(result, out / "report.json")
     return leaderboard(result["rows"], out / "leaderboard.csv")
 
 
+# ---- runs that differ in the seed ----------------------------------------------------------------------
+
+def write_over_seeds(result, out):
+    """As `write`, of eval.averaged: the means come first in leaderboard.csv, the single runs after them."""
+    write_json(result, out / "report.json")
+    write_csv(result["rows"] | result["runs"], out / "leaderboard.csv")
+    return over_seeds(result)
+
+
+def over_seeds(result):
+    """eval.averaged as text: the means, the numbers of each run, the differences between methods."""
+    lines = [["method", "runs", "win rate", "LC", "length", "vs sft", "true reward"]]
+    for name, row in result["rows"].items():
+        lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
+                      with_spread(row, "length_controlled_winrate"), number(row["avg_length"], ".0f"),
+                      with_spread(row, "diff_sft", "+.1f"), with_spread(row, "true_reward", ".2f")])
+    errors = sorted(row["standard_error"] for row in result["runs"].values())
+    note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
+            "standard error (±) knows the prompts only: for the win rate of one run it is "
+            f"{errors[0]:.1f} to {errors[-1]:.1f} points.")
+    parts = [table(*lines), filled(note), *each_run(result)]
+    title, *lines = differences(result["compared"])
+    if len(lines) > 1:
+        parts.append(f"{filled(title)}\n\n{table(*lines)}")
+    return "\n\n".join(parts)
+
+
+def with_spread(row, key, form=".1f"):
+    spread = number(row.get(f"{key}_spread"), form.lstrip("+"))
+    return number(row.get(key), form) + (f" ({spread})" if spread else "")
+
+
+def each_run(result):
+    """Tables of methods by runs: win rates, differences to sft, true rewards; as far as there are such."""
+    columns = list(dict.fromkeys(row["run"] for row in result["runs"].values()))
+    shown = []
+    for title, key, error, form in (("win rate", "win_rate", "standard_error", ".1f"),
+                                    ("vs sft", "diff_sft", "diff_sft_standard_error", "+.1f"),
+                                    ("true reward", "true_reward", "", ".2f")):
+        lines = [[title, *columns]]
+        for method, names in result["methods"].items():
+            of_run = {result["runs"][name]["run"]: result["runs"][name] for name in names.values()}
+            cells = [of_run.get(column, {}) for column in columns]
+            lines.append([method, *(plus_minus(row.get(key), row.get(error), form) for row in cells)])
+        lines = [line for line in lines if any(line[1:])]
+        if len(lines) > 1:
+            shown.append(table(*lines))
+    return shown
+
+
+def differences(rows):
+    lines = [["", "runs", "difference", "error", "ahead"]]
+    for row in rows:
+        lines.append([pair_name(row["a"], row["b"]), str(row["n_runs"]), with_spread(row, "difference", "+.1f"),
+                      number(row["standard_error"], ".1f"), f"{row['n_ahead']} of {row['n_runs']}"])
+    return ["difference in points between methods of the same seed (its standard deviation over the seeds), its "
+            "standard error over the prompts of one run, and the seeds in which the first method is ahead:", *lines]
+
+
+# ---- beyond the leaderboard: titles and lines of tables ------------------------------------------------
+
 def details(result):
     """What eval.report says beyond the leaderboard, as text."""
-    parts = [("on the same prompts, in points (clustered: the error if prompts of one data set are alike)", [
-        ["", "n", "difference", "error", "95 %", "clustered", "better", "worse", "McNemar p", "prompts needed"],
-        *([f"{row['a']} over {row['b']}", str(row["n"]),
-           number(row["difference"], "+.2f"), number(row["standard_error"]),
-           between(row["ci_low"], row["ci_high"], "+.1f"), number(row.get("clustered_standard_error")),
-           str(row["n_better"]), str(row["n_worse"]), number(row["mcnemar_p"], ".2g"),
-           number(row["prompts_needed"], ",d")] for row in result["compared"])])]
-    if len(result["rows"]) <= MANY:
-        by_dataset, matrix = result["by_dataset"], result["matrix"] or {"names": [], "win_rate": [], "predicted": []}
-        parts += [
-            ("win rate by data set", [
-                ["data set", *by_dataset],
-                *([dataset, *(plus_minus(rows[dataset]) for rows in by_dataset.values())]
-                  for dataset in next(iter(by_dataset.values()), ()))]),
-            ("win rate by the place of the answer (as AlpacaEval draws it, where the file does not say)", [
-                ["model", "shown first", "second", "gap", "error"],
-                *([name, *(number(row[key]) for key in ("shown_first", "shown_second", "gap", "standard_error"))]
-                  for name, row in result["position"].items())]),
-            ("asked in both orders: % of verdicts that turn with it, % of those that go to what is first", [
-                ["model", "turned", "error", "to the first"],
-                *([name, *(number(row[key]) for key in ("flip_rate", "standard_error", "first"))]
-                  for name, row in result["flips"].items())]),
-            ("Bradley-Terry ratings on Elo's scale", [
-                ["model", "Elo", "95 %", "rank", "95 %"],
-                *([row["model"], number(row["elo"], ".0f"), between(row["ci_low"], row["ci_high"], ".0f"),
-                   number(row["rank"], "d"), between(row["rank_low"], row["rank_high"], "d")]
-                  for row in result["ratings"])]),
-            ("win rate of row over column (~: never met, predicted by the ratings)", [
-                ["", *matrix["names"]],
-                *([name, *("" if i == j else number(won, ".1f") or f"{number(predicted, '.1f')}~"
-                           for j, (won, predicted) in enumerate(zip(matrix["win_rate"][i], matrix["predicted"][i])))]
-                  for i, name in enumerate(matrix["names"]))])]
-    shown = [f"{title}:\n\n{table(*lines)}" for title, lines in parts if len(lines) > 1]
-    if len(result["rows"]) > MANY:
+    parts = [comparisons(result["compared"])]
+    few = len(result["rows"]) <= MANY
+    if few:
+        parts += [data_sets(result["by_dataset"]), positions(result["position"]), flips(result["flips"]),
+                  ratings(result["ratings"]), everyone(result["matrix"])]
+    shown = [f"{filled(title)}\n\n{table(*lines)}" for title, *lines in parts if len(lines) > 1]
+    if not few:
         shown.append("data sets, positions, ratings and who beats whom are in report.json")
     return "\n\n".join(shown)
+
+
+def pair_name(a, b):
+    """"a - b" in at most 28 characters; the shorter of the two leaves its room to the other."""
+    room = PAIR - len(" - ")
+    return f"{shortened(a, max(room // 2, room - len(b)))} - {shortened(b, max(room // 2, room - len(a)))}"
+
+
+def comparisons(rows):
+    lines = [["", "difference", "clustered", "won", "lost", "p", "needed"]]
+    for row in rows:
+        lines.append([pair_name(row["a"], row["b"]), plus_minus(row["difference"], row["standard_error"], "+.1f"),
+                      number(row.get("clustered_standard_error"), ".1f"), str(row["n_better"]), str(row["n_worse"]),
+                      p_value(row["mcnemar_p"]), number(row["prompts_needed"], ",d")])
+    clustered = any("clustered_standard_error" in row for row in rows)
+    return ["difference in points on the same prompts, ± standard error" +
+            (" (clustered: the error if prompts of one data set are alike)" if clustered else "") +
+            "; prompts won and lost, McNemar's p, prompts needed to be sure of such a difference:", *lines]
+
+
+def data_sets(by_dataset):
+    lines = [["data set", *by_dataset]]
+    for dataset in next(iter(by_dataset.values()), ()):
+        rows = [of_model[dataset] for of_model in by_dataset.values()]
+        lines.append([dataset, *(plus_minus(row["win_rate"], row["standard_error"]) for row in rows)])
+    return ["win rate by data set:", *lines]
+
+
+def positions(rows):
+    lines = [["model", "shown first", "shown second", "gap"]]
+    for name, row in rows.items():
+        lines.append([name, number(row["shown_first"], ".1f"), number(row["shown_second"], ".1f"),
+                      plus_minus(row["gap"], row["standard_error"], "+.1f")])
+    return ["win rate where the judge was shown the model's answer first, and second (if a file does not say which, "
+            "as AlpacaEval draws it):", *lines]
+
+
+def flips(rows):
+    lines = [["model", "turned", "to the first"]]
+    for name, row in rows.items():
+        lines.append([name, plus_minus(row["flip_rate"], row["standard_error"]), number(row["first"], ".1f")])
+    return ["asked in both orders: verdicts that turn with the order, in %, and how many of these went to the answer "
+            "shown first:", *lines]
+
+
+def ratings(rows):
+    lines = [["model", "Elo", "95 %", "rank", "95 %"]]
+    for row in rows:
+        lines.append([row["model"], number(row["elo"], ".0f"), between(row["ci_low"], row["ci_high"], ".0f"),
+                      number(row["rank"], "d"), between(row["rank_low"], row["rank_high"], "d")])
+    return ["Bradley-Terry ratings on Elo's scale:", *lines]
+
+
+def everyone(matrix):
+    """Win rates of all over all: eval.report's matrix, or None."""
+    names = matrix["names"] if matrix else []
+    lines = [["", *names]]
+    for i, name in enumerate(names):
+        cells = []
+        for j, (won, predicted) in enumerate(zip(matrix["win_rate"][i], matrix["predicted"][i])):
+            cells.append("" if i == j else number(won, ".1f") or f"{number(predicted, '.1f')}~")
+        lines.append([name, *cells])
+    return ["win rate of row over column (~: never compared, predicted by the ratings):", *lines]
+
+
+def correlations(found):
+    """stats.ranking.agreement_of_rankings as a table."""
+    lines = [["", "value", "95 %", "p"]]
+    for name in CORRELATIONS:
+        row = found[name]
+        lines.append([name, number(row["value"], ".3f"), between(row["ci_low"], row["ci_high"], ".2f"),
+                      p_value(row["p"])])
+    return table(*lines)

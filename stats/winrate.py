@@ -1,8 +1,8 @@
 """Win rates and their errors: one model against the reference, and two models on the same prompts.
 
 A preference lies in [1, 2]: at 1 the reference is better, at 2 the model; 1.5 (or 0, in old files) is a draw.
-Everything is in percent. Every error here is about the choice of instructions; of the noise between two trainings it
-knows nothing.
+Everything is in percent. Every error here is about the choice of instructions. How much one training differs from
+another is not in it: see stats/seeds.py.
 """
 from math import comb, exp, log, nan
 from statistics import NormalDist
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def usable(preferences):
-    """Preferences (N,) as floats: 0 becomes 1.5, what is no number in [1, 2] becomes NaN."""
+    """Preferences (N,) as floats: 0 becomes 1.5, and whatever is not in [1, 2] becomes NaN."""
     p = np.array(preferences, dtype=float)              # None becomes NaN
     p[p == 0] = 1.5
     p[~((p >= 1) & (p <= 2))] = np.nan
@@ -37,21 +37,21 @@ def win_rate(preferences):
     p = usable(preferences)
     p = p[~np.isnan(p)]
     mean, error = mean_and_error(100 * (p - 1))
-    wins, losses, draws = (int(x.sum()) for x in (p > 1.5, p < 1.5, p == 1.5))
-    return {"win_rate": mean, "standard_error": error, "n_wins": wins, "n_wins_base": losses,
-            "n_draws": draws, "n_total": len(p), "discrete_win_rate": mean_and_error(100 * discrete(p))[0]}
+    return {"win_rate": mean, "standard_error": error,
+            "n_wins": int((p > 1.5).sum()), "n_wins_base": int((p < 1.5).sum()), "n_draws": int((p == 1.5).sum()),
+            "n_total": len(p), "discrete_win_rate": mean_and_error(100 * discrete(p))[0]}
 
 
 def left_out(preferences, n_missing=0):
-    """How many rows AlpacaEval leaves out in silence, and the win rate if they were all lost, and all won.
+    """How many rows AlpacaEval leaves out without saying so, and the win rate if these were all lost, or all won.
 
-    `n_missing` of them are not even among the preferences: instructions without an annotation.
+    They are unusable preferences, and the `n_missing` instructions that have no annotation at all.
     """
     p = usable(preferences)
-    bad, won = int(np.isnan(p).sum()), np.nansum(p - 1)
-    total = len(p) + n_missing
-    low, high = (100 * (won + extra) / total if total else nan for extra in (0, bad + n_missing))
-    return {"n_unusable": bad, "n_missing": n_missing, "win_rate_if_lost": low, "win_rate_if_won": high}
+    n_unusable, won, total = int(np.isnan(p).sum()), np.nansum(p - 1), len(p) + n_missing
+    if_lost = 100 * won / total if total else nan
+    if_won = 100 * (won + n_unusable + n_missing) / total if total else nan
+    return {"n_unusable": n_unusable, "n_missing": n_missing, "win_rate_if_lost": if_lost, "win_rate_if_won": if_won}
 
 
 # ---- errors --------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def left_out(preferences, n_missing=0):
 def resample(n, times=1000, seed=0):
     """How often each of n rows is drawn in each of `times` bootstrap resamples: (times, n), each row sums to n.
 
-    One such matrix for all statistics of all models keeps what they share: the same instructions are drawn for all.
+    All statistics of all models use one such matrix, so that the same instructions are drawn for all of them.
     """
     drawn = np.random.default_rng(seed).integers(0, n, (times, n)) + n * np.arange(times)[:, None]
     return np.bincount(drawn.ravel(), minlength=times * n).reshape(times, n).astype(float)
@@ -75,9 +75,9 @@ def interval(samples, level=0.95):
 def rate_interval(rate, samples, n, level=0.95):
     """The interval (low, high) of a rate of n rows in percent, from its bootstrap samples.
 
-    Symmetric in log-odds, with the error of the samples: near 0 and 100 the percentile interval is too short (a rate of
-    3 % on 200 prompts is in it 83 to 93 times in a hundred, here 94). A rate of 0 or 100, which no resample can leave,
-    has the exact binomial bound.
+    It is symmetric in log-odds and as wide as the samples' error says. The percentile interval is too short near 0 and
+    100: it covers a rate of 3 % on 200 prompts in 83 to 93 % of the cases, this one in 94 %. If the rate is 0 or 100,
+    so is that of every resample; the interval then has the exact binomial bound.
     """
     alpha, p = (1 - level) / 2, rate / 100
     error = float(np.nanstd(samples, ddof=1)) / 100 if n > 1 else nan
@@ -86,12 +86,18 @@ def rate_interval(rate, samples, n, level=0.95):
         return (bound, 100.0) if p > .5 else (0.0, 100 - bound)
     if not error >= 0:
         return nan, nan
-    logit, reach = log(p / (1 - p)), NormalDist().inv_cdf(1 - alpha) * error / (p * (1 - p))
-    return tuple(100 / (1 + exp(-min(700, max(-700, x)))) for x in (logit - reach, logit + reach))
+    logit = log(p / (1 - p))
+    reach = NormalDist().inv_cdf(1 - alpha) * error / (p * (1 - p))
+    return percent(logit - reach), percent(logit + reach)
+
+
+def percent(logit):
+    """The rate of these log-odds; beyond 700 exp() would overflow."""
+    return 100 / (1 + exp(-min(700, max(-700, logit))))
 
 
 def resampled_means(x, counts):
-    """Means of x (N,), its NaN left out, in each resample of counts (B, N): (B,)."""
+    """Means (B,) of x (N,) in each resample of counts (B, N); NaN in x are left out."""
     there = ~np.isnan(x)
     with np.errstate(invalid="ignore"):
         return counts[:, there] @ x[there] / counts[:, there].sum(1)
@@ -100,13 +106,15 @@ def resampled_means(x, counts):
 def clustered_error(x, clusters):
     """Standard error of the mean of x (N,) when rows of one cluster (a data set, say) are alike.
 
-    The cluster-robust sandwich with its small-sample factor G / (G - 1). With five clusters it is itself uncertain.
+    The cluster-robust sandwich with its small-sample factor G / (G - 1) for G clusters. With few clusters, five say, it
+    is uncertain itself.
     """
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < 2:
+    n = len(names)
+    if n < 2:
         return nan
     sums = np.bincount(index, x - x.mean())
-    return float((len(names) / (len(names) - 1) * (sums ** 2).sum()) ** 0.5 / len(x))
+    return float((n / (n - 1) * (sums ** 2).sum()) ** 0.5 / len(x))
 
 
 # ---- two models on the same prompts --------------------------------------------------------------------
@@ -114,15 +122,18 @@ def clustered_error(x, clusters):
 def paired_difference(preferences_a, preferences_b):
     """(win rate of a - win rate of b, its standard error), in points, for the same instructions in one order.
 
-    Rows unusable in either are left out. What makes an instruction easy for both models cancels, so the error
-    is usually smaller than the errors of the two win rates suggest.
+    Rows that are unusable in either are left out. Some instructions are easy for both models; this cancels, so that the
+    error is usually smaller than the errors of the two win rates suggest.
     """
     difference = usable(preferences_a) - usable(preferences_b)
     return mean_and_error(100 * difference[~np.isnan(difference)])
 
 
 def mcnemar(better, worse):
-    """Exact two-sided p-value that a beats b on `better` prompts and b beats a on `worse` by luck (McNemar 1947)."""
+    """How likely chance alone makes two equal models differ at least as much as `better` to `worse` prompts.
+
+    McNemar's test (1947): the exact two-sided p-value, a fair coin for each prompt on which one model is better.
+    """
     n, k = better + worse, min(better, worse)
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2 ** n)
 
@@ -133,11 +144,14 @@ def errors_apart(level, power):
 
 
 def prompts_needed(difference, deviation, level=0.95, power=0.8):
-    """How many prompts tell a `difference` from 0 in a two-sided test, when differences deviate so much per prompt.
+    """How many prompts a two-sided test needs to tell a `difference` from 0; None if it is 0.
 
-    For large numbers, as are needed: where it is below ten, add two.
+    `deviation` is the standard deviation of the difference over prompts. The normal approximation is good for large
+    numbers; if it gives less than ten, add two.
     """
-    return max(2, int(np.ceil((errors_apart(level, power) * deviation / difference) ** 2))) if difference else None
+    if not difference:
+        return None
+    return max(2, int(np.ceil((errors_apart(level, power) * deviation / difference) ** 2)))
 
 
 def detectable_difference(n, deviation, level=0.95, power=0.8):
@@ -148,14 +162,16 @@ def detectable_difference(n, deviation, level=0.95, power=0.8):
 def compare(preferences_a, preferences_b, counts=None, clusters=None):
     """Is a better than b? Everything that can be said of two models on the same instructions, in the same order.
 
-    `n_better` and `n_worse` count the prompts with a better and a worse outcome (won, drawn, lost) for a; without draws
-    they are McNemar's two cells. `prompts_needed` is for this difference, at 95 % and power 80 %.
+    `n_better` and `n_worse` count the prompts on which the outcome (won, drawn, lost) is better for a, and worse. The
+    prompts that such a difference needs are for 95 % and a power of 80 %. counts (B, N) of `resample` add an interval,
+    clusters (N,) a clustered standard error.
     """
     a, b = usable(preferences_a), usable(preferences_b)
-    both = ~np.isnan(a - b)
     x = 100 * (a - b)
+    both = ~np.isnan(x)
     difference, error = paired_difference(a, b)
-    better, worse = (int((sign * (discrete(a[both]) - discrete(b[both])) > 0).sum()) for sign in (1, -1))
+    outcomes = discrete(a[both]) - discrete(b[both])
+    better, worse = int((outcomes > 0).sum()), int((outcomes < 0).sum())
     deviation = error * both.sum() ** 0.5
     row = {"n": int(both.sum()), "difference": difference, "standard_error": error,
            "n_better": better, "n_worse": worse, "mcnemar_p": mcnemar(better, worse),
@@ -171,22 +187,23 @@ def compare(preferences_a, preferences_b, counts=None, clusters=None):
 # ---- position ------------------------------------------------------------------------------------------
 
 def position_gap(preferences, switched):
-    """(win rate shown first, shown second, the difference second - first, its error) of one model.
+    """The win rate of one model where its answer was shown first and where second, and the gap, second - first.
 
     `switched` (N,): the model was shown first. If the order was drawn at random, a fair judge has a gap of 0.
     """
     p, switched = 100 * (usable(preferences) - 1), np.asarray(switched, dtype=bool)
     there = ~np.isnan(p)
-    (first, first_error), (second, second_error) = (mean_and_error(p[there & side]) for side in (switched, ~switched))
+    first, first_error = mean_and_error(p[there & switched])
+    second, second_error = mean_and_error(p[there & ~switched])
     return {"shown_first": first, "shown_second": second, "gap": second - first,
             "standard_error": (first_error ** 2 + second_error ** 2) ** 0.5}
 
 
 def position_flips(by_order):
-    """Of pairs judged in both orders, (N, 2) preferences for [output_1 first, output_2 first]: how many verdicts turn.
+    """How many verdicts turn with the order, of pairs judged in both: (N, 2), [output_1 first, output_2 first].
 
-    `flip_rate` is the share whose winner changes with the order; `first` the share of those that went to the answer
-    shown first both times (50 would be noise, not position).
+    `flip_rate` is the share of pairs whose winner changes with the order. `first` is the share of these in which the
+    answer shown first won both times: 50 would be noise, 100 a judge that prefers what comes first.
     """
     p = usable(by_order).reshape(-1, 2)
     p = p[~np.isnan(p).any(1)]

@@ -233,9 +233,10 @@ def test_the_leaderboard_is_alpacaeval_s_csv_best_first(tmp_path):
         cells = {name: text for name, text in zip(header, line) if text}
         row = rows[cells.pop("", "") or line[0]]
         assert {name: type(row[name])(text) for name, text in cells.items()} == row     # to the last digit
-    printed = table.splitlines()
+    printed, note = table.split("\n\n")
+    printed = printed.splitlines()
     assert [line.split("  ")[0] for line in printed[2:]] == ["ppo", "dpo", "sft, plain"]
-    assert "60.00" in printed[2] and "4.92" in printed[2] and "400" in printed[2]
+    assert "60.0 ± 4.9" in printed[2] and "400" in printed[2] and "100 prompts" in note
     assert len({len(line) for line in printed}) == 1 and "LC" not in table
     assert read_column(tmp_path / "leaderboard.csv") == {"ppo": 60, "dpo": 55, "sft, plain": 40}
     assert read_column(f"{tmp_path}/leaderboard.csv:avg_length")["dpo"] == 350
@@ -248,7 +249,7 @@ def test_differences_to_the_baseline_come_after_alpacaeval_s_columns(tmp_path):
         lines = list(csv.reader(file))
     assert lines[0][-2:] == ["diff_sft", "diff_sft_standard_error"]
     assert [line[-2:] for line in lines[1:]] == [["20.0", "3.5"], ["", ""]]
-    assert "+20.00" in table and "3.50" in table
+    assert "+20.0 ± 3.5" in table
 
 
 # ---- the command ---------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_the_whole_report_of_a_few_models(tmp_path):
     files = (tmp_path / "runs", tmp_path / "beta.json.gz", tmp_path / "gamma.jsonl")
     ended = evaluation(*files, "--out", tmp_path / "new" / "folder", "--resamples", "200")
     assert (ended.code, ended.err) == (0, "")
-    for text in ("win rate over ref in %", "alpha over beta", "beta over gamma", "hymns", "shown first", "Elo",
+    for text in ("win rate over ref in %", "alpha - beta", "beta - gamma", "hymns", "shown first", "Elo",
                  "left out", "clustered", "~"):
         assert text in ended.out, text
     assert ended.out.index("alpha") < ended.out.index("beta") < ended.out.index("gamma")
@@ -282,14 +283,14 @@ def test_the_whole_report_of_a_few_models(tmp_path):
         for line in csv.DictReader(file):
             assert float(line["win_rate"]) == rows[line[""]]["win_rate"]
     ended = evaluation(*files, "--out", tmp_path, "--baseline", "gamma", "--resamples", "9", "--lc", "none")
-    assert "alpha over gamma" in ended.out and "alpha over beta" not in ended.out and "LC" not in ended.out
+    assert "alpha - gamma" in ended.out and "alpha - beta" not in ended.out and "LC" not in ended.out
 
 
 def test_models_of_the_same_name_and_of_several_references_are_told_apart(tmp_path):
     paths = [write(tmp_path / f"{i}.json", annotations("m", random_preferences(.4 + .2 * i))) for i in (0, 1)]
-    assert list(read_annotations(paths)) == [f"m ({path})" for path in paths]
+    assert list(read_annotations(paths)[0]) == ["m (0.json)", "m (1.json)"]
     both = annotations("m", [2] * 9) + annotations("m", [1] * 9, 0, "n")
-    models = read_annotations([write(tmp_path / "all.json", both)])
+    models, _ = read_annotations([write(tmp_path / "all.json", both)])
     assert {name: len(rows) for name, rows in models.items()} == {"m vs ref": 9, "m vs n": 9}
     ratings = {row["model"]: row["elo"] for row in report(models, resamples=9)["ratings"]}
     assert ratings["n"] > ratings["m"] > ratings["ref"] == 1000 and report(models, resamples=9)["compared"] == []
@@ -329,7 +330,7 @@ def test_annotations_against_different_answers_of_one_reference_are_refused(tmp_
 
 @pytest.mark.parametrize("argv, said", [
     ((), "give annotations"), (("a.json", "--attack"), "not annotations and attack"), (("nowhere",), "nowhere"),
-    (("--resamples", 0, "--attack"), "2 to 100000"), (("--outputs", "o.json", "--judge", "m"), "--reference"),
+    (("--resamples", 0, "--attack"), "between 2 and 100000"), (("--outputs", "o.json", "--judge", "m"), "--reference"),
     (("--rankings", "one.csv", "two.csv"), "one.csv: No such file"), (("--lc", "best", "x"), "invalid choice")])
 def test_what_makes_no_sense_is_said_in_one_sentence(tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,115 @@
+"""Run folders, as farm.py leaves them: which settings made a stage, and which runs differ in the seed only.
+
+A run folder holds a folder for each stage. In there config.json holds the settings, the `id` of what was made, and
+{stage: id} of what it `needs`; annotations.json holds the verdicts on its answers, if it answers.
+"""
+from data import read_json
+from data.alpaca_eval import different_parts
+
+# What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
+NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
+                "checkpointing", "graph", "compile", "merge", "shared_prompt", "commit", "versions", "id", "needs"}
+NAMED = 3                               # differences between two runs that a sentence names
+
+
+def settings(folder):
+    """The settings of a stage, {} of any other folder."""
+    found = read_json(folder / "config.json")
+    return found if {"id", "needs", "seed"} <= found.keys() else {}
+
+
+def named_by_run(models, where):
+    """({name: records}, {name: folder of its stage}) of {name: records} and {name: path of its annotations}.
+
+    Models of several run folders are named alike, "dpo (seed0)" and "ppo (seed0)"; those of no run folder keep their
+    names, and then all do.
+    """
+    stages = {name: path.parent for name, path in where.items() if settings(path.parent)}
+    runs = labels(stages)
+    if len(runs) < 2 or len(set(stages.values())) < len(models):        # a stage has one model
+        return models, stages
+    names = {name: f"{folder.name} ({runs[folder.parent]})" for name, folder in stages.items()}
+    return ({names[name]: records for name, records in models.items()},
+            {names[name]: folder for name, folder in stages.items()})
+
+
+def starts_of(stages):
+    """{name: name of the SFT model of the same run} of {name: folder of a stage}."""
+    names = {folder: name for name, folder in stages.items()}
+    return {name: names[folder.parent / "sft"] for name, folder in stages.items()
+            if folder.name != "sft" and folder.parent / "sft" in names}
+
+
+def in_the_barn(stages):
+    """The names of the models whose instructions are the offline world's, of {name: folder of a stage}."""
+    return {name for name, folder in stages.items() if settings(folder).get("data") == "barn"}
+
+
+def labels(stages):
+    """{run folder: the part of its path that differs from the others} of {name: folder of a stage}."""
+    return different_parts(list(dict.fromkeys(folder.parent for folder in stages.values())))
+
+
+def made_of(folder):
+    """All settings that made a stage, but for the seed: its own, as {"beta": 0.1}, and those of the stages that it
+    needed, as {"sft.lr": 0.001}."""
+    own = settings(folder)
+    made = {key: value for key, value in own.items() if key not in NOT_COMPARED}
+    beside = {settings(path.parent).get("id"): path.parent for path in folder.parent.glob("*/config.json")}
+    for stage, id in own["needs"].items():
+        needed = made_of(beside[id]) if id in beside else {}
+        for key, value in needed.items():
+            made[key if "." in key else f"{stage}.{key}"] = value
+    return made
+
+
+def difference(folder, other):
+    """How the settings that made a stage differ from those that made another one, as the end of a sentence."""
+    ours, theirs = made_of(folder), made_of(other)
+    keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if not keys:
+        return f"have the same seed, {settings(folder)['seed']}"
+    keys = [key for key in keys if key.partition(".")[2] not in keys]       # sft.lora_rank, where lora_rank is named
+    said = [key if isinstance(ours.get(key), dict) else f"{key} {ours.get(key)} instead of {theirs.get(key)}"
+            for key in keys]
+    more = [f"{len(keys) - NAMED} more"] if len(keys) > NAMED else []
+    return f"differ in more than the seed ({', '.join(said[:NAMED] + more)})"
+
+
+def same_but_the_seed(folders):
+    """Folders of one method in groups [{seed: folder}] of equal settings and different seeds, the largest first."""
+    groups = []
+    for folder in folders:
+        made, seed = made_of(folder), settings(folder)["seed"]
+        for known, group in groups:
+            if known == made and seed not in group:
+                group[seed] = folder
+                break
+        else:
+            groups.append((made, {seed: folder}))
+    return sorted((group for _, group in groups), key=len, reverse=True)
+
+
+def by_method(stages):
+    """({method: {seed: name}}, sentences) of {name: folder of a stage}; no methods if nothing can be averaged.
+
+    The runs of a method are equal but for the seed. If some have other settings, these are a method of their own,
+    called "dpo [2]", and a sentence says how they differ from those called "dpo".
+    """
+    names, runs = {folder: name for name, folder in stages.items()}, labels(stages)
+    methods, others = {}, {}
+    for method in dict.fromkeys(folder.name for folder in names):
+        groups = same_but_the_seed([folder for folder in names if folder.name == method])
+        for number, group in enumerate(groups, 1):
+            row = method if number == 1 else f"{method} [{number}]"
+            methods[row] = {seed: names[folder] for seed, folder in group.items()}
+            if number > 1:
+                (one, *_), (other, *_) = group.values(), groups[0].values()
+                these = ", ".join(runs[folder.parent] for folder in group.values())
+                others.setdefault((these, runs[other.parent]), []).append((row, difference(one, other)))
+    averaged = any(len(names) > 1 for names in methods.values())
+    sentences = []
+    for (these, first), rows in others.items():
+        which = ", ".join(row for row, _ in rows) if averaged else "not averaged"
+        sentences.append(f"{which}: {these} and {first} {rows[0][1]}")
+    return methods if averaged else {}, sentences
