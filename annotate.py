@@ -28,6 +28,7 @@ from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
 from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
+from data.judges.person import PERSON, Person
 from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
 from stats.agreement import judge_report
 from stats.tables import number, table
@@ -38,6 +39,8 @@ POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0}                  # name: 
 
 def pool(judge, kind="p_eval"):
     """The annotators of a judge: a model, or a big, a mid and a small one with commas between."""
+    if PERSON.fullmatch(judge):
+        return [Annotator(judge, judge)]
     if judge in CROWDS:
         prefix, size = CROWDS[judge]
         names = [f"{prefix}-{i:02d}" for i in range(1 if kind == "p_single" else size)]
@@ -58,8 +61,8 @@ def draw(what, salt, choices, weights=None):
 class Question:
     """One pair to be asked in one order, and the record it belongs to."""
 
-    def __init__(self, record, annotator, switched):
-        self.record, self.annotator, self.switched = record, annotator, switched
+    def __init__(self, record, annotator, switched, salt):
+        self.record, self.annotator, self.switched, self.salt = record, annotator, switched, salt
         first, second = ("output_2", "output_1") if switched else ("output_1", "output_2")
         self.texts = question(record), record[first], record[second]
         self.answer, self.share, self.preference, self.cause = {}, 1, None, ""      # share: pairs in its request
@@ -80,7 +83,7 @@ def plan(pairs, annotators, seed=0, flip=0.0, both_orders=False):
                         "preference": 1.5 if same else coin, "scored_by": "equal" if same else coin and "coin",
                         "raw_completion": None})
         if not same and not coin:
-            questions += [Question(records[-1], annotator, order)
+            questions += [Question(records[-1], annotator, order, salt)
                           for order in ((False, True) if both_orders else (switched,))]
     return records, questions
 
@@ -103,6 +106,10 @@ def requests_of(groups, logprobs, longer=1):
 
 def ask(groups, judge, logprobs, longer=1):
     """Ask the judge about groups of questions, and file in each what came of it."""
+    if isinstance(judge, Person):
+        # In both orders: each pair in the drawn one first, and in the other after all of them.
+        return judge.answer(sorted((one for group in groups for one in group), key=lambda one: one.switched != draw(
+            "is_switched_outputs", one.salt, [False, True])))
     for group, line in zip(groups, judge.complete(requests_of(groups, logprobs, longer))):
         found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"))
         for one, (preference, cause) in zip(group, found):
@@ -129,7 +136,7 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
     verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer
     answer. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
-    records, questions = plan(pairs, annotators, seed, flip, both_orders)
+    records, questions = plan(pairs, annotators, seed, 0 if isinstance(judge, Person) else flip, both_orders)
     groups = batches(questions)
     ask(groups, judge, logprobs)
     hits = judge.hits
@@ -147,7 +154,8 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
         record["raw_completion"] = texts if both_orders else texts[0]
         record["preference"] = None if causes else statistics.mean(one.preference for one in said)
         soft = any(one.preference not in (1, 2) for one in said)
-        record["scored_by"] = causes[0] if causes else "logprobs" if soft else "text"
+        how = said[0].answer.get("scored_by") or ("logprobs" if soft else "text")
+        record["scored_by"] = causes[0] if causes else how
         if both_orders:
             record["preference_by_order"] = [one.preference for one in said]
         if costs:
@@ -188,6 +196,10 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
     any other is a model at OPENAI_BASE_URL (AZURE_OPENAI_ENDPOINT), asked with OPENAI_API_KEY (AZURE_OPENAI_API_KEY).
     """
     with contextlib.ExitStack() as stack:
+        if PERSON.fullmatch(judge):
+            clicks, replay = Path(cache).with_name("me.jsonl"), options.get("replay", False)
+            yield stack.enter_context(contextlib.closing(Person(judge, clicks, replay, max_unusable)))
+            return
         if judge in CROWDS:
             from data.barn.judge import serve       # real judges do without the offline world
             where = {"base_url": stack.enter_context(serve()), "endpoint": "barn"}
@@ -264,6 +276,8 @@ def price_of(said=""):
 
 def estimate(questions, judge, logprobs):
     """What asking would take, as text: about four characters make a token, and no answer is longer than allowed."""
+    if isinstance(judge, Person):
+        return judge.estimate(questions)
     bodies = requests_of(batches(questions), logprobs)
     missing = {key: body for body in bodies if not judge.cache.get(key := judge.name(body))}.values()
     said, cost = Counter(), 0.0
@@ -287,7 +301,8 @@ def parse(argv):
     add("pairs", help="pairs {instruction, output_1, output_2}, lists of outputs, or outputs with --reference; .json, "
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
-    add("--judge", default="barn", metavar="MODEL", help="barn, barn-human, serve:PATH, a model, or big,mid,small")
+    add("--judge", default="barn", metavar="MODEL", help="barn, barn-human, serve:PATH, a model, or big,mid,small; me: "
+        "a page asks you")
     add("--judge_models", default="", metavar="BIG,MID,SMALL", help="the same as --judge")
     add("--pool", choices=list(POOLS), default="p_ann", help="with flips, without, or one greedy judge")
     add("--flip", type=float, help="share of labels flipped (default: the pool's)")
@@ -307,7 +322,10 @@ def parse(argv):
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
     args = parser.parse_args(underscored(argv))
     args.judge = args.judge_models or args.judge
-    args.flip = POOLS[args.pool] if args.flip is None else args.flip
+    person = PERSON.fullmatch(args.judge)
+    if args.flip and person:
+        raise InputError("--flip would change nothing: a person's labels are not flipped")
+    args.flip = POOLS[args.pool] if args.flip is None and not person else args.flip or 0.0
     if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
         raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
     if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:

@@ -287,7 +287,8 @@ def parse(argv):
     add("--outputs", nargs="+", metavar="FILE", help="answers to be judged, one file for each model")
     add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
         "with annotations: all instructions in their order, for what is missing")
-    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, or a model at OPENAI_BASE_URL")
+    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, a model at OPENAI_BASE_URL, or me: "
+        "a page asks you")
     add("--pool", choices=["p_eval", "p_single"], default="p_eval", help="thirteen annotators, or one greedy one")
     add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
     add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
