@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
 from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
 from data.judges.person import PERSON, Person
+from data.judges.pools import read_pool
 from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
 from stats.agreement import judge_report
 from stats.tables import number, table
@@ -38,9 +40,23 @@ POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0}                  # name: 
 
 
 def pool(judge, kind="p_eval"):
-    """The annotators of a judge: a model, or a big, a mid and a small one with commas between."""
+    """The annotators of a judge: a model, or a big, a mid and a small one with commas between.
+
+    `kind` is one of POOLS, or a file of annotators (data.judges.pools); `judge` is the model of those that name none.
+    """
     if PERSON.fullmatch(judge):
         return [Annotator(judge, judge)]
+    if kind not in POOLS:
+        if not kind.endswith((".json", ".jsonl")):
+            raise InputError(f"--pool {kind}: choose {', '.join(POOLS)}, or a file of annotators (.json)")
+        if judge in CROWDS or "," in judge:
+            raise InputError(f"--judge {judge} does not go with the annotators in {kind}: name one model, or none")
+        return read_pool(kind, "" if judge == kind else judge)
+    return [replace(one, pool=kind) for one in crowd(judge, kind)]
+
+
+def crowd(judge, kind):
+    """The annotators of a pool that is not a file."""
     if judge in CROWDS:
         prefix, size = CROWDS[judge]
         names = [f"{prefix}-{i:02d}" for i in range(1 if kind == "p_single" else size)]
@@ -301,10 +317,11 @@ def parse(argv):
     add("pairs", help="pairs {instruction, output_1, output_2}, lists of outputs, or outputs with --reference; .json, "
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
-    add("--judge", default="barn", metavar="MODEL", help="barn, barn-human, serve:PATH, a model, or big,mid,small; me: "
-        "a page asks you")
+    add("--judge", default="", metavar="MODEL", help="barn (default), barn-human, serve:PATH, a model, or "
+        "big,mid,small; me: a page asks you")
     add("--judge_models", default="", metavar="BIG,MID,SMALL", help="the same as --judge")
-    add("--pool", choices=list(POOLS), default="p_ann", help="with flips, without, or one greedy judge")
+    add("--pool", default="p_ann", help="p_ann: with flips, p_eval: without, p_single: one greedy judge; or a file of "
+        "your own annotators (.json)")
     add("--flip", type=float, help="share of labels flipped (default: the pool's)")
     add("--out", type=Path, default=Path("annotated.json"), help="where the annotations go")
     add("--cache", type=Path, help="file of all answers (default: judge.jsonl beside --out)")
@@ -321,11 +338,11 @@ def parse(argv):
     add("--dry_run", action="store_true", help="say what would be asked and what it costs, and ask nothing")
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
     args = parser.parse_args(underscored(argv))
-    args.judge = args.judge_models or args.judge
+    args.judge = args.judge_models or args.judge or ("barn" if args.pool in POOLS else args.pool)
     person = PERSON.fullmatch(args.judge)
     if args.flip and person:
         raise InputError("--flip would change nothing: a person's labels are not flipped")
-    args.flip = POOLS[args.pool] if args.flip is None and not person else args.flip or 0.0
+    args.flip = POOLS.get(args.pool, 0.0) if args.flip is None and not person else args.flip or 0.0
     if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
         raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
     if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:

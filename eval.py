@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotate import annotate, connect, draw, pool
+from annotate import POOLS, annotate, connect, draw, pool
 from data import InputError, run, sets, underscored
 from data.alpaca_eval import (matched, paired, question, read_annotations, read_column, read_labels,
                               read_length_control, read_outputs)
@@ -289,7 +289,8 @@ def parse(argv):
         "with annotations: all instructions in their order, for what is missing")
     add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, a model at OPENAI_BASE_URL, or me: "
         "a page asks you")
-    add("--pool", choices=["p_eval", "p_single"], default="p_eval", help="thirteen annotators, or one greedy one")
+    add("--pool", default="p_eval", help="p_eval: thirteen annotators, p_single: one greedy one; or a file of your own "
+        "annotators (.json)")
     add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
     add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
     add("--second", default="", metavar="FILE", help="a second judge's labels, to correlate win rates with")
@@ -318,6 +319,10 @@ def parse(argv):
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {*MODES, "out"}
     if stray := sorted(given - set(MODES[mode].split())):
         raise InputError(f"--{stray[0]} would change nothing here: it does not go with {mode}")
+    if args.pool not in POOLS:                          # a file, which names models
+        args.judge = args.judge or args.pool
+    if args.pool == "p_ann":
+        raise InputError("--pool p_ann flips labels, to learn from: choose p_eval, p_single, or a file of annotators")
     if min(args.seeds, args.workers) < 1 or min(args.limit, args.seed) < 0 or not 2 <= args.resamples <= 10 ** 5:
         raise InputError("--seeds and --workers are positive, --limit and --seed not negative, --resamples 2 to 100000")
     if not 0 <= args.max_unusable <= 1 or not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:

@@ -18,7 +18,7 @@ OURS = {"farm", "model", "annotate", "eval", "stats", "serve", "benchmarks", "rl
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what benchmarks measures beside, if installed
 NO_TORCH = ("annotate", "eval", "data.judges", "data.judges.prompts", "data.judges.client", "data.judges.cache",
-            "data.judges.person",
+            "data.judges.person", "data.judges.pools",
             "stats", "stats.winrate", "stats.length", "stats.ranking", "stats.agreement", "stats.tables", "data",
             "data.sets", "data.alpaca_eval", "data.attacks", "data.families", "data.hub", "data.template", "data.barn",
             "data.barn.world", "data.barn.reward", "data.barn.judge", "data.barn.lexicon")
