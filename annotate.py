@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,7 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
       scored_by        "text"; "logprobs" of the deciding token, where asked for and given (the preference is a
                        fraction then); "coin"; "equal"; or why there is no verdict: "refusal", "cut off", ...
       raw_completion   what the judge said, None if it was not asked
+      judge, pool, effort, date  who that is: what --judge, --pool and --reasoning_effort say, and the day of the answer
       preference_by_order  with `both_orders`: [with output_1 shown first, with output_2]; `preference` is their mean,
                        None if either is; raw_completion is a list, too
       price_per_example, time_per_example  with `costs`: $ (None: unknown) and seconds; not the same in every run
@@ -153,6 +155,8 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
     answer. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
     records, questions = plan(pairs, annotators, seed, 0 if isinstance(judge, Person) else flip, both_orders)
+    for record in records:
+        record |= {"judge": judge.title, "pool": annotators[0].pool, "effort": judge.effort, "date": None}
     groups = batches(questions)
     ask(groups, judge, logprobs)
     hits = judge.hits
@@ -168,6 +172,8 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
         record, causes = said[0].record, [one.cause for one in said if one.cause]
         texts = [one.answer.get("choice", {}).get("message", {}).get("content") for one in said]
         record["raw_completion"] = texts if both_orders else texts[0]
+        if "time" in said[0].answer:
+            record["date"] = time.strftime("%Y-%m-%d", time.gmtime(said[0].answer["time"]))
         record["preference"] = None if causes else statistics.mean(one.preference for one in said)
         soft = any(one.preference not in (1, 2) for one in said)
         how = said[0].answer.get("scored_by") or ("logprobs" if soft else "text")
@@ -223,8 +229,10 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
             where = {"base_url": stack.enter_context(served(judge)), "endpoint": fingerprint(judge[6:])}
         else:
             where = remote(options.get("replay"))
-        yield stack.enter_context(contextlib.closing(
+        found = stack.enter_context(contextlib.closing(
             Judge(cache=cache, workers=workers, max_unusable=max_unusable, **where, **options)))
+        found.title = judge
+        yield found
 
 
 def remote(replay=False):

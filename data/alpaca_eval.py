@@ -65,7 +65,8 @@ def is_number(value):
 KINDS = {                                               # key: (what it is, unless null)
     **dict.fromkeys(("preference", "price_per_example", "time_per_example", "preference_price_per_example",
                      "preference_time_per_example"), ("number", is_number)),
-    **dict.fromkeys(("dataset", "annotator", "generator_1", "generator_2"), ("text", lambda x: isinstance(x, str))),
+    **dict.fromkeys(("dataset", "annotator", "judge", "pool", "effort", "generator_1", "generator_2"),
+                    ("text", lambda x: isinstance(x, str))),
     "is_switched": ("true or false", lambda x: isinstance(x, bool)),
     "preference_by_order": ("two numbers", lambda x: isinstance(x, list) and len(x) == 2
                             and all(each is None or is_number(each) for each in x))}
@@ -118,6 +119,24 @@ def read_labels(path):
     records = read_records(path, TEXTS)
     check(path, records)
     return records
+
+
+def read_judges(paths):
+    """{name: labels} of the judges in files: labels of one name belong together, wherever they stand.
+
+    A label's judge is what annotate.py writes under judge, pool and effort. Without these it is the annotator, if the
+    file has only one; all that is left is of one judge, named after the first file of its labels.
+    """
+    judges = {}
+    for path in dict.fromkeys(paths):
+        records = read_labels(path)
+        annotators = {record.get("annotator") for record in records}
+        alone = annotators.pop() if len(annotators) == 1 else None
+        for record in records:
+            said = (record.get(key) for key in ("judge", "pool", "effort"))
+            name = " ".join(dict.fromkeys(filter(None, said))) if record.get("judge") else alone
+            judges.setdefault(name, []).append((path, record))
+    return {name or Path(labels[0][0]).stem: [record for _, record in labels] for name, labels in judges.items()}
 
 
 def read_annotations(paths, any_reference=False):

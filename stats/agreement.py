@@ -47,6 +47,12 @@ def one_against_rest(labels):
     return float(np.mean([agreement(labels[:, k], majority(np.delete(labels, k, 1)))[0] for k in each]))
 
 
+def repeatability(labels):
+    """Mean agreement of two labels of a pair: (N, K) -> a number, NaN if no pair has two."""
+    each = [agreement(labels[:, i], labels[:, j])[0] for i in range(labels.shape[1]) for j in range(i)]
+    return rate(np.array(each)) if each else nan
+
+
 def preferred_share(preferences, one, two):
     """Of the pairs in which exactly one answer has a property, how often the judge prefers it. All (N,)."""
     p, one, two = usable(preferences), np.asarray(one, dtype=bool), np.asarray(two, dtype=bool)
@@ -100,6 +106,7 @@ def judge_report(labels, outputs_1, outputs_2, human=None, models=None, second=N
     report["Proba. prefer lists"] = preferred_share(first, *([bool(LIST.search(text)) for text in texts]
                                                              for texts in (outputs_1, outputs_2)))
     report["Proba. prefer 1"] = 2 - rate(labels)
+    report["Repeatability"] = repeatability(labels)
     report["# parsed"], report["# pairs"] = int((~np.isnan(labels)).sum()), len(labels)
     if human is not None:
         report["# pairs with people's labels"] = int((~np.isnan(gold)).sum())

@@ -37,7 +37,7 @@ class Person:
     """
 
     def __init__(self, name, cache, replay=False, max_unusable=0.02):
-        self.name, self.replay, self.max_unusable, self.effort = name, replay, max_unusable, ""
+        self.title, self.replay, self.max_unusable, self.effort = name, replay, max_unusable, ""
         self.cache, self.price = Cache(Path(cache)), lambda model: None     # nobody knows what a person costs
         self.calls, self.hits, self.fault = 0, 0, ""
         self.pairs, self.shown = {}, {}                 # {key: texts} of what is asked now, {key: since when}
@@ -82,14 +82,14 @@ class Person:
         """The key in the cache of each question: a pair that comes twice is asked twice."""
         seen, keys = Counter(), []
         for one in questions:
-            asked = json.dumps([self.name, one.salt, *one.texts])
+            asked = json.dumps([self.title, one.salt, *one.texts])
             seen[asked] += 1
             keys.append(hashlib.sha256(f"{asked} {seen[asked]}".encode()).hexdigest())
         return keys
 
     def estimate(self, questions):
         known = sum(map(self.answered, self.keys(questions)))
-        return f"{len(questions)} pairs for {self.name}, {known} answered before"
+        return f"{len(questions)} pairs for {self.title}, {known} answered before"
 
     def waiting(self):
         with self.lock:                                 # the reply to the last click is out, then
@@ -136,7 +136,7 @@ class Person:
 
     def write(self, key, text):
         seconds = time.monotonic() - self.shown.pop(key, time.monotonic())
-        self.cache.put(key, model=self.name, choice={"message": {"content": text}}, request=self.pairs[key],
+        self.cache.put(key, model=self.title, choice={"message": {"content": text}}, request=self.pairs[key],
                        scored_by="person", seconds=seconds)
         os.fsync(self.cache.file.fileno())
         self.calls += 1
