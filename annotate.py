@@ -2,11 +2,12 @@
 
     python annotate.py PAIRS.json --pool p_ann --judge MODEL --out ANNOTATED.json
     python annotate.py OUTPUTS.json --reference REF.json --pool p_eval --judge big,mid,small --dry_run
+    python annotate.py INSTRUCTIONS.json --complete MODEL --out OUTPUTS.json            answers instead of labels
 
 A pool of annotators stands for a crowd, and labels flipped on purpose for its disagreement (AlpacaFarm, arXiv
 2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge.
 The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn" and
-"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine.
+"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a page.
 How they are asked is in data/judges/.
 """
 import argparse
@@ -29,10 +30,12 @@ import numpy as np
 from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
+from data.judges.answers import complete
 from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
 from data.judges.person import PERSON, Person
 from data.judges.pools import read_pool
 from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
+from data.sets import read_records
 from stats.agreement import judge_report
 from stats.tables import number, table
 
@@ -337,6 +340,9 @@ def parse(argv):
     add("--logprobs", action="store_true", help="fractions by log-probabilities, where the server gives them")
     add("--seed", type=int, default=0, help="of annotators, orders and flips")
     add("--seeds", type=int, default=1, help="label each pair so many times, by other annotators")
+    add("--samples", choices=["all", "derangement"], default="all", help="of several outputs to one instruction: all "
+        "pairs, or each with one other")
+    add("--complete", default="", metavar="MODEL", help="have the instructions answered by this model, or serve:PATH")
     add("--limit", type=int, default=0, help="annotate only the first so many pairs (0: all)")
     add("--workers", type=int, default=8, help="requests under way at a time, at most")
     add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
@@ -358,9 +364,31 @@ def parse(argv):
     return args
 
 
+def write(path, records):
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(records, indent=1))
+    part.replace(path)
+
+
+def answer(args):
+    """Have instructions answered by the model args.complete."""
+    if args.complete in CROWDS or PERSON.fullmatch(args.complete):
+        raise InputError(f"--complete {args.complete}: that is a judge; name a model, or serve:PATH")
+    records = read_records(args.pairs, ("instruction",))[:args.limit or None]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", args.workers, replay=args.replay,
+                 price=price_of(args.price), max_calls=args.max_calls, max_cost=args.max_cost) as judge:
+        judge.knock()
+        write(args.out, complete(records, args.complete, judge))
+        print(f"{len(records)} answers are in {args.out}; {judge.calls} calls, {judge.spent()}")
+
+
 def main(argv):
     args = parse(argv)
-    pairs, annotators = read_pairs(args.pairs, args.reference)[:args.limit or None], pool(args.judge, args.pool)
+    if args.complete:
+        return answer(args)
+    pairs = read_pairs(args.pairs, args.reference, args.samples)[:args.limit or None]
+    annotators = pool(args.judge, args.pool)
     price = price_of(args.price)
     if args.max_cost is not None and not all(price(annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
@@ -380,9 +408,7 @@ def main(argv):
                    for record in annotate(pairs, annotators, judge, seed, args.flip, args.both_orders, args.logprobs,
                                           costs=True)]
         print(f"judge: {judge.calls} calls, {judge.spent()}")
-    part = args.out.with_name(args.out.name + ".part")
-    part.write_text(json.dumps(records, indent=1))
-    part.replace(args.out)
+    write(args.out, records)
     labels = np.array([record["preference"] for record in records], dtype=float).reshape(args.seeds, -1).T
     row = judge_report(labels, *([pair[key] for pair in pairs] for key in ("output_1", "output_2")))
     if args.seeds > 1:

@@ -4,7 +4,9 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 """
 import csv
 import gzip
+import itertools
 import json
+import random
 import zlib
 from pathlib import Path
 
@@ -85,26 +87,54 @@ def check(path, records):
 TEXTS = ("instruction", "output_1", "output_2")
 
 
-def read_pairs(path, reference=""):
+def read_pairs(path, reference="", samples="all"):
     """Pairs {instruction, output_1, output_2, ...} to be annotated, from any of
 
-    AlpacaFarm's pairs; several outputs to one instruction, {instruction, output: [text, ...]}, of which the first and
-    second are a pair, the third and fourth, ...; AlpacaEval's outputs, whose output_1 are then those of `reference`.
+    AlpacaFarm's pairs; AlpacaEval's outputs, whose output_1 are then those of `reference`; several outputs to one
+    instruction, {instruction, output: [text, ...]} or a row for each: `couples` says which are compared.
     """
     if reference:
         outputs, theirs = read_outputs(path), read_outputs(reference)
         return paired(matched(outputs, theirs, path, reference), theirs)
-    pairs = []
+    pairs, groups = [], {}
     for i, record in enumerate(read_records(path, ("instruction",))):
-        outputs, kept = record.get("output"), {key: value for key, value in record.items() if key != "output"}
-        if not isinstance(outputs, list):
-            outputs = [record.get("output_1"), record.get("output_2")]
-        if len(outputs) < 2 or not all(isinstance(output, str) for output in outputs):
+        if isinstance(record.get("output_1"), str) and isinstance(record.get("output_2"), str):
+            pairs.append(record)
+        else:
+            groups.setdefault(question(record), []).append((i, record))
+    return pairs + [pair for rows in groups.values() for pair in sampled(path, rows, samples)]
+
+
+def sampled(path, rows, samples):
+    """Pairs of all outputs to one instruction, in `rows` [(number in the file, record)]."""
+    outputs = []
+    for i, record in rows:
+        texts = record["output"] if isinstance(record.get("output"), list) else [record.get("output")]
+        if len(rows) == len(texts) == 1 or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {i} has no two outputs, neither output_1 and output_2 nor a list under "
-                             "'output' (for outputs of one model give the others, too: --reference REF.json)")
-        for j, (one, two) in enumerate(zip(outputs[::2], outputs[1::2])):
-            pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": one, "output_2": two})
+                             "'output' nor rows with the same instruction (for outputs of one model give the others, "
+                             "too: --reference REF.json)")
+        outputs += [(text, record.get("generator")) for text in texts]
+    kept = {key: value for key, value in rows[0][1].items() if key not in ("output", "generator")}
+    pairs = []
+    for j, (one, two) in enumerate(couples(len(outputs), samples, question(kept))):
+        pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": outputs[one][0],
+                      "output_2": outputs[two][0]})
+        if outputs[one][1] and outputs[two][1]:
+            pairs[-1] |= {"generator_1": outputs[one][1], "generator_2": outputs[two][1]}
     return pairs
+
+
+def couples(n, samples, salt):
+    """Which of n outputs are compared, [(i, j), ...]: "all" pairs of them, or a "derangement".
+
+    In a derangement each is output_1 once and output_2 once, of n pairs, as in AlpacaFarm's annotate_samples, which
+    then keeps one pair for each instruction. It is drawn by `salt`, the same in every run.
+    """
+    if samples == "all":
+        return list(itertools.combinations(range(n), 2))
+    circle = random.Random("samples" + salt).sample(range(n), n)
+    return sorted(zip(circle, circle[1:] + circle[:1]))
 
 
 def paired(outputs, reference):
