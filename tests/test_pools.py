@@ -123,3 +123,18 @@ def test_own_annotators_from_eval_and_what_does_not_go_with_them(write, server, 
     refused(command(*argv, "--pool", "none.json"), 2, "none.json: No such file")
     for judge in ("barn", "a,b,c"):
         refused(command(*argv, "--pool", path, "--judge", judge), 2, "does not go with the annotators")
+
+
+def test_own_annotators_label_and_evaluate_a_farm_run(write, server, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    server.rule = lambda body, nth: said(body, lambda instruction, a, b: "a" if len(a) > len(b) else "b")
+    path = write([STRICT, QUICK])
+    argv = "farm.py", "--method", "dpo", "--limit", 8, "--max_new_tokens", 8, "--out", tmp_path / "run", "--pool"
+    done = command(*argv, path)
+    assert done.code == 0, done.err
+    for file in ("pairs/pairs.json", "dpo/annotations.json"):
+        records = json.loads((tmp_path / "run" / file).read_text())
+        assert {record["annotator"] for record in records} <= {"strict", "quick"}
+        assert {(record["judge"], record["pool"]) for record in records} == {(path, path)}
+    assert {body["model"] for body in server.requests} == {"large", "little"}
+    refused(command(*argv, "p_all"), 2, "--pool 'p_all' is not known: choose p_eval, p_single or a .json file")
