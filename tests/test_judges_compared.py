@@ -80,7 +80,8 @@ def test_judges_compared_in_one_table(write, tmp_path):
 def test_judges_are_compared_on_the_same_pairs(write, tmp_path):
     one, two = labelled(wrong(10), judge="one")[:30], labelled(TRUTH, judge="two")[10:]     # wrong where two is silent
     people = write("people.json", labelled(TRUTH))
-    done = evaluation("--judge_report", write("1.json", one), write("2.json", two), "--human", people, "--out", tmp_path)
+    files = write("1.json", one), write("2.json", two)
+    done = evaluation("--judge_report", *files, "--human", people, "--out", tmp_path)
     with open(tmp_path / "evaluators_leaderboard.csv", newline="") as file:
         assert [(row["Human agreement"], row["# pairs"]) for row in csv.DictReader(file)] == [("100.0", "20")] * 2
     assert done.code == 0 and "on the 20 pairs that all of them have labelled (20 labels are" in done.out

@@ -64,8 +64,7 @@ class Person:
         if self.hits < len(keys) and not self.replay:
             with self.lock:
                 self.pairs = {key: one.texts for key, one in zip(keys, questions)}
-            print(f"judge: {self.estimate(questions)}; Ctrl-C: go on later. They are shown at\n  {self.address()}",
-                  flush=True)
+            print(f"judge: {self.estimate(questions)}; the page (Ctrl-C: go on later):\n  {self.address()}", flush=True)
             while self.waiting():
                 time.sleep(.1)
             if self.error:
