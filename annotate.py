@@ -2,11 +2,12 @@
 
     python annotate.py PAIRS.json --pool p_ann --judge MODEL --out ANNOTATED.json
     python annotate.py OUTPUTS.json --reference REF.json --pool p_eval --judge big,mid,small --dry_run
+    python annotate.py INSTRUCTIONS.json --complete MODEL --out OUTPUTS.json            answers instead of labels
 
 A pool of annotators stands for a crowd, and labels flipped on purpose for its disagreement (AlpacaFarm, arXiv
 2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge.
 The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn" and
-"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine.
+"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a page.
 How they are asked is in data/judges/.
 """
 import argparse
@@ -19,7 +20,9 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +30,12 @@ import numpy as np
 from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
+from data.judges.answers import complete
 from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
+from data.judges.person import PERSON, Person
+from data.judges.pools import read_pool
 from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
+from data.sets import read_records
 from stats.agreement import judge_report
 from stats.tables import number, table
 
@@ -37,7 +44,23 @@ POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0}                  # name: 
 
 
 def pool(judge, kind="p_eval"):
-    """The annotators of a judge: a model, or a big, a mid and a small one with commas between."""
+    """The annotators of a judge: a model, or a big, a mid and a small one with commas between.
+
+    `kind` is one of POOLS, or a file of annotators (data.judges.pools); `judge` is the model of those that name none.
+    """
+    if PERSON.fullmatch(judge):
+        return [Annotator(judge, judge)]
+    if kind not in POOLS:
+        if not kind.endswith((".json", ".jsonl")):
+            raise InputError(f"--pool {kind}: choose {', '.join(POOLS)}, or a file of annotators (.json)")
+        if judge in CROWDS or "," in judge:
+            raise InputError(f"--judge {judge} does not go with the annotators in {kind}: name one model, or none")
+        return read_pool(kind, "" if judge == kind else judge)
+    return [replace(one, pool=kind) for one in crowd(judge, kind)]
+
+
+def crowd(judge, kind):
+    """The annotators of a pool that is not a file."""
     if judge in CROWDS:
         prefix, size = CROWDS[judge]
         names = [f"{prefix}-{i:02d}" for i in range(1 if kind == "p_single" else size)]
@@ -58,8 +81,8 @@ def draw(what, salt, choices, weights=None):
 class Question:
     """One pair to be asked in one order, and the record it belongs to."""
 
-    def __init__(self, record, annotator, switched):
-        self.record, self.annotator, self.switched = record, annotator, switched
+    def __init__(self, record, annotator, switched, salt):
+        self.record, self.annotator, self.switched, self.salt = record, annotator, switched, salt
         first, second = ("output_2", "output_1") if switched else ("output_1", "output_2")
         self.texts = question(record), record[first], record[second]
         self.answer, self.share, self.preference, self.cause = {}, 1, None, ""      # share: pairs in its request
@@ -80,7 +103,7 @@ def plan(pairs, annotators, seed=0, flip=0.0, both_orders=False):
                         "preference": 1.5 if same else coin, "scored_by": "equal" if same else coin and "coin",
                         "raw_completion": None})
         if not same and not coin:
-            questions += [Question(records[-1], annotator, order)
+            questions += [Question(records[-1], annotator, order, salt)
                           for order in ((False, True) if both_orders else (switched,))]
     return records, questions
 
@@ -103,6 +126,10 @@ def requests_of(groups, logprobs, longer=1):
 
 def ask(groups, judge, logprobs, longer=1):
     """Ask the judge about groups of questions, and file in each what came of it."""
+    if isinstance(judge, Person):
+        # In both orders: each pair in the drawn one first, and in the other after all of them.
+        return judge.answer(sorted((one for group in groups for one in group), key=lambda one: one.switched != draw(
+            "is_switched_outputs", one.salt, [False, True])))
     for group, line in zip(groups, judge.complete(requests_of(groups, logprobs, longer))):
         found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"))
         for one, (preference, cause) in zip(group, found):
@@ -121,6 +148,7 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
       scored_by        "text"; "logprobs" of the deciding token, where asked for and given (the preference is a
                        fraction then); "coin"; "equal"; or why there is no verdict: "refusal", "cut off", ...
       raw_completion   what the judge said, None if it was not asked
+      judge, pool, effort, date  who that is: what --judge, --pool and --reasoning_effort say, and the day of the answer
       preference_by_order  with `both_orders`: [with output_1 shown first, with output_2]; `preference` is their mean,
                        None if either is; raw_completion is a list, too
       price_per_example, time_per_example  with `costs`: $ (None: unknown) and seconds; not the same in every run
@@ -129,7 +157,9 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
     verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer
     answer. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
     """
-    records, questions = plan(pairs, annotators, seed, flip, both_orders)
+    records, questions = plan(pairs, annotators, seed, 0 if isinstance(judge, Person) else flip, both_orders)
+    for record in records:
+        record |= {"judge": judge.title, "pool": annotators[0].pool, "effort": judge.effort, "date": None}
     groups = batches(questions)
     ask(groups, judge, logprobs)
     hits = judge.hits
@@ -145,9 +175,12 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
         record, causes = said[0].record, [one.cause for one in said if one.cause]
         texts = [one.answer.get("choice", {}).get("message", {}).get("content") for one in said]
         record["raw_completion"] = texts if both_orders else texts[0]
+        if "time" in said[0].answer:
+            record["date"] = time.strftime("%Y-%m-%d", time.gmtime(said[0].answer["time"]))
         record["preference"] = None if causes else statistics.mean(one.preference for one in said)
         soft = any(one.preference not in (1, 2) for one in said)
-        record["scored_by"] = causes[0] if causes else "logprobs" if soft else "text"
+        how = said[0].answer.get("scored_by") or ("logprobs" if soft else "text")
+        record["scored_by"] = causes[0] if causes else how
         if both_orders:
             record["preference_by_order"] = [one.preference for one in said]
         if costs:
@@ -188,6 +221,10 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
     any other is a model at OPENAI_BASE_URL (AZURE_OPENAI_ENDPOINT), asked with OPENAI_API_KEY (AZURE_OPENAI_API_KEY).
     """
     with contextlib.ExitStack() as stack:
+        if PERSON.fullmatch(judge):
+            clicks, replay = Path(cache).with_name("me.jsonl"), options.get("replay", False)
+            yield stack.enter_context(contextlib.closing(Person(judge, clicks, replay, max_unusable)))
+            return
         if judge in CROWDS:
             from data.barn.judge import serve       # real judges do without the offline world
             where = {"base_url": stack.enter_context(serve()), "endpoint": "barn"}
@@ -195,8 +232,10 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
             where = {"base_url": stack.enter_context(served(judge)), "endpoint": fingerprint(judge[6:])}
         else:
             where = remote(options.get("replay"))
-        yield stack.enter_context(contextlib.closing(
+        found = stack.enter_context(contextlib.closing(
             Judge(cache=cache, workers=workers, max_unusable=max_unusable, **where, **options)))
+        found.title = judge
+        yield found
 
 
 def remote(replay=False):
@@ -264,6 +303,8 @@ def price_of(said=""):
 
 def estimate(questions, judge, logprobs):
     """What asking would take, as text: about four characters make a token, and no answer is longer than allowed."""
+    if isinstance(judge, Person):
+        return judge.estimate(questions)
     bodies = requests_of(batches(questions), logprobs)
     missing = {key: body for body in bodies if not judge.cache.get(key := judge.name(body))}.values()
     said, cost = Counter(), 0.0
@@ -287,9 +328,11 @@ def parse(argv):
     add("pairs", help="pairs {instruction, output_1, output_2}, lists of outputs, or outputs with --reference; .json, "
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
-    add("--judge", default="barn", metavar="MODEL", help="barn, barn-human, serve:PATH, a model, or big,mid,small")
+    add("--judge", default="", metavar="MODEL", help="barn (default), barn-human, serve:PATH, a model, or "
+        "big,mid,small; me: a page asks you")
     add("--judge_models", default="", metavar="BIG,MID,SMALL", help="the same as --judge")
-    add("--pool", choices=list(POOLS), default="p_ann", help="with flips, without, or one greedy judge")
+    add("--pool", default="p_ann", help="p_ann: with flips, p_eval: without, p_single: one greedy judge; or a file of "
+        "your own annotators (.json)")
     add("--flip", type=float, help="share of labels flipped (default: the pool's)")
     add("--out", type=Path, default=Path("annotated.json"), help="where the annotations go")
     add("--cache", type=Path, help="file of all answers (default: judge.jsonl beside --out)")
@@ -297,6 +340,9 @@ def parse(argv):
     add("--logprobs", action="store_true", help="fractions by log-probabilities, where the server gives them")
     add("--seed", type=int, default=0, help="of annotators, orders and flips")
     add("--seeds", type=int, default=1, help="label each pair so many times, by other annotators")
+    add("--samples", choices=["all", "derangement"], default="all", help="of several outputs to one instruction: all "
+        "pairs, or each with one other")
+    add("--complete", default="", metavar="MODEL", help="have the instructions answered by this model, or serve:PATH")
     add("--limit", type=int, default=0, help="annotate only the first so many pairs (0: all)")
     add("--workers", type=int, default=8, help="requests under way at a time, at most")
     add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
@@ -306,8 +352,11 @@ def parse(argv):
     add("--dry_run", action="store_true", help="say what would be asked and what it costs, and ask nothing")
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
     args = parser.parse_args(underscored(argv))
-    args.judge = args.judge_models or args.judge
-    args.flip = POOLS[args.pool] if args.flip is None else args.flip
+    args.judge = args.judge_models or args.judge or ("barn" if args.pool in POOLS else args.pool)
+    person = PERSON.fullmatch(args.judge)
+    if args.flip and person:
+        raise InputError("--flip would change nothing: a person's labels are not flipped")
+    args.flip = POOLS.get(args.pool, 0.0) if args.flip is None and not person else args.flip or 0.0
     if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
         raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
     if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
@@ -315,9 +364,31 @@ def parse(argv):
     return args
 
 
+def write(path, records):
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(records, indent=1))
+    part.replace(path)
+
+
+def answer(args):
+    """Have instructions answered by the model args.complete."""
+    if args.complete in CROWDS or PERSON.fullmatch(args.complete):
+        raise InputError(f"--complete {args.complete}: that is a judge; name a model, or serve:PATH")
+    records = read_records(args.pairs, ("instruction",))[:args.limit or None]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", args.workers, replay=args.replay,
+                 price=price_of(args.price), max_calls=args.max_calls, max_cost=args.max_cost) as judge:
+        judge.knock()
+        write(args.out, complete(records, args.complete, judge))
+        print(f"{len(records)} answers are in {args.out}; {judge.calls} calls, {judge.spent()}")
+
+
 def main(argv):
     args = parse(argv)
-    pairs, annotators = read_pairs(args.pairs, args.reference)[:args.limit or None], pool(args.judge, args.pool)
+    if args.complete:
+        return answer(args)
+    pairs = read_pairs(args.pairs, args.reference, args.samples)[:args.limit or None]
+    annotators = pool(args.judge, args.pool)
     price = price_of(args.price)
     if args.max_cost is not None and not all(price(annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
@@ -337,9 +408,7 @@ def main(argv):
                    for record in annotate(pairs, annotators, judge, seed, args.flip, args.both_orders, args.logprobs,
                                           costs=True)]
         print(f"judge: {judge.calls} calls, {judge.spent()}")
-    part = args.out.with_name(args.out.name + ".part")
-    part.write_text(json.dumps(records, indent=1))
-    part.replace(args.out)
+    write(args.out, records)
     labels = np.array([record["preference"] for record in records], dtype=float).reshape(args.seeds, -1).T
     row = judge_report(labels, *([pair[key] for pair in pairs] for key in ("output_1", "output_2")))
     if args.seeds > 1:

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from annotate import annotate, connect, draw, pool
+from annotate import POOLS, annotate, connect, draw, pool, price_of
 from data import InputError, did_you_mean, run, run_folders, sets, underscored
-from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_labels,
-                              read_length_control, read_outputs)
+from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_judges,
+                              read_labels, read_length_control, read_outputs)
 from data.attacks import ATTACKS
 from data.barn.reward import true_reward
 from stats.agreement import judge_report
@@ -37,6 +37,7 @@ from stats.ranking import agreement_of_rankings, best_first, to_compare, tournam
 from stats.seeds import over_runs
 from stats.side_by_side import side_by_side
 from stats.tables import correlations, details, filled, number, table, write, write_over_seeds
+from stats.tables import judges as judges_table
 from stats.winrate import (compare, left_out, paired_difference, position_flips, position_gap, rate_interval, resample,
                            resampled_means, usable, win_rate)
 
@@ -240,49 +241,73 @@ def judged(args, outputs, reference):
     return models
 
 
+def pair_of(record):
+    return question(record), record["output_1"], record["output_2"]
+
+
 def labels_of(records, pairs=None):
     """({pair: its first record}, labels (N, K)): K labels of each of N pairs, NaN where a pair has fewer.
 
     With `pairs` given, of these pairs in this order, whatever else there is."""
     first, labels = {}, {}
     for record in records:
-        key = question(record), record["output_1"], record["output_2"]
-        first.setdefault(key, record)
-        labels.setdefault(key, []).append(record["preference"])
+        first.setdefault(pair_of(record), record)
+        labels.setdefault(pair_of(record), []).append(record["preference"])
     rows = [usable(labels.get(key, [])) for key in pairs or first]
     longest = max(1, max(map(len, rows)))
     return first, np.array([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
 
 
+def labelled_anew(args, records):
+    """Labels by args.judge of the pairs that the records are about, one for each seed."""
+    keep = ("instruction", "input", "output_1", "output_2", "generator_2")
+    pairs = [{key: record[key] for key in keep if key in record} for record in labels_of(records)[0].values()]
+    pairs = pairs[:args.limit or None]
+    with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable, price=price_of()) as judge:
+        return [record for seed in range(args.seeds)
+                for record in annotate(pairs, pool(args.judge, args.pool), judge, seed, costs=True)]
+
+
 def examined(args):
     """The judge report of the labels in args.judge_report, as a table; also in evaluators_leaderboard.csv."""
-    records = [record for path in args.judge_report for record in read_labels(path)]
+    judges, note = read_judges(args.judge_report), ""
     if args.judge:                                      # not these labels, then, but the judge's own of the same pairs
-        keep = ("instruction", "input", "output_1", "output_2", "generator_2")
-        pairs = [{key: record[key] for key in keep if key in record} for record in labels_of(records)[0].values()]
-        pairs = pairs[:args.limit or None]
-        with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable) as judge:
-            records = [record for seed in range(args.seeds)
-                       for record in annotate(pairs, pool(args.judge, args.pool), judge, seed)]
+        judges = {args.judge: labelled_anew(args, [record for records in judges.values() for record in records])}
+    if len(judges) > 1:
+        common = set.intersection(*({pair_of(record) for record in records} for records in judges.values()))
+        if not common:
+            raise InputError(f"no pair is labelled by all of {', '.join(judges)}: there is nothing to compare")
+        lonely = sum(pair_of(record) not in common for records in judges.values() for record in records)
+        judges = {name: [record for record in records if pair_of(record) in common]
+                  for name, records in judges.items()}
+        note = (f"\n\non the {len(common)} pairs that all of them have labelled ({lonely} labels are left out)"
+                "\nagrees: with people; repeats: two labels of one pair by this judge agree")
+    others = {name: read_labels(path) for name, path in (("human", args.human), ("second", args.second)) if path}
+    rows = {name: judge_row(args, records, others) for name, records in judges.items()}
+    with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", *next(iter(rows.values()))])
+        writer.writerows([name, *("" if x != x else x for x in row.values())] for name, row in rows.items())
+    if len(rows) > 1:
+        return judges_table(rows) + note
+    (name, row), = rows.items()
+    return table(["", name], *([key, number(value, "d" if isinstance(value, int) else ".2f")]
+                               for key, value in row.items() if value == value))
+
+
+def judge_row(args, records, others):
+    """stats.agreement.judge_report of one judge's labels; `others`: those of people and of a second judge."""
     first, labels = labels_of(records)
-    people, second = (labels_of(read_labels(path), first)[1] if path else None
-                      for path in (args.human, args.second))
-    for path, other in ((args.human, people), (args.second, second)):
-        if path and np.isnan(other).all():
-            raise InputError(f"{path}: has labels of none of the pairs in {args.judge_report[0]}")
+    found = {name: labels_of(theirs, first)[1] for name, theirs in others.items()}
+    for name, other in found.items():
+        if np.isnan(other).all():
+            raise InputError(f"{getattr(args, name)}: has labels of none of the pairs in {args.judge_report[0]}")
     money = [[record.get(key, record.get("preference_" + key)) for record in records]
              for key in ("price_per_example", "time_per_example")]
     writers = [record.get("generator_2") for record in first.values()]
-    row = judge_report(labels, [key[1] for key in first], [key[2] for key in first], people,
-                       writers if len(set(writers)) > 2 else None, second,
-                       *(values if any(values) else None for values in money))
-    names = {record.get("annotator") for record in records}
-    name = args.judge or (len(names) == 1 and names.pop()) or Path(args.judge_report[0]).stem
-    with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerows([["", *row], [name, *("" if x != x else x for x in row.values())]])
-    return table(["", name], *([key, number(value, "d" if isinstance(value, int) else ".2f")]
-                               for key, value in row.items() if value == value))
+    return judge_report(labels, [key[1] for key in first], [key[2] for key in first], found.get("human"),
+                        writers if len(set(writers)) > 2 else None, found.get("second"),
+                        *(values if any(values) else None for values in money))
 
 
 def correlated(paths):
@@ -325,9 +350,13 @@ def parse(argv):
     add("--outputs", nargs="+", metavar="FILE", help="answers to be judged, one file for each model")
     add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
         "with annotations: all instructions in their order, to know which are missing")
-    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, or a model at OPENAI_BASE_URL")
-    add("--pool", choices=["p_eval", "p_single"], default="p_eval", help="thirteen annotators, or one greedy one")
-    add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; with --judge, pairs")
+    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, serve:PATH, a model at "
+        "OPENAI_BASE_URL, or me: a page asks you (default: barn)")
+    add("--pool", default="p_eval", help="p_eval: thirteen annotators; p_single: one greedy one; or a file of your own "
+        "annotators (.json)")
+    add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; a row for each judge: "
+        "labels that name the same judge, pool and effort (else the file's one annotator) are of one judge, whichever "
+        "file they are in; with --judge: its own labels of these pairs")
     add("--human", default="", metavar="FILE", help="people's labels of the same pairs")
     add("--second", default="", metavar="FILE", help="a second judge's labels, to correlate win rates with")
     add("--seeds", type=int, default=4, help="labels of each pair with --judge_report and --judge")
@@ -366,6 +395,10 @@ def parse(argv):
         raise InputError("--seeds, --workers and --n are positive, --limit and --seed are not negative")
     if not 2 <= args.resamples <= 10 ** 5:
         raise InputError("--resamples lies between 2 and 100000")
+    if args.pool not in POOLS:                          # a file, which names models
+        args.judge = args.judge or args.pool
+    if args.pool == "p_ann":
+        raise InputError("--pool p_ann flips labels, to learn from: choose p_eval, p_single, or a file of annotators")
     if not 0 <= args.max_unusable <= 1 or not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
         raise InputError("--max_unusable lies between 0 and 1, --lc_C between 1e-6 and 1e6")
     return args

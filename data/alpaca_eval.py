@@ -4,8 +4,10 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 """
 import csv
 import gzip
+import itertools
 import json
 import os
+import random
 import zlib
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def is_number(value):
 KINDS = {                                               # key: (what it is, unless null)
     **dict.fromkeys(("preference", "price_per_example", "time_per_example", "preference_price_per_example",
                      "preference_time_per_example"), ("number", is_number)),
-    **dict.fromkeys(("dataset", "annotator", "generator_1", "generator_2"), ("text", lambda x: isinstance(x, str))),
+    **dict.fromkeys(("dataset", "annotator", "judge", "pool", "effort", "generator_1", "generator_2"),
+                    ("text", lambda x: isinstance(x, str))),
     "is_switched": ("true or false", lambda x: isinstance(x, bool)),
     "preference_by_order": ("two numbers", lambda x: isinstance(x, list) and len(x) == 2
                             and all(each is None or is_number(each) for each in x))}
@@ -85,27 +88,54 @@ def check(path, records):
 TEXTS = ("instruction", "output_1", "output_2")
 
 
-def read_pairs(path, reference=""):
-    """Pairs {instruction, output_1, output_2, ...} to be annotated, from a file in any of three forms:
+def read_pairs(path, reference="", samples="all"):
+    """Pairs {instruction, output_1, output_2, ...} to be annotated, from any of
 
-    AlpacaFarm's pairs; lists of outputs {instruction, output: [text, ...]}, of which the first and the second are a
-    pair, the third and the fourth, and so on; AlpacaEval's outputs of a model, as output_2, if the file `reference`
-    has those that become output_1.
+    AlpacaFarm's pairs; AlpacaEval's outputs, whose output_1 are then those of `reference`; several outputs to one
+    instruction, {instruction, output: [text, ...]} or a row for each: `couples` says which are compared.
     """
     if reference:
         outputs, theirs = read_outputs(path), read_outputs(reference)
         return paired(matched(outputs, theirs, path, reference), theirs)
-    pairs = []
+    pairs, groups = [], {}
     for i, record in enumerate(read_records(path, ("instruction",))):
-        outputs, kept = record.get("output"), {key: value for key, value in record.items() if key != "output"}
-        if not isinstance(outputs, list):
-            outputs = [record.get("output_1"), record.get("output_2")]
-        if len(outputs) < 2 or not all(isinstance(output, str) for output in outputs):
+        if isinstance(record.get("output_1"), str) and isinstance(record.get("output_2"), str):
+            pairs.append(record)
+        else:
+            groups.setdefault(question(record), []).append((i, record))
+    return pairs + [pair for rows in groups.values() for pair in sampled(path, rows, samples)]
+
+
+def sampled(path, rows, samples):
+    """Pairs of all outputs to one instruction, in `rows` [(number in the file, record)]."""
+    outputs = []
+    for i, record in rows:
+        texts = record["output"] if isinstance(record.get("output"), list) else [record.get("output")]
+        if len(rows) == len(texts) == 1 or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {i} has no two outputs, neither output_1 and output_2 nor a list under "
-                             "'output' (for outputs of one model give the others, too: --reference REF.json)")
-        for j, (one, two) in enumerate(zip(outputs[::2], outputs[1::2])):
-            pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": one, "output_2": two})
+                             "'output' nor rows with the same instruction (for outputs of one model give the others, "
+                             "too: --reference REF.json)")
+        outputs += [(text, record.get("generator")) for text in texts]
+    kept = {key: value for key, value in rows[0][1].items() if key not in ("output", "generator")}
+    pairs = []
+    for j, (one, two) in enumerate(couples(len(outputs), samples, question(kept))):
+        pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": outputs[one][0],
+                      "output_2": outputs[two][0]})
+        if outputs[one][1] and outputs[two][1]:
+            pairs[-1] |= {"generator_1": outputs[one][1], "generator_2": outputs[two][1]}
     return pairs
+
+
+def couples(n, samples, salt):
+    """Which of n outputs are compared, [(i, j), ...]: "all" pairs of them, or a "derangement".
+
+    In a derangement each is output_1 once and output_2 once, of n pairs, as in AlpacaFarm's annotate_samples, which
+    then keeps one pair for each instruction. It is drawn by `salt`, the same in every run.
+    """
+    if samples == "all":
+        return list(itertools.combinations(range(n), 2))
+    circle = random.Random("samples" + salt).sample(range(n), n)
+    return sorted(zip(circle, circle[1:] + circle[:1]))
 
 
 def paired(outputs, reference):
@@ -120,6 +150,24 @@ def read_labels(path):
     records = read_records(path, TEXTS)
     check(path, records)
     return records
+
+
+def read_judges(paths):
+    """{name: labels} of the judges in files: labels of one name belong together, wherever they stand.
+
+    A label's judge is what annotate.py writes under judge, pool and effort. Without these it is the annotator, if the
+    file has only one; all that is left is of one judge, named after the first file of its labels.
+    """
+    judges = {}
+    for path in dict.fromkeys(paths):
+        records = read_labels(path)
+        annotators = {record.get("annotator") for record in records}
+        alone = annotators.pop() if len(annotators) == 1 else None
+        for record in records:
+            said = (record.get(key) for key in ("judge", "pool", "effort"))
+            name = " ".join(dict.fromkeys(filter(None, said))) if record.get("judge") else alone
+            judges.setdefault(name, []).append((path, record))
+    return {name or Path(labels[0][0]).stem: [record for _, record in labels] for name, labels in judges.items()}
 
 
 def read_annotations(paths, any_reference=False):

@@ -70,8 +70,8 @@ class Config:
     model: str = "barn"                 # a folder or hub name (org/name@revision), HF or PEFT; barn: a small base
     data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
-    judge: str = "barn"                 # barn, barn-human, serve:PATH, none; one or big,mid,small at OPENAI_BASE_URL
-    pool: str = "p_eval"                # the judge as thirteen annotators, or p_single: one greedy annotator
+    judge: str = "barn"                 # barn, barn-human, serve:PATH, me, none; one or three at OPENAI_BASE_URL
+    pool: str = "p_eval"                # thirteen annotators; p_single: a greedy one; or a file of your own (.json)
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
     seed: int = 0                       # of everything that is random
     limit: int = 0                      # keep only so many records of each split (0: all)
@@ -108,8 +108,10 @@ class Config:
             raise InputError(f"--dtype {self.dtype!r} is not known: choose float32, bfloat16 or float16")
         if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
             raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
-        if self.pool not in ("p_eval", "p_single"):
-            raise InputError(f"--pool {self.pool!r} is not known: choose p_eval or p_single")
+        if self.pool.endswith(".json"):             # a file of annotators, which names models
+            self.judge = self.pool if self.judge == "barn" else self.judge
+        elif self.pool not in ("p_eval", "p_single"):
+            raise InputError(f"--pool {self.pool!r} is not known: choose p_eval, p_single or a .json file")
         if self.device not in ("", "cpu", "cuda"):
             raise InputError(f"--device {self.device!r} is not known: choose cpu or cuda")
 

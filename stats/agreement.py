@@ -57,6 +57,12 @@ def one_against_rest(labels):
     return float(np.mean(agreed))
 
 
+def repeatability(labels):
+    """Mean agreement of two labels of a pair: (N, K) -> a number, NaN if no pair has two."""
+    each = [agreement(labels[:, i], labels[:, j])[0] for i in range(labels.shape[1]) for j in range(i)]
+    return rate(np.array(each)) if each else nan
+
+
 def preferred_share(preferences, one, two):
     """How often the judge prefers the answer with a property, over the pairs in which just one answer has it.
 
@@ -101,6 +107,7 @@ def judge_report(labels, outputs_1, outputs_2, human=None, models=None, second=N
         report |= correlated_win_rates(labels, second, np.asarray(models))
     report |= tastes(labels[:, 0], outputs_1, outputs_2)
     report["Proba. prefer 1"] = 2 - rate(labels)
+    report["Repeatability"] = repeatability(labels)
     report["# parsed"] = int((~np.isnan(labels)).sum())
     report["# pairs"] = len(labels)
     if human is not None:

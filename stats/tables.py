@@ -144,6 +144,15 @@ def left_out(rows):
     return [f"{title}\n\n{table(*lines)}"] if len(lines) > 1 else []
 
 
+def judges(rows):
+    """A table of {judge: row of stats.agreement.judge_report}."""
+    columns = {"agrees": "Human agreement", "error": "Human agreement error", "bias": "Bias", "variance": "Variance",
+               "repeats": "Repeatability", "longer": "Proba. prefer longer", "$/1000": "Price [$/1000 examples]"}
+    lines = [[name, *(number(row[key], ".2f" if short in ("$/1000", "longer") else ".1f")
+                      for short, key in columns.items())] for name, row in rows.items()]
+    return table(["judge", *columns], *lines)
+
+
 def plain(x):
     """For JSON, which has no NaN: null."""
     if isinstance(x, dict):

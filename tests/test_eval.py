@@ -32,6 +32,7 @@ class Prefers:
 
     def __init__(self, choose):
         self.choose, self.hits, self.max_unusable, self.fault = choose, 0, 0.5, ""
+        self.title = self.effort = ""
         self.cache = SimpleNamespace(path="no file")
 
     def complete(self, bodies):

@@ -336,9 +336,10 @@ def test_pairs_in_every_form(files, tmp_path):
     pair = {"instruction": "Moo?", "output_1": "Moo.", "output_2": "No."}
     assert read_pairs(files("a.json", [pair])) == [pair]
     many = {"instruction": "Moo?", "output": ["a", "b", "c", "d", "e"], "dataset": "x"}
-    assert read_pairs(files("b.json", [many])) == [
-        {"instruction": "Moo?", "dataset": "x", "output_1": "a", "output_2": "b"},
-        {"instruction": "Moo?", "dataset": "x", "output_1": "c", "output_2": "d", "seed": "/1"}]
+    every = read_pairs(files("b.json", [many]))
+    assert every[:2] == [{"instruction": "Moo?", "dataset": "x", "output_1": "a", "output_2": "b"},
+                         {"instruction": "Moo?", "dataset": "x", "output_1": "a", "output_2": "c", "seed": "/1"}]
+    assert len(every) == 10 == len({pair.get("seed") for pair in every})
     ours, theirs = (files(f"{name}.json", [{"instruction": "Moo?", "output": name, "generator": name}])
                     for name in ("ours", "theirs"))
     assert read_pairs(ours, theirs) == [{"instruction": "Moo?", "output_1": "theirs", "generator_1": "theirs",

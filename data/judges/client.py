@@ -65,6 +65,7 @@ class Judge:
         self.contacted = False          # whether any reply ever came, of whatever status
         self.heard = 0.0                # when the latest answer came
         self.fault = ""                 # the latest thing that went wrong, for messages
+        self.title = self.effort = ""   # what it is called, and how long it may think, for the records
 
     def knock(self):
         """JudgeError if nothing answers at the address; whatever answers will do, and costs nothing."""

@@ -19,13 +19,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Annotator:
-    """One simulated annotator; `prompt` names a file in data/judges/."""
+    """One simulated annotator; `prompt` names a file in data/judges/, or is a path that ends in .json."""
     name: str
     model: str
     prompt: str = "pairwise"
     batch: int = 1                      # pairs in one request
     temperature: float = 0.0
     max_tokens: int = 16
+    pool: str = ""                      # what it belongs to, for the records
 
 
 def paper_pool(models):
@@ -45,10 +46,16 @@ def single(model):
 @functools.cache
 def template(prompt):
     """The document data/judges/<prompt>.json, its lines joined and its placeholders unfilled."""
-    document = json.loads((HERE / f"{prompt}.json").read_text(encoding="utf-8"))
+    path = Path(prompt) if prompt.endswith(".json") else HERE / f"{prompt}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
     for message in document["messages"]:
-        message["content"] = "\n".join(message["content"])
-    return {**document, "pair": "\n".join(document["pair"])}
+        message["content"] = joined(message["content"])
+    return {**document, "pair": joined(document["pair"])}
+
+
+def joined(text):
+    """A text, or a list of its lines, as a text."""
+    return text if isinstance(text, str) else "\n".join(text)
 
 
 def fence(*texts):
