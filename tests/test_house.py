@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement        # pytest needs it
 
 from data.judges.prompts import VERDICTS, paper_pool, single, template
 from rlhf import KIT, config, methods
@@ -209,11 +210,30 @@ def test_four_packages_with_lower_bounds_and_nothing_else():
     assert requirements("requirements-dev.txt")[0] == "-r requirements.txt"
 
 
-def test_what_was_tested_is_pinned_and_fits_the_bounds():
-    pinned = dict(re.fullmatch(r"([\w-]+)==(\S+)", line).groups() for line in requirements("constraints.txt"))
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_was_tested_is_pinned_once_for_each_python_and_fits_the_bounds(python):
+    pins = [Requirement(line) for line in requirements("constraints.txt")]
+    valid = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
+    pinned = {pin.name: re.fullmatch(r"==([\d.]+)", str(pin.specifier))[1] for pin in valid}
+    assert len(pinned) == len(valid), "a package is pinned twice"
     for line in (*requirements("requirements.txt"), *requirements("requirements-dev.txt")[1:]):
-        name, least = line.split(">=")
-        assert [*map(int, pinned[name].split("."))] >= [*map(int, least.split("."))], line
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pinned[wanted.name]), line
+
+
+def test_every_package_that_a_test_imports_is_required():
+    """Named in an import or in pytest.importorskip; what the tests import of each other and of us is no package."""
+    paths = [path for path in files() if path.suffix == ".py" and path.parts[0] == "tests"]
+    own = OURS | {path.stem for path in paths}
+    skipped = {name.partition(".")[0] for path in paths
+               for name in re.findall(r'importorskip\("([\w.]+)"\)', (ROOT / path).read_text())}
+    imported = {name.partition(".")[0] for path in paths for name, _ in imports(path)}
+    required = {Requirement(line).name for file in ("requirements.txt", "requirements-dev.txt")
+                for line in requirements(file) if not line.startswith("-r")}
+    assert (imported | skipped) - own - sys.stdlib_module_names - {"packaging"} <= required
 
 
 def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():
