@@ -28,7 +28,7 @@ NO_TORCH = ("annotate", "eval", "data.judges", "data.judges.prompts", "data.judg
 def files():
     """Every file of the project, from its root: what git tracks or would add."""
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, text=True)
+                            capture_output=True, text=True, timeout=60)
     if listed.returncode:                               # a downloaded copy without git's folder
         made = {"runs", "__pycache__"}
         paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
@@ -128,7 +128,7 @@ def test_judges_statistics_and_the_world_do_without_torch():
     assert all(map(is_module, NO_TORCH))
     heavy = {"torch", "tokenizers", "rlhf", "model"}
     code = f"import {', '.join(NO_TORCH)}, sys; print(*{heavy} & sys.modules.keys())"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.stdout.strip(), result.stderr) == ("", "")
 
 
@@ -234,6 +234,40 @@ def test_every_package_that_a_test_imports_is_required():
     required = {Requirement(line).name for file in ("requirements.txt", "requirements-dev.txt")
                 for line in requirements(file) if not line.startswith("-r")}
     assert (imported | skipped) - own - sys.stdlib_module_names - {"packaging"} <= required
+
+
+def lasting(node):
+    """Does this piece of a test wait for something that may never come?"""
+    if isinstance(node, ast.While):
+        return isinstance(node.body[0], ast.Pass)
+    if not isinstance(node, ast.Call):
+        return False
+    owner, _, name = ast.unparse(node.func).rpartition(".")
+    given = {keyword.arg for keyword in node.keywords}
+    asks = owner in ("subprocess", "requests", "session") and name not in ("Popen", "Session")
+    if asks or name in ("communicate", "urlopen"):
+        return "timeout" not in given
+    if name in ("wait", "join", "get", "result", "acquire"):
+        return not node.args and not given
+    if name == "create_connection":
+        return len(node.args) < 2 and "timeout" not in given
+    return name == "Thread" and "daemon" not in given
+
+
+@pytest.mark.parametrize("path", sorted(path for path in files() if path.match("tests/*.py")), ids=str)
+def test_no_test_waits_for_ever(path):
+    """A child, a server or a thread that hangs fails its test. Processes that are sent signals are commands.child."""
+    tree = ast.parse((ROOT / path).read_text())
+    assert not [f"{path}:{node.lineno}" for node in ast.walk(tree) if lasting(node)]
+
+
+@pytest.mark.parametrize("line, hangs", [
+    ("subprocess.run(['x'])", True), ("subprocess.run(['x'], timeout=9)", False), ("process.communicate()", True),
+    ("event.wait()", True), ("event.wait(5)", False), ("thread.join()", True), ("', '.join(words)", False),
+    ("requests.get(url)", True), ("requests.get(url, timeout=9)", False), ("while busy(): pass", True),
+    ("threading.Thread(target=f)", True), ("socket.create_connection(('h', 1))", True), ("numbers.get(key)", False)])
+def test_waits_without_a_limit_are_recognised(line, hangs):
+    assert any(lasting(node) for node in ast.walk(ast.parse(line))) == hangs
 
 
 def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():
