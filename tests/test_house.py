@@ -132,6 +132,37 @@ def test_judges_statistics_and_the_world_do_without_torch():
     assert (result.stdout.strip(), result.stderr) == ("", "")
 
 
+NOT_ON_WINDOWS = {
+    "sys.modules": "curses fcntl grp posix pty pwd readline resource syslog termios tty",
+    "os": "chown fchmod fork getegid geteuid getgid getloadavg getpgid getpgrp getuid killpg mkfifo nice pread pwrite "
+          "sched_getaffinity sched_setaffinity setpgid setsid statvfs sysconf uname O_NONBLOCK O_NOFOLLOW O_DIRECTORY",
+    "signal": "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 alarm pause setitimer pthread_sigmask",
+    "select": "epoll poll", "socket": "AF_UNIX", "time": "tzset", "mmap": "MAP_PRIVATE MAP_SHARED PROT_READ PROT_WRITE"}
+ELSEWHERE = f"""
+import importlib, mmap, os, select, signal, socket, sys, time
+theirs, ours = sys.argv[1].split(), sys.argv[2].split()
+for name in theirs:
+    importlib.import_module(name)                       # these know the system that they are on
+for owner, names in {NOT_ON_WINDOWS}.items():
+    for name in names.split():
+        if owner == "sys.modules":
+            sys.modules[name] = None
+        elif hasattr(globals()[owner], name):
+            delattr(globals()[owner], name)
+for name in ours:
+    importlib.import_module(name)
+"""
+
+
+def test_everything_is_imported_where_there_is_no_posix():
+    theirs = {name for path in SOURCES for name, at_the_top in imports(path) if at_the_top}
+    theirs -= {name for name in theirs if name.partition(".")[0] in OURS}
+    ours = [module_of(path) for path in SOURCES if path.name != "__main__.py"]
+    line = [sys.executable, "-c", ELSEWHERE, " ".join(sorted(theirs)), " ".join(ours)]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 @every_source
 def test_every_file_says_in_one_line_what_it_is(path):
     docstring = ast.get_docstring(ast.parse((ROOT / path).read_text()))
