@@ -295,7 +295,8 @@ def main(argv):
               serving(**{k: v for k, v in given.items() if k not in ONLY["ask"]}) as url):
             gc.freeze()                                 # or each search for garbage halts all for a third of a second
             print(f"OPENAI_BASE_URL={url}", flush=True)
-            threading.Event().wait()
+            while True:
+                time.sleep(60)                          # Ctrl-C ends it on Windows too, unlike a wait for an Event
     except KeyboardInterrupt:
         sys.exit(130)
 

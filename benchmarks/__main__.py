@@ -1,6 +1,11 @@
 """`python -m benchmarks`: see bench.py."""
-import sys
+from data import run
 
-from benchmarks.bench import main
 
-main(sys.argv[1:])
+def main(argv):
+    from benchmarks import bench        # torch takes seconds to load, and Ctrl-C may come in them
+    bench.main(argv)
+
+
+if __name__ == "__main__":
+    run(main, "benchmarks", "what was measured is in --out, if that was given")

@@ -1,22 +1,27 @@
-"""How fast, in how much memory, and how far from what the hardware could do: random weights, real shapes and lengths.
+"""How fast, in how much memory, how far from what the hardware could do.
 
-    python -m benchmarks                                     everything, on a tiny model
-    python -m benchmarks rollout ppo --preset 7b             some of it, at LLaMA-7B's shape
-    python -m benchmarks dpo --preset m --against trl        beside TRL, if it is installed
-    python -m benchmarks h200 --out benchmarks/h200.json     all that is worth knowing of a big GPU, in nine minutes
-    python -m benchmarks cpu --against hf trl                the ratios that hold on any machine, in ten minutes
+    python -m benchmarks                       everything, on a tiny model
+    python -m benchmarks rollout ppo --preset 7b        at LLaMA-7B's shape
+    python -m benchmarks dpo --preset m --against trl   beside TRL, if installed
+    python -m benchmarks h200 --out benchmarks/h200.json
+                                               a big GPU, in nine minutes
+    python -m benchmarks cpu --against hf trl  ratios that hold on any machine,
+                                               in ten minutes
 
-A line: what was run, useful tokens a second, seconds (median and least of --repeat after a warm-up; on a CPU,
-CPU-seconds of one thread), per cent of the floor, peak memory above the weights that are there anyway, and how many
-times as long other ways take.
-The floor is the time that the arithmetic and the memory traffic of the useful tokens would take at the speeds that
-this machine reaches with one large product and one large copy. The last line is everything as one JSON document.
+The weights are random, the shapes and lengths are real. A result shows useful
+tokens a second; seconds (median and least of --repeat after a warm-up; on a
+CPU, CPU-seconds of one thread); per cent of the floor; peak memory above the
+weights that are there anyway; and how many times as long other ways take.
+The floor is the time that the arithmetic and the memory traffic of the useful
+tokens would take at the speeds that this machine reaches with one large
+product and one large copy. The last line is everything as one JSON document.
 """
 import argparse
 import json
 import math
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,12 +39,13 @@ from benchmarks import peers
 from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset,
                                 timed)
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
-from data import families
+from data import InputError, Refusal, families, underscored
 from data.weights import write_safetensors
 from rlhf import dpo, policy, ppo, reward, sampler, sft, update
 from rlhf.experience import collect
 from rlhf.logprobs import ChunkedLogProb, token_logps
 from rlhf.pairs import pair_lengths, rows_of
+from rlhf.update import plainly
 
 # -- what is run: models and lengths -------------------------------------------------------------------------------
 
@@ -100,10 +106,16 @@ def line(args, name, tokens, floor, took):
                   other: {"seconds": s, "seconds_min": low, "ratio": s / median, "ratio_min": low / least,
                           "peak_gb": p / 1e9} for other, (s, low, p) in took.items() if other != "ours"}}
     args.results.append(result)
-    beside = "".join(f" | {other} {o['ratio']:.2f}x time, {o['peak_gb'] / max(1e-3, result['peak_gb']):.1f}x memory"
-                     for other, o in result["others"].items())
-    print(f"{name:<28} {args.preset:>6} | {result['tokens_per_s']:>9,.0f} tok/s | {median:.3f} s ({least:.3f}) | "
-          f"{result['percent_of_floor']:3.0f} % of floor | +{result['peak_gb']:.2f} GB{beside}", flush=True)
+    show(args, name, f"{result['tokens_per_s']:,.0f} tok/s", f"{median:.3f} s (least {least:.3f})",
+         f"{result['percent_of_floor']:.0f} % of the floor", f"+{result['peak_gb']:.2f} GB")
+    for other, o in result["others"].items():
+        memory = o["peak_gb"] / max(1e-3, result["peak_gb"])
+        print(f"    {other}: {o['ratio']:.2f} x the time, {memory:.1f} x the memory", flush=True)
+
+
+def show(args, name, *numbers):
+    """Print what was run, and below it the numbers."""
+    print(f"{name}, {args.preset}\n    {' | '.join(numbers)}", flush=True)
 
 
 # -- the benches ---------------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def bench_ppo(args):
     prompts, answers = workload(args, args.rows)
     caps, roles = [len(answer) for answer in answers], ppo_roles(args)
     cfg = settings(args, ppo.Config, batch_size=args.batch or args.rows)
-    parts, warm = [], args.rows // 16                   # a step on a big model is too long to be its own warm-up
+    parts, warm = [], max(1, args.rows // 16)                 # a step on a big model is too long to be its own warm-up
     if not args.warmup:
         ppo_step(args, roles, prompts[:warm], caps[:warm], cfg)
     runs = {"ours": lambda: parts.append(ppo_step(args, roles, prompts, caps, cfg))}
@@ -269,9 +281,9 @@ def bench_memory(args):
                          "rows": args.rows, "slots": args.slots, "micro_batch_tokens": args.micro_batch_tokens,
                          "base_gb": base / 1e9, "peak_gb": peak / 1e9, "peak_gib": peak / 2 ** 30,
                          "reserved_gib": reserved / 2 ** 30, "seconds": seconds})
-    print(f"memory of PPO's four roles   {args.preset:>6} | base {base / 1e9:.2f} GB | peak {peak / 1e9:.2f} GB "
-          f"({peak / 2 ** 30:.2f} GiB; {reserved / 2 ** 30:.2f} GiB taken from the card) | {args.slots} slots, "
-          f"{args.micro_batch_tokens} tokens a micro-batch", flush=True)
+    show(args, f"memory of PPO's four roles, {args.slots} slots, {args.micro_batch_tokens} tokens a micro-batch",
+         f"base {base / 1e9:.2f} GB", f"peak {peak / 1e9:.2f} GB ({peak / 2 ** 30:.2f} GiB)",
+         f"{reserved / 2 ** 30:.2f} GiB taken")
 
 
 def bench_load(args):
@@ -292,49 +304,85 @@ def bench_load(args):
     seconds, least, peak = took["ours"]
     args.results.append({"bench": "load", "preset": args.preset, "gb": bytes / 1e9, "seconds": seconds,
                          "seconds_min": least, "gb_per_s": bytes / 1e9 / seconds, "peak_over_size": peak / bytes})
-    print(f"{'load ' + format(bytes / 1e9, '.3f') + ' GB':<28} {args.preset:>6} | {bytes / 1e9 / seconds:.2f} GB/s | "
-          f"{seconds:.3f} s ({least:.3f}) | peak {peak / bytes:.2f}x its size", flush=True)
+    show(args, f"load {bytes / 1e9:.3f} GB", f"{bytes / 1e9 / seconds:.2f} GB/s",
+         f"{seconds:.3f} s (least {least:.3f})", f"peak {peak / bytes:.2f} x its size")
 
 
 BENCHES = {"rollout": bench_rollout, "logprob": bench_logprob, "sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo,
            "memory": bench_memory, "load": bench_load}
+MAY_BE_ZERO = {"lora_rank", "batch", "slots", "warmup", "seconds"}
+PEERS = ["naive", "hf", "trl", "nothing"]
+NO_TIME = "no time was left"
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
 
+def flags(parser, cuda):
+    """All of them, by what they are about; `cuda`: the defaults for a GPU."""
+    def add(name, default, about, **more):
+        if isinstance(default, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        elif default is not None:
+            more["type"] = type(default)
+        flag = group.add_argument(f"--{name}", default=default, **more)
+        # Set here, as before Python 3.13 argparse adds a default of its own to the help of a switch.
+        flag.help = f"{about} [{'none' if default == '' else default}]"
+
+    group = parser.add_argument_group("the model")
+    add("preset", "tiny", "the shape of its weights", choices=list(SHAPES))
+    add("device", "cuda" if cuda else "cpu", "where to run", choices=["cpu", "cuda"])
+    add("dtype", "bfloat16" if cuda else "float32", "of the weights", choices=["float32", "bfloat16", "float16"])
+    add("lora_rank", 16 if cuda else 0, "rank of the adapters on a frozen base; 0 trains all weights")
+    add("int8", False, "keep the frozen base in int8")
+    add("checkpointing", cuda, "recompute activations in the backward pass")
+    add("graph", True, "on a GPU, replay a captured decoding step")
+    add("compile", False, "compile the blocks for training")
+    group = parser.add_argument_group("the work")
+    add("prompt", 192 if cuda else 32, "longest prompt, in tokens")
+    add("new", 300 if cuda else 96, "longest answer, in tokens")
+    add("lengths", "alpaca", "how long answers are", choices=list(LENGTHS))
+    add("prompt_lengths", "fixed", "how long prompts are", choices=list(LENGTHS))
+    add("rows", 128 if cuda else 64, "answers, demonstrations or pairs")
+    add("n", 1, "answers to a prompt")
+    add("batch", 0, "answers in an optimizer step of PPO; 0: all rows")
+    add("slots", 0, "answers that are sampled at a time; 0: as many as fit")
+    add("micro_batch_tokens", 4096, "tokens, padding included, in one forward and backward pass")
+    add("cached", True, "the reference's log-probs of DPO are known")
+    add("shared_prompt", True, "the prompt of a pair is computed once")
+    group = parser.add_argument_group("the measurement")
+    group.add_argument("--against", nargs="+", default=["naive"], choices=PEERS, metavar="OTHER",
+                       help=f"what to run beside, if it is installed: {', '.join(PEERS)} [naive]")
+    add("warmup", 1, "runs before the clock counts")
+    add("repeat", 1 if cuda else 5, "runs that count")
+    add("seconds", 500., "start no further part of a list after so long")
+    add("out", "", "a file for the JSON document")
+
+
 def arguments(argv):
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser("benchmarks", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("python -m benchmarks", usage="%(prog)s [BENCH ...] [--FLAG VALUE ...]",
+                                     description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("benches", nargs="*", default=["all"], help=f"{', '.join(BENCHES)}, all, h200, cpu")
-    add("--preset", default="tiny", choices=SHAPES)
-    add("--against", nargs="+", default=["naive"], choices=("naive", "hf", "trl", "nothing"), help="what to run beside")
-    add("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    add("--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16", "float16"))
-    add("--lora_rank", type=int, default=16 if cuda else 0, help="0 trains all weights")
-    add("--lengths", default="alpaca", choices=LENGTHS, help="of the answers")
-    add("--prompt_lengths", default="fixed", choices=LENGTHS)
-    add("--prompt", type=int, default=192 if cuda else 32, help="longest prompt")
-    add("--new", type=int, default=300 if cuda else 96, help="longest answer")
-    add("--rows", type=int, default=128 if cuda else 64, help="answers, demonstrations or pairs")
-    add("--n", type=int, default=1, help="answers to a prompt")
-    add("--batch", type=int, default=0, help="PPO's optimizer step (0: all rows)")
-    add("--slots", type=int, default=0, help="rows that are sampled at a time (0: as many as fit)")
-    add("--micro_batch_tokens", type=int, default=4096)
-    add("--cached", action=argparse.BooleanOptionalAction, default=True, help="DPO's reference")
-    add("--shared_prompt", action=argparse.BooleanOptionalAction, default=True, help="DPO's prompt computed once")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=cuda)
-    add("--graph", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile", action="store_true")
-    add("--int8", action="store_true")
-    add("--warmup", type=int, default=1)
-    add("--repeat", type=int, default=1 if cuda else 5)
-    add("--seconds", type=float, default=500, help="h200 and cpu begin nothing new after so long")
-    add("--out", help="write the JSON document to this file too")
-    args = parser.parse_args([flag.replace("--no_", "--no-") for flag in argv])
+    parser.add_argument("benches", nargs="*", default=["all"], metavar="BENCH",
+                        help=f"{', '.join(BENCHES)}, all; or a list: h200, cpu [all]")
+    flags(parser, cuda)
+    args = parser.parse_args([re.sub("^--no_", "--no-", flag) for flag in underscored(argv)])
     if wrong := set(args.benches) - {*BENCHES, "all", "h200", "cpu"}:
-        parser.error(f"unknown: {', '.join(sorted(wrong))}; choose from {', '.join(BENCHES)}, all, h200, cpu")
+        raise InputError(f"unknown: {', '.join(sorted(wrong))}; choose from {', '.join(BENCHES)}, all, h200, cpu")
+    if args.device == "cuda" and not cuda:
+        raise InputError("--device cuda: torch sees no GPU here")
+    if args.device == "cpu" and "h200" in args.benches:
+        raise InputError("h200 is a list for a GPU: choose cpu, or single benches")
+    if args.dtype != "float32" and not args.lora_rank and not {"rollout", "logprob", "load"}.issuperset(args.benches):
+        raise InputError(f"--dtype {args.dtype} would swallow small updates of the weights: give --lora_rank 16")
+    for name, value in vars(args).items():
+        least = 0 if name in MAY_BE_ZERO else 1
+        if type(value) in (int, float) and not least <= value < 1 << 31:
+            raise InputError(f"--{name} {value} makes no sense: it is a number from {least} up")
+    if args.rows % args.n:
+        raise InputError(f"--rows {args.rows} is no multiple of --n {args.n}, the answers to each prompt")
+    if args.int8 and not args.lora_rank:
+        raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
     return args
 
 
@@ -353,14 +401,22 @@ def measure(args, plan):
         one = argparse.Namespace(**{**vars(args), **changes})
         one.against = [other for other in changes.get("against", args.against) if installed(other, name)]
         if time.perf_counter() - began > args.seconds:
-            args.results.append({"bench": name, **changes, "error": "no time was left"})
+            args.results.append({"bench": name, **changes, "error": NO_TIME})
             continue
         try:
-            BENCHES[name](one)
+            with plainly("try a smaller --preset, fewer --rows, a lower --micro_batch_tokens"):
+                BENCHES[name](one)
+        except Refusal as error:
+            failed(args, name, changes, error)
         except Exception as error:
-            args.results.append({"bench": name, **changes, "error": f"{type(error).__name__}: {error}"[:400]})
             traceback.print_exc()
+            failed(args, name, changes, error)
         reset(args.device)
+
+
+def failed(args, name, changes, error):
+    args.results.append({"bench": name, **changes, "error": f"{type(error).__name__}: {error}"[:400]})
+    print(f"{name}: {error}", file=sys.stderr)
 
 
 def cuda_tests():
@@ -373,6 +429,9 @@ def cuda_tests():
 
 def main(argv):
     args = arguments(argv)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).open("a").close()                # what is wrong with that path shows now
     args.dtype, args.results = getattr(torch, args.dtype), []
     cuda = args.device == "cuda"
     if not cuda:
@@ -382,12 +441,15 @@ def main(argv):
                 "against": {name: version(name) for name in ("transformers", "trl") if find_spec(name)}}
     if "h200" in args.benches:
         document["tests"] = cuda_tests()
-    args.ceilings = document["ceilings"] = ceilings(args)
-    for name in args.benches:
-        plan = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}.get(name, [(name, {})])
-        measure(args, plan)
-    text = json.dumps({**document, "results": args.results})
-    if args.out:
-        Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
-    print(text)
-
+    try:
+        args.ceilings = document["ceilings"] = ceilings(args)
+        for name in args.benches:
+            plan = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}.get(name, [(name, {})])
+            measure(args, plan)
+    finally:                                            # an interruption keeps what was measured before it
+        text = json.dumps({**document, "results": args.results})
+        if args.out:
+            Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
+        print(text)
+    if failures := [result["bench"] for result in args.results if result.get("error", NO_TIME) != NO_TIME]:
+        raise Refusal(f"failed: {', '.join(failures)}; the document says why, and holds the rest")

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import platform
 import re
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks.plans import SHAPES
 from rlhf.sampler import MAX_SLOTS
+from rlhf.update import peak_gb
 
 
 def clock(device):
@@ -28,7 +28,7 @@ def held(device, peak=False):
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     status = Path("/proc/self/status")
     if not status.exists():                             # not Linux: only a peak of all time is known
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(1e9 * peak_gb())
     field = "VmHWM:" if peak else "VmRSS:"
     return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 

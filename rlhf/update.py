@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -10,6 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from data import OutOfMemory, Refusal
+
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
 
 
 def batches(n, batch_size, epochs, seed):
@@ -122,9 +126,11 @@ class Log:
 
 
 def peak_gb():
-    """Most memory held so far, in GB: of the GPU where there is one, else of the process."""
+    """Most memory held so far, in GB: of the GPU where there is one, else of the process; 0 where nobody counts it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return 0.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

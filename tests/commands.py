@@ -1,10 +1,14 @@
-"""Commands of the project run in this process, what they may say when they refuse, and a judge for them."""
+"""Commands of the project, in this process or in a child; what they may say when they refuse; a judge for them."""
 import contextlib
 import io
 import json
 import re
 import runpy
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +30,36 @@ def command(script, *argv):
         except SystemExit as exit:
             code = exit.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@contextlib.contextmanager
+def child(line, limit=120, **options):
+    """A process for the length of a with block, for tests that read from it or send it signals.
+
+    Ctrl-C's signal interrupts it even if this process ignores that signal, as it does under nohup and in many CI
+    systems. `limit`: seconds after which the process is killed, so that no read and no wait lasts for ever.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a child inherits no handler
+    try:
+        process = subprocess.Popen(line, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    timer = threading.Timer(limit, process.kill)
+    timer.daemon = True
+    timer.start()
+    with process:
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def until(true, limit=60):
+    """Wait for true() to be so, at most `limit` seconds."""
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end, f"still not so after {limit} seconds"
 
 
 def refused(result, code, *said):

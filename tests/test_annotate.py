@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import child
 from judged import JUDGE, always_first, ask, completion, longer, make_pairs, mirrored, prefer_longer, preferences, shown
 
 import annotate
@@ -107,7 +108,7 @@ False None barn-sim-00
 
 
 def test_draws_are_the_same_in_every_process():
-    printed = [subprocess.run([sys.executable, "-c", SNIPPET], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    printed = [subprocess.run([sys.executable, "-c", SNIPPET], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60,
                               check=True, env={**os.environ, "PYTHONHASHSEED": salt}).stdout for salt in "12"]
     assert printed[0] == printed[1]
     assert printed[0].startswith(EXPECTED)
@@ -264,7 +265,7 @@ def start_child(server, tmp_path, pairs):
     (tmp_path / "tests_pairs.py").write_text(f"pairs = {pairs!r}")
     command = [sys.executable, "-c", CHILD, server.url, str(tmp_path / "cache" / "judge.jsonl")]
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    return subprocess.Popen(command, env={**os.environ, **path}, stderr=subprocess.PIPE, text=True)
+    return child(command, env={**os.environ, **path}, stderr=subprocess.PIPE)
 
 
 def test_a_killed_run_pays_at_most_for_the_calls_in_flight_twice(server, judge, tmp_path):
@@ -272,13 +273,13 @@ def test_a_killed_run_pays_at_most_for_the_calls_in_flight_twice(server, judge, 
 
     def rule(body, nth):
         if next(arrivals) == 100:
-            os.kill(child.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
         return longer(body, nth)
 
     server.rule = rule
-    child = start_child(server, tmp_path, pairs)
-    child.communicate(timeout=30)
-    assert child.returncode == -signal.SIGKILL
+    with start_child(server, tmp_path, pairs) as process:
+        process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
     records = ask(pairs, judge())
     assert None not in preferences(records)
     assert 200 <= len(server.requests) <= 200 + 4
@@ -290,15 +291,15 @@ def test_ctrl_c_stops_promptly_and_keeps_what_arrived(server, judge, tmp_path):
     def rule(body, nth):
         arrival = next(arrivals)
         if arrival == 14:                               # all four workers hang now
-            os.kill(child.pid, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
         if arrival > 10:
             server.released.wait(30)
         return longer(body, nth)
 
     server.rule = rule
-    child = start_child(server, tmp_path, pairs)
-    _, errors = child.communicate(timeout=20)           # against the 30 s that the server keeps silent
-    assert child.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
+    with start_child(server, tmp_path, pairs) as process:
+        _, errors = process.communicate(timeout=20)     # against the 30 s that the server keeps silent
+    assert process.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
     assert len(judge().cache.answers) == 10
 
 

@@ -1,19 +1,32 @@
 """bench.py: its numbers by hand, and that every part of it runs."""
+import gc
 import json
+import re
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ROOT, command, refused
 
 from benchmarks import bench, measure
 from benchmarks.plans import CPU, H200, SHAPES
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[1]
+MAIN = "benchmarks/__main__.py"
 SMALL = ["--rows", "8", "--prompt", "6", "--new", "8", "--repeat", "1", "--preset", "s", "--device", "cpu",
          "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_objects_out_of_sight():
+    """Each measurement collects garbage first; all that torch has imported need not be searched every time."""
+    bench.random_policy(arguments())                    # imports the last of it
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def arguments(*flags):
@@ -57,11 +70,11 @@ def test_real_sizes_of_the_presets():
 @pytest.mark.parametrize("benches, flags", [([], ["--lora_rank", "0"]), (["rollout", "dpo", "ppo", "memory"], [
     "--lora_rank", "4", "--int8", "--checkpointing", "--n", "2", "--no_cached", "--no_shared_prompt"])])
 def test_every_bench_runs_and_the_last_line_is_one_document(benches, flags, tmp_path):
-    command = [sys.executable, "-m", "benchmarks", *benches, *SMALL, *flags, "--out", str(tmp_path / "x.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document == json.loads((tmp_path / "x.json").read_text())
+    done = command(MAIN, *benches, *SMALL, *flags, "--out", tmp_path / "new" / "x.json")
+    assert not done.code, done.err
+    *shown, last = done.out.splitlines()
+    document = json.loads(last)
+    assert document == json.loads((tmp_path / "new" / "x.json").read_text()) and max(map(len, shown)) <= 80
     names = [result["bench"].split()[0] for result in document["results"]]
     assert names == (benches or list(bench.BENCHES)) and not any("error" in result for result in document["results"])
     for result in document["results"]:
@@ -90,18 +103,65 @@ def test_plans_name_what_there_is():
 
 def test_the_plan_for_a_gpu_runs_from_end_to_end_in_small(capsys):
     """Its flags and its order, at a shape and in numbers that a CPU can bear."""
-    small = {"preset": "s", "rows": 32, "slots": 8, "batch": 16, "new": 8, "micro_batch_tokens": 256, "compile": False}
+    small = {"preset": "s", "rows": 16, "slots": 8, "batch": 8, "new": 8, "micro_batch_tokens": 256, "compile": False}
     args = arguments("--lora_rank", "4", "--checkpointing", "--against", "naive", "--seconds", "600")
     bench.measure(args, [(name, {**changes, **small, "against": ["naive"]}) for name, changes in H200])
     assert len(args.results) == len(H200) and not [r["error"] for r in args.results if "error" in r]
     ppo = next(result for result in args.results if result["bench"].startswith("ppo"))
-    assert ppo["rollout_and_scoring_s"] > 0 and ppo["updates_s"] > 0 and "32x(6+8)" in capsys.readouterr().out
+    assert ppo["rollout_and_scoring_s"] > 0 and ppo["updates_s"] > 0 and "16x(6+8)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["walk"], ["--preset", "9b"], ["--rows", "few"]])
-def test_bad_flags_are_one_sentence_and_exit_code_2(flags):
-    done = subprocess.run([sys.executable, "-m", "benchmarks", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr
+def fails(error):
+    def bench(args):
+        raise error
+    return bench
+
+
+def test_a_bench_that_fails_shows_in_the_exit_code_and_memory_is_said_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ceilings", lambda args: {"tflops": 1., "gbps": 1.})
+    monkeypatch.setitem(bench.BENCHES, "sft", fails(MemoryError()))
+    done = command(MAIN, "sft", "logprob", *SMALL)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert re.search(r"^sft: out of memory.*fewer --rows", done.err, re.MULTILINE)
+    refused(SimpleNamespace(code=done.code, err=done.err.splitlines()[-1]), 1, "failed: sft;")
+    assert [len(result) > 2 for result in json.loads(done.out.splitlines()[-1])["results"]] == [False, True]
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ceilings", lambda args: {"tflops": 1., "gbps": 1.})
+    monkeypatch.setitem(bench.BENCHES, "sft", fails(KeyboardInterrupt()))
+    refused(command(MAIN, "logprob", "sft", *SMALL, "--out", tmp_path / "x.json"), 130, "interrupted; .*--out")
+    (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert result["bench"] == "logprob 2048x256" and result["seconds"] > 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["walk"], "unknown: walk; choose from rollout"), (["--preset", "9b"], "invalid choice: '9b'"),
+    (["--rows", "few"], "invalid int"), (["--rows", "0"], "--rows 0 makes no sense"),
+    (["--seconds", "nan"], "--seconds nan makes no sense"), (["--rows", "8", "--n", "3"], "no multiple of --n 3"),
+    (["--int8", "--lora_rank", "0"], "give --lora_rank"), (["--row", "8"], "unrecognized arguments: --row"),
+    (["dpo", "--dtype", "float16", "--lora-rank", "0"], "swallow small updates"),
+    (["h200", "--device", "cpu"], "h200 is a list for a GPU"), (["--out", "."], "directory")])
+def test_bad_flags_are_one_sentence_and_exit_code_2(flags, said):
+    refused(command(MAIN, *flags), 2, said)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(command(MAIN, "--device", "cuda"), 2, "--device cuda: torch sees no GPU here")
+
+
+def test_help_has_each_flag_once_and_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    line = [sys.executable, "-m", "benchmarks", "--help"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
+    said = done.stdout[done.stdout.index("positional"):]
+    for name, value in vars(bench.arguments([])).items():
+        if name != "benches":
+            (about,) = re.findall(rf"^  --{name}\b(.*?)(?=\n  -|\n\n|\Z)", said, re.MULTILINE | re.DOTALL)
+            default = {"": "none", "['naive']": "naive"}.get(str(value), str(value))
+            assert re.search(rf"\w.*\[{default}\]\s*$", about, re.DOTALL), (name, about)
 
 
 def test_the_peers_do_the_same_work():

@@ -166,6 +166,6 @@ def test_memory_is_given_back_after_sampling():
                                    ["--method", "ppo", "--steps", "2", "--lora_rank", "8", "--no_graph"]])
 def test_the_command_runs_on_the_gpu(flags, tmp_path):
     done = subprocess.run([sys.executable, "farm.py", *flags, "--limit", "64", "--out", str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "vs sft" in done.stdout

@@ -270,7 +270,7 @@ def test_a_folder_that_is_not_ours_is_never_deleted(tmp_path):
 def in_another_process(*argv, cwd=ROOT, **env):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1", **env}
     command = [sys.executable, "farm.py", *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement        # pytest needs it
 
 from data.judges.prompts import VERDICTS, paper_pool, single, template
 from rlhf import KIT, config, methods
@@ -27,7 +28,7 @@ NO_TORCH = ("annotate", "eval", "data.judges", "data.judges.prompts", "data.judg
 def files():
     """Every file of the project, from its root: what git tracks or would add."""
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, text=True)
+                            capture_output=True, text=True, timeout=60)
     if listed.returncode:                               # a downloaded copy without git's folder
         made = {"runs", "__pycache__"}
         paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
@@ -127,8 +128,39 @@ def test_judges_statistics_and_the_world_do_without_torch():
     assert all(map(is_module, NO_TORCH))
     heavy = {"torch", "tokenizers", "rlhf", "model"}
     code = f"import {', '.join(NO_TORCH)}, sys; print(*{heavy} & sys.modules.keys())"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.stdout.strip(), result.stderr) == ("", "")
+
+
+NOT_ON_WINDOWS = {
+    "sys.modules": "curses fcntl grp posix pty pwd readline resource syslog termios tty",
+    "os": "chown fchmod fork getegid geteuid getgid getloadavg getpgid getpgrp getuid killpg mkfifo nice pread pwrite "
+          "sched_getaffinity sched_setaffinity setpgid setsid statvfs sysconf uname O_NONBLOCK O_NOFOLLOW O_DIRECTORY",
+    "signal": "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 alarm pause setitimer pthread_sigmask",
+    "select": "epoll poll", "socket": "AF_UNIX", "time": "tzset", "mmap": "MAP_PRIVATE MAP_SHARED PROT_READ PROT_WRITE"}
+ELSEWHERE = f"""
+import importlib, mmap, os, select, signal, socket, sys, time
+theirs, ours = sys.argv[1].split(), sys.argv[2].split()
+for name in theirs:
+    importlib.import_module(name)                       # these know the system that they are on
+for owner, names in {NOT_ON_WINDOWS}.items():
+    for name in names.split():
+        if owner == "sys.modules":
+            sys.modules[name] = None
+        elif hasattr(globals()[owner], name):
+            delattr(globals()[owner], name)
+for name in ours:
+    importlib.import_module(name)
+"""
+
+
+def test_everything_is_imported_where_there_is_no_posix():
+    theirs = {name for path in SOURCES for name, at_the_top in imports(path) if at_the_top}
+    theirs -= {name for name in theirs if name.partition(".")[0] in OURS}
+    ours = [module_of(path) for path in SOURCES if path.name != "__main__.py"]
+    line = [sys.executable, "-c", ELSEWHERE, " ".join(sorted(theirs)), " ".join(ours)]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 @every_source
@@ -209,11 +241,64 @@ def test_four_packages_with_lower_bounds_and_nothing_else():
     assert requirements("requirements-dev.txt")[0] == "-r requirements.txt"
 
 
-def test_what_was_tested_is_pinned_and_fits_the_bounds():
-    pinned = dict(re.fullmatch(r"([\w-]+)==(\S+)", line).groups() for line in requirements("constraints.txt"))
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_was_tested_is_pinned_once_for_each_python_and_fits_the_bounds(python):
+    pins = [Requirement(line) for line in requirements("constraints.txt")]
+    valid = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
+    pinned = {pin.name: re.fullmatch(r"==([\d.]+)", str(pin.specifier))[1] for pin in valid}
+    assert len(pinned) == len(valid), "a package is pinned twice"
     for line in (*requirements("requirements.txt"), *requirements("requirements-dev.txt")[1:]):
-        name, least = line.split(">=")
-        assert [*map(int, pinned[name].split("."))] >= [*map(int, least.split("."))], line
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pinned[wanted.name]), line
+
+
+def test_every_package_that_a_test_imports_is_required():
+    """Named in an import or in pytest.importorskip; what the tests import of each other and of us is no package."""
+    paths = [path for path in files() if path.suffix == ".py" and path.parts[0] == "tests"]
+    own = OURS | {path.stem for path in paths}
+    skipped = {name.partition(".")[0] for path in paths
+               for name in re.findall(r'importorskip\("([\w.]+)"\)', (ROOT / path).read_text())}
+    imported = {name.partition(".")[0] for path in paths for name, _ in imports(path)}
+    required = {Requirement(line).name for file in ("requirements.txt", "requirements-dev.txt")
+                for line in requirements(file) if not line.startswith("-r")}
+    assert (imported | skipped) - own - sys.stdlib_module_names - {"packaging"} <= required
+
+
+def lasting(node):
+    """Does this piece of a test wait for something that may never come?"""
+    if isinstance(node, ast.While):
+        return isinstance(node.body[0], ast.Pass)
+    if not isinstance(node, ast.Call):
+        return False
+    owner, _, name = ast.unparse(node.func).rpartition(".")
+    given = {keyword.arg for keyword in node.keywords}
+    asks = owner in ("subprocess", "requests", "session") and name not in ("Popen", "Session")
+    if asks or name in ("communicate", "urlopen"):
+        return "timeout" not in given
+    if name in ("wait", "join", "get", "result", "acquire"):
+        return not node.args and not given
+    if name == "create_connection":
+        return len(node.args) < 2 and "timeout" not in given
+    return name == "Thread" and "daemon" not in given
+
+
+@pytest.mark.parametrize("path", sorted(path for path in files() if path.match("tests/*.py")), ids=str)
+def test_no_test_waits_for_ever(path):
+    """A child, a server or a thread that hangs fails its test. Processes that are sent signals are commands.child."""
+    tree = ast.parse((ROOT / path).read_text())
+    assert not [f"{path}:{node.lineno}" for node in ast.walk(tree) if lasting(node)]
+
+
+@pytest.mark.parametrize("line, hangs", [
+    ("subprocess.run(['x'])", True), ("subprocess.run(['x'], timeout=9)", False), ("process.communicate()", True),
+    ("event.wait()", True), ("event.wait(5)", False), ("thread.join()", True), ("', '.join(words)", False),
+    ("requests.get(url)", True), ("requests.get(url, timeout=9)", False), ("while busy(): pass", True),
+    ("threading.Thread(target=f)", True), ("socket.create_connection(('h', 1))", True), ("numbers.get(key)", False)])
+def test_waits_without_a_limit_are_recognised(line, hangs):
+    assert any(lasting(node) for node in ast.walk(ast.parse(line))) == hangs
 
 
 def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():

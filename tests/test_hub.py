@@ -339,7 +339,7 @@ hub.fetch("org/name", lambda names: ["config.json", "model.safetensors"])
 
 
 def test_a_killed_download_goes_on_where_it_stopped(world, cache):
-    assert subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT).returncode == -9
+    assert subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, timeout=60).returncode == -9
     held = (cache / "blobs" / f"{SHA}.incomplete").stat().st_size
     assert 100_000 <= held < 300_000
     assert not (cache / "refs").exists() and not (cache / "blobs" / SHA).exists()
@@ -521,7 +521,8 @@ def test_two_at_once_fetch_once(world, cache, monkeypatch):
     monkeypatch.setattr(hub, "print", say, raising=False)
     world.faults["cdn", "GET"] = [slowly]
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(hub.fetch("org/name", weights_only))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: folders.append(hub.fetch("org/name", weights_only)), daemon=True)
+               for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

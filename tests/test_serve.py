@@ -15,7 +15,7 @@ import requests
 import tiny
 import torch
 import toy
-from commands import ROOT, command, refused
+from commands import ROOT, child, command, refused, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def url(run):
 @pytest.fixture
 def client(url):
     openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+    return openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
 
 
 @pytest.fixture
@@ -68,6 +68,10 @@ def endless(monkeypatch):
 
 def post(url, path="/chat/completions", **body):
     return requests.post(url + path, json=body, timeout=60)
+
+
+def health(url):
+    return requests.get(url.removesuffix("/v1") + "/health", timeout=60).json()
 
 
 def ask(url, question, **body):
@@ -364,7 +368,8 @@ HELLO = {"messages": [{"role": "user", "content": "w1"}]}
     ({**HELLO, "top_p": .5}, 400, "top_p"), ({**HELLO, "tools": [{}]}, 400, "tools"),
 ])
 def test_what_makes_no_sense_is_refused_in_openais_form(url, body, status, param):
-    reply = requests.post(url + "/chat/completions", data=body if isinstance(body, bytes) else json.dumps(body))
+    data = body if isinstance(body, bytes) else json.dumps(body)
+    reply = requests.post(url + "/chat/completions", data=data, timeout=60)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert error["message"] and "code" in error
@@ -378,16 +383,16 @@ def test_what_is_unknown_or_neutral_is_no_reason_to_refuse(url):
 
 def test_routes_methods_and_sizes(url):
     root, chat = url.removesuffix("/v1"), url + "/chat/completions"
-    assert requests.get(root + "/health").json() == {"status": "ok", "slots": 4, "writing": 0, "waiting": 0}
+    assert health(url) == {"status": "ok", "slots": 4, "writing": 0, "waiting": 0}
     with requests.Session() as session:                 # on one connection: no refusal leaves half a request behind
         for method, address, status in (("GET", url + "/nothing", 404), ("POST", url + "/nothing", 404),
                                         ("GET", chat, 405), ("PUT", chat, 405), ("POST", url + "/models", 405),
                                         ("OPTIONS", chat, 405), ("POST", chat + "/?x=1", 200)):
-            reply = session.request(method, address, data=json.dumps(HELLO))
+            reply = session.request(method, address, data=json.dumps(HELLO), timeout=60)
             assert reply.status_code == status and ("error" in reply.json()) == (status != 200)
-    assert requests.post(chat, data=b"x" * (serve.BODY + 1)).status_code == 413
-    assert requests.post(chat, data=iter([b"{}"])).status_code == 411
-    with socket.create_connection(("127.0.0.1", int(root.rpartition(":")[2]))) as raw:
+    assert requests.post(chat, data=b"x" * (serve.BODY + 1), timeout=60).status_code == 413
+    assert requests.post(chat, data=iter([b"{}"]), timeout=60).status_code == 411
+    with socket.create_connection(("127.0.0.1", int(root.rpartition(":")[2])), 20) as raw:
         raw.sendall(b"no HTTP at all\r\n\r\n")
         assert b'{"error": {' in raw.recv(9999)
 
@@ -404,7 +409,7 @@ def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, ca
     assert reply.status_code == 500 and reply.json()["error"]["type"] == "server_error"
     assert "not finite" in reply.json()["error"]["message"]
     assert ask(url, QUESTIONS[1], seed=1) == expected
-    assert requests.get(url.removesuffix("/v1") + "/health").json()["writing"] == 0
+    assert health(url)["writing"] == 0
     assert capfd.readouterr().err == "serve.py: FloatingPointError: not finite\n"
 
 
@@ -442,12 +447,11 @@ def test_a_client_that_hangs_up_frees_its_slot(stream, endless, monkeypatch):
     monkeypatch.setattr(serve.Server, "shutdown_request", lambda *args: gone.set() or shut(*args))
     with serve.serving("barn") as url:
         body = json.dumps({"prompt": "Cows", "max_tokens": 240, "stream": stream}).encode()
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2].removesuffix("/v1")))) as raw:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2].removesuffix("/v1"))), 20) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
             assert begun.wait(20)
         assert gone.wait(20)
-        while requests.get(url.removesuffix("/v1") + "/health").json()["writing"]:
-            pass
+        until(lambda: not health(url)["writing"])
     assert len(steps) < 200
 
 
@@ -471,16 +475,15 @@ def test_who_waits_at_the_end_is_told(endless, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         with serve.serving("barn", slots=1) as url:
             replies = [pool.submit(post, url, max_tokens=99, **HELLO) for _ in range(2)]
-            while requests.get(url.removesuffix("/v1") + "/health").json()["waiting"] != 1:
-                pass
-        assert {reply.result().status_code for reply in replies} == {503}
+            until(lambda: health(url)["waiting"] == 1)
+        assert {reply.result(60).status_code for reply in replies} == {503}
 
 
 # --- the command -------------------------------------------------------------------------------------------
 
 def test_the_command_says_its_url_and_ends_quietly_with_ctrl_c():
     line = [sys.executable, "serve.py", "barn", "--port", "0", "--name", "serve:barn", "--max-new-tokens", "3"]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with child(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         url = server.stdout.readline().strip().removeprefix("OPENAI_BASE_URL=")
         reply = post(url, "/completions", model="serve:barn", prompt="The cow", seed=0).json()
         assert reply["usage"]["completion_tokens"] <= 3 and reply["model"] == "serve:barn"

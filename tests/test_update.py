@@ -36,7 +36,7 @@ def test_order_changes_with_epoch_and_seed_but_not_with_the_process():
     assert first != second != batches(50, 50, 1, seed=4)[0] != first
     program = f"import random\n{inspect.getsource(batches)}\nprint(batches(50, 50, 2, seed=3))"
     for hash_seed in "12":
-        out = subprocess.check_output([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed})
+        out = subprocess.check_output([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, timeout=60)
         assert json.loads(out) == [first, second]
 
 

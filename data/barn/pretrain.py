@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import families
+from data import families, run, underscored
 from data.barn import world
 from data.weights import save_pretrained
 from model import GPT, GPTConfig
 from rlhf.config import BASE
-from rlhf.policy import Policy, pack, token_logps
+from rlhf.logprobs import pack, token_logps
+from rlhf.policy import Policy
 from rlhf.update import Updater, batches, micro_batches
 
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>")
@@ -70,13 +71,14 @@ def train(gpt, rows, held_out, lr, batch_size):
                   f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=120_000, help="texts to learn from, each once")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts in an optimizer step")
-    parser.add_argument("--out", default=str(BASE), help="where the Hugging Face folder goes")
-    args = parser.parse_args()
+def main(argv):
+    parser = argparse.ArgumentParser("python -m data.barn.pretrain", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--documents", type=int, default=120_000, help="texts to learn from, each once [120000]")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate [0.005]")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts in an optimizer step [32]")
+    parser.add_argument("--out", default=str(BASE), help="where the Hugging Face folder goes [data/barn/base]")
+    args = parser.parse_args(underscored(argv))
     torch.set_num_threads(1)            # another core would help little, and sums in another order give other weights
     torch.manual_seed(0)
     texts = list(world.pretraining_texts(args.documents))
@@ -100,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "data.barn.pretrain", "no folder was written")
