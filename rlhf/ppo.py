@@ -201,8 +201,9 @@ def run(cfg, score_fn=None):
             score, val_kl = look.score.mean().item(), look.kl()
             log.sample(step, text.decode(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
                        val_score=score, val_kl=val_kl)
-            if score - cfg.kl_coef * val_kl > best:
-                best, chosen_step = score - cfg.kl_coef * val_kl, step
+            objective = score - cfg.kl_coef * val_kl
+            if objective > best:
+                best, chosen_step = objective, step
                 kept = [p.detach().cpu().clone() for p in model.trainable()]
         if stop:
             print(f"stopped: the KL is above --max_kl {cfg.max_kl:g}")
