@@ -1,15 +1,15 @@
-"""Best-of-n: sample n answers, give the one that the reward model likes best. No training: the method is all sampling.
+"""Best-of-n: sample n answers and give the one with the highest reward. Nothing is trained.
 
-Stiennon et al. 2020 (arXiv 2009.01325); one of AlpacaFarm's methods (arXiv 2305.14387). Its
-KL to the SFT model is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879). One pool of answers gives
-the whole curve over n: how good the best of k is on average, for every k up to n, by the scores and (in the offline
-world) by the true reward, beside a random one of the k as control. The curve is in curve.json.
+Stiennon et al. 2020 (arXiv 2009.01325); one of AlpacaFarm's methods (arXiv 2305.14387). Its KL to the SFT model is at
+most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879). curve.json has the expected result for every k up to
+n: the score of the best of k answers, in the offline world also its true reward, and as a control the same of a random
+one of the k.
 Left out: training on the winners (expert_iteration.py).
 
 Memory: the SFT model and the reward model, without gradients.
-Questions a reader asks. Why does the curve need no further samples? Any k of the n are a sample of size k; the
-probability that the i-th best of n is the best of k is a quotient of binomials. Why may the true reward fall where the
-score still rises? The best of many is also the one that the reward model is most wrong about.
+Questions a reader asks. Why does the curve need no further samples? Any k of the n answers are a sample of size k, and
+the probability that a given one is the best of k is a ratio of binomial coefficients. Why may the true reward fall
+while the score still rises? Choosing the highest of many scores also chooses the reward model's largest errors.
 """
 import json
 import math
@@ -31,15 +31,15 @@ class Config(config.Config):
 
 
 def kl_bound(n):
-    """Upper bound of KL(best-of-n || policy) in nats, tight where no two answers tie."""
+    """Upper bound of KL(best-of-n || policy) in nats. It is exact if no two answers have the same score."""
     return math.log(n) - (n - 1) / n
 
 
 def best_of_k(scores, worth):
-    """Expected worth of the best-scored of k answers, for k = 1 .. n: scores, worth (P, n) -> (n,).
+    """Expected worth of the answer with the highest score among k, for k = 1 .. n: scores, worth (P, n) -> (n,).
 
-    Unbiased, from all subsets at once: the i-th worst of n (i from 1) is the best of a random k-subset with probability
-    C(i - 1, k - 1) / C(n, k).
+    The mean over all subsets of k answers, which is unbiased. The answer with the i-th lowest score (i from 1) is the
+    best of a random subset with probability C(i - 1, k - 1) / C(n, k).
     """
     n = scores.shape[1]
     ranked = worth.gather(1, scores.argsort(1)).double().mean(0)                         # (n,): mean worth by rank

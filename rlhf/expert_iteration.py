@@ -1,12 +1,14 @@
-"""Expert iteration: best-of-n on new prompts, then supervised fine-tuning on the winners; and again, --rounds times.
+"""Expert iteration: best-of-n on new prompts, then supervised fine-tuning on the winners, --rounds times.
 
-Anthony et al. 2017 (arXiv 1705.08439); in AlpacaFarm one round, best-of-16 on the unlabeled split, SFT from the SFT
-model with the SFT recipe (arXiv 2305.14387). Rounds after the first sample from the newest model (RAFT, Dong et al.
-2023, arXiv 2304.06767). Winners that did not end by themselves are dropped, or the model would unlearn how to stop.
+Anthony et al. 2017 (arXiv 1705.08439). AlpacaFarm (arXiv 2305.14387) does one round: best-of-16 on the unlabeled split,
+then SFT on the winners, from the SFT model with the SFT settings. Later rounds sample from the newest model (RAFT, Dong
+et al. 2023, arXiv 2304.06767). Winners that were cut off by their length are dropped, because a model that imitates
+them forgets to stop.
 
 Memory: as best-of-n while sampling, as SFT while training.
-Questions a reader asks. Why is it weaker than best-of-n? It must put into its weights what best-of-n looks up anew for
-every prompt. Why start each round from the SFT model? The samples have improved; the starting point need not have.
+Questions a reader asks. Why is it weaker than best-of-n? Best-of-n searches again for every prompt; this model has to
+learn from a few thousand searches how to do without. Why does each round train from the SFT model? The winners of the
+newest round are better examples; training on top of earlier rounds would drift further from SFT without need.
 """
 import math
 from dataclasses import dataclass
@@ -35,10 +37,10 @@ def run(cfg, score_fn=None):
     unlabeled = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
     model = ref = policy.load(cfg, "sft")
     score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
-    steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # of a round, at most
+    steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # at most, in a round
     log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):
-        # the best of n by the newest model
+        # best-of-n with the newest model
         start = round * cfg.prompts % len(unlabeled)
         prompts = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
         rows = generate(model, prompts, text, cfg, cfg.seed + 10_007 * (round + 1), cfg.n)

@@ -1,13 +1,14 @@
-"""The reward model: a scalar head on the SFT model, trained on preference pairs to give the better answer more.
+"""The reward model: a scalar head on the SFT model, trained on preference pairs to score the better answer higher.
 
 Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325, section 3.4): -log sigmoid(score(chosen) - score(rejected)). The
-score is read at the answer's last token, which is EOS unless the answer was cut off. Only differences are learned, so
-in the end the scores are shifted and scaled to mean 0 and deviation 1 over the SFT model's own answers.
+score is read at the answer's last token, which is EOS unless the answer was cut off. The loss only knows differences of
+scores, so after training they are shifted and scaled to mean 0 and standard deviation 1 over answers of the SFT model.
 Left out: margins from graded labels, ensembles.
 
-Memory: full training holds one more model with its optimizer; with LoRA an adapter and D + 1 numbers.
+Memory: full training holds a second model and its optimizer; LoRA an adapter and a head of D + 1 numbers.
 Questions a reader asks. Why does the loss start at log 2? The head starts at zero, so every score is 0. Why is an
-accuracy of 0.65 good? A quarter of the labels are wrong on purpose: nobody can agree with more than about 0.70 of them.
+accuracy of 0.65 good? A quarter of the labels are flipped at random, so even a perfect model agrees with only about
+0.70 of them.
 """
 import copy
 import math
@@ -35,7 +36,7 @@ class Config(config.Config):
     batch_size: int = 64                # pairs in an optimizer step
     weight_decay: float = 0.            # pull of the weights to zero
     held_out: float = .05               # share of the pairs, as whole prompts, that is kept for validation
-    scale_answers: int = 1000           # fresh answers of the SFT model that scores are shifted and scaled by
+    scale_answers: int = 1000           # new answers of the SFT model over which scores get mean 0, deviation 1
 
     BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
     BARN_LORA = {"lr": 3e-3}
@@ -48,11 +49,11 @@ class Config(config.Config):
 
 @dataclass
 class Critic(policy.Policy):
-    """A model that gives numbers instead of tokens: the reward model, and PPO's value function."""
+    """A model with a scalar head: the reward model, and PPO's value function."""
     head: nn.Linear = None
 
     def values(self, ids, mask):
-        """(B, T-1): the head where the mask is 1, in fp32, 0 elsewhere; index t has seen ids[:, :t+1] of ids (B, T)."""
+        """The head's output (B, T-1) in fp32 where the mask is 1, and 0 elsewhere. Index t has read ids[:, :t+1]."""
         where = mask.flatten().nonzero()[:, 0]                                           # (N,)
         return logprobs.scatter(self.head(self.hidden(ids[:, :-1], where=where).float())[:, 0], where, mask.shape)
 
@@ -65,16 +66,16 @@ class Critic(policy.Policy):
 
 
 def fresh(body):
-    """A Critic on a policy's body, with a head that says 0 to everything."""
+    """A Critic on the model of a policy, with a head of zeros: every score is 0."""
     head = nn.Linear(body.gpt.config.hidden_size, 1, device=body.gpt.device)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     return Critic(body.gpt, body.role, head)
 
 
 def score(model, ids, mask, shared=1):
-    """One number (B,) for each response: the head at its last token (ids (B, T), mask (B, T-1)).
+    """The score (B,) of each response: the head at its last token. ids (B, T), mask (B, T-1).
 
-    shared 2: the second half of the rows answers the prompts of the first half, and these are computed only once.
+    shared = 2: the second half of the rows has the same prompts as the first half, and each is computed once.
     """
     at = logprobs.last_token(mask) + 1                                                     # (B,): column in ids
     where = torch.arange(len(ids), device=ids.device) * ids.shape[1] + at
@@ -115,9 +116,9 @@ def bradley_terry(chosen, rejected):
 
 
 def calibration_error(margins, bins=10):
-    """How far confidence is from accuracy (Guo et al. 2017, eq. 3), from margins (N,) of chosen over rejected.
+    """Expected calibration error (Guo et al. 2017, eq. 3), from margins (N,) of chosen over rejected scores.
 
-    The model says with probability sigmoid(|margin|) which answer was preferred; it is right where margin > 0.
+    The model's confidence in its choice is sigmoid(|margin|), and its choice is right where margin > 0.
     """
     confidence, right = torch.sigmoid(margins.abs()), (margins > 0).float()
     bin = ((confidence - .5) * 2 * bins).long().clamp(max=bins - 1)
@@ -126,7 +127,7 @@ def calibration_error(margins, bins=10):
 
 
 def correlation(x, y):
-    """Pearson's, of x and y (N,); 0 if one of them does not vary."""
+    """Pearson's correlation of x and y (N,); 0 if one of them is constant."""
     return torch.corrcoef(torch.stack((x, y)))[0, 1].nan_to_num().item()
 
 
@@ -141,7 +142,8 @@ def validate(model, pairs, cfg):
 
 
 def normalise(model, rows, cfg):
-    """Fold mean 0 and deviation 1 over the scores of `rows` into the head."""
+    """Change the head so that the scores of `rows` have mean 0 and standard deviation 1. FloatingPointError if all of
+    them are equal or one is not finite."""
     raw = scores(model, rows, cfg)
     mean, std = raw.mean().item(), raw.std().item()
     if not std > 1e-6 * max(1, abs(mean)):              # equal but for rounding
@@ -158,7 +160,7 @@ def save(model, cfg):
 
 
 def load(cfg, beside):
-    """The reward model of the run, frozen; with LoRA on the same base as the policy `beside` it."""
+    """The reward model of the run, frozen; with LoRA it is an adapter on the base of the policy `beside`."""
     model = fresh(policy.load(cfg, "reward", beside))
     file = cfg.dir("reward") / "checkpoint" / "head.safetensors"
     tensors, _ = read_safetensors(file)
@@ -201,13 +203,14 @@ def run(cfg):
     answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
     for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
         log.sample(len(batches), val[i // each]["instruction"], answer, score=value)
-    if cfg.data == "barn" and each > 1:                 # what no real world can tell
+    if cfg.data == "barn" and each > 1:                 # only the offline world has a true reward
         truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
         metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))
     return metrics
 
 
 def agreement(scores, truth):
-    """How often two answers to one prompt are ranked alike, over neighbours that differ in truth: (P, n) each."""
+    """How often scores rank two answers to a prompt as the truth does: scores, truth (P, n). Neighbouring answers are
+    compared, unless their truth is equal."""
     said, true = scores[:, 1:] - scores[:, :-1], truth[:, 1:] - truth[:, :-1]
     return ((said > 0) == (true > 0))[true != 0].float().mean().item()

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: imitate the demonstrations. The start of every other method, and its reference.
+"""Supervised fine-tuning: imitate the demonstrations. Every other method starts from it and has it as reference.
 
-Loss: the mean over all answer tokens, EOS included, of -log p(token); prompts are not learned.
+Loss: the mean of -log p(token) over all tokens of the answers, EOS included. Prompts are not learned.
 AlpacaFarm (arXiv 2305.14387) trains SFT10k this way. Left out: packing several examples into a row.
 
 Memory: one model with its optimizer; with LoRA a frozen base and one adapter.
-Questions a reader asks. Why is the loss a mean over tokens, not over answers? So that micro-batches add up to one big
-batch exactly; long answers weigh more. Why is EOS in it? A model that never learned to stop never will.
+Questions a reader asks. Why is the loss a mean over tokens, not over answers? It is what most SFT code does; a long
+answer weighs more than a short one. Why is EOS in it? Otherwise the model would not learn to stop.
 """
 import math
 from dataclasses import dataclass
