@@ -17,7 +17,7 @@ except ImportError:                     # Windows
 
 
 def batches(n, batch_size, epochs, seed):
-    """Lists of indices, one per optimizer step: every example once an epoch, in a new random order."""
+    """Lists of indices below n, one for each optimizer step. Every epoch has each index once, in a new random order."""
     r = random.Random(seed)
     out = []
     for _ in range(epochs):
@@ -27,18 +27,20 @@ def batches(n, batch_size, epochs, seed):
 
 
 def micro_batches(indices, lengths, tokens):
-    """Split a batch by length, so that rows x longest row stays within `tokens` and within 1.15 x what is not padding.
+    """Split a batch into lists of rows of similar length, each of at most `tokens` tokens with its padding, of which at
+    most 15 % of the rest are padding. A row that is longer than `tokens` is alone.
 
-    Accumulation is exact, so the split changes speed and memory but never the result. A long row may stand alone.
+    lengths[i]: tokens of row i. Gradients are accumulated exactly, so the split changes speed and memory, never the
+    result.
     """
-    out, real = [], 0
+    out, filled = [], 0                                 # filled: tokens of the newest list that are not padding
     for i in sorted(indices, key=lambda i: lengths[i]):
-        padded, real = (len(out[-1]) + 1) * lengths[i] if out else tokens + 1, real + lengths[i]
-        if padded <= min(tokens, 1.15 * real):
+        filled += lengths[i]
+        if out and (len(out[-1]) + 1) * lengths[i] <= min(tokens, 1.15 * filled):
             out[-1].append(i)
         else:
             out.append([i])
-            real = lengths[i]
+            filled = lengths[i]
     return out
 
 
@@ -47,14 +49,14 @@ def masked_mean(x, mask):
 
 
 class Updater:
-    """AdamW with warm-up, cosine decay to a tenth and gradient clipping; a step that is not finite is never taken.
+    """AdamW with warm-up, cosine decay to a tenth of lr, and gradient clipping.
 
-    add() takes a loss as (sum, denominator); the step divides by the denominator of all its micro-batches, so that
-    accumulation equals one big batch whatever the lengths.
+    add() takes a loss as (sum, denominator). step() divides the gradient by the denominators of all micro-batches
+    together, so that accumulation equals one big batch, whatever the lengths.
 
-    fp16: activations are, so that gradients may be too small or too large for them. The loss is multiplied by a factor
-    that follows (Micikevicius et al. 2018, section 3.2): half of it after a step that overflowed, which is left out,
-    twice as much after many good ones. It need not start high, as gradients of sums are large already.
+    fp16: activations are in fp16, in which gradients may underflow or overflow. The loss is multiplied by a scale
+    (Micikevicius et al. 2018, section 3.2) that is halved after an overflow, whose step is left out, and doubled after
+    100 good steps. It starts low, because gradients of sums are large already.
     """
 
     def __init__(self, params, lr, steps, warmup=.05, betas=(.9, .98), weight_decay=0., max_grad_norm=1., fp16=False):
@@ -69,8 +71,8 @@ class Updater:
         self.denominator += denominator
 
     def step(self):
-        """Take the step; FloatingPointError if the gradient is not finite, in fp16 for the twentieth time in a row.
-        Returns what to log."""
+        """Take the step and return what to log. FloatingPointError if the gradient is not finite; in fp16, if it is not
+        for the twentieth time in a row. No step is taken with such a gradient."""
         self.scaler.unscale_(self.optimizer)
         for p in self.params:
             if p.grad is not None:
