@@ -1,13 +1,16 @@
-"""Talk to any checkpoint: an OpenAI-compatible server, or one question from the terminal.
+"""Talk to any checkpoint: an OpenAI-compatible server, or one question.
 
-    python serve.py runs/barn/dpo                     starts the server and prints its URL for OPENAI_BASE_URL
-    python serve.py path/to/llama --port 8000         a Hugging Face folder, a PEFT adapter, or barn
-    python serve.py runs/barn/dpo --ask "..."         answers one question and ends, without a server
+    python serve.py runs/barn/dpo               starts the server, says its URL
+    python serve.py path/to/llama --port 8000   a Hugging Face folder, a PEFT
+                                                adapter, or barn
+    python serve.py runs/barn/dpo --ask "..."   answers one question and ends
 
-The server has one thread, the Writer in rlhf/writer.py, that owns the model and writes all answers in one batch. HTTP
-threads read requests and turn tokens into text. Each answer has its own temperature and random numbers, so that up to
-rounding it does not depend on the answers beside it.
-Left out: top-p and penalties (a request with them is refused), tools, images, API keys.
+The server has one thread, the Writer in rlhf/writer.py, that owns the model
+and writes all answers in one batch. HTTP threads read requests and turn tokens
+into text. Each answer has its own temperature and random numbers, so that up
+to rounding it does not depend on the answers beside it.
+Left out: top-p and penalties (a request with them is refused), tools, images,
+API keys.
 """
 import argparse
 import gc

@@ -21,7 +21,6 @@ import json
 import math
 import platform
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,11 +34,11 @@ from types import SimpleNamespace
 import torch
 
 import model
-from benchmarks import peers
+from benchmarks import flags, peers
 from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset,
                                 timed)
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
-from data import InputError, Refusal, families, underscored
+from data import Refusal, families
 from data.weights import write_safetensors
 from rlhf import dpo, policy, ppo, reward, sampler, sft, update
 from rlhf.experience import collect
@@ -310,81 +309,10 @@ def bench_load(args):
 
 BENCHES = {"rollout": bench_rollout, "logprob": bench_logprob, "sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo,
            "memory": bench_memory, "load": bench_load}
-MAY_BE_ZERO = {"lora_rank", "batch", "slots", "warmup", "seconds"}
-PEERS = ["naive", "hf", "trl", "nothing"]
 NO_TIME = "no time was left"
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-def flags(parser, cuda):
-    """All of them, by what they are about; `cuda`: the defaults for a GPU."""
-    def add(name, default, about, **more):
-        if isinstance(default, bool):
-            more["action"] = argparse.BooleanOptionalAction
-        elif default is not None:
-            more["type"] = type(default)
-        flag = group.add_argument(f"--{name}", default=default, **more)
-        # Set here, as before Python 3.13 argparse adds a default of its own to the help of a switch.
-        flag.help = f"{about} [{'none' if default == '' else default}]"
-
-    group = parser.add_argument_group("the model")
-    add("preset", "tiny", "the shape of its weights", choices=list(SHAPES))
-    add("device", "cuda" if cuda else "cpu", "where to run", choices=["cpu", "cuda"])
-    add("dtype", "bfloat16" if cuda else "float32", "of the weights", choices=["float32", "bfloat16", "float16"])
-    add("lora_rank", 16 if cuda else 0, "rank of the adapters on a frozen base; 0 trains all weights")
-    add("int8", False, "keep the frozen base in int8")
-    add("checkpointing", cuda, "recompute activations in the backward pass")
-    add("graph", True, "on a GPU, replay a captured decoding step")
-    add("compile", False, "compile the blocks for training")
-    group = parser.add_argument_group("the work")
-    add("prompt", 192 if cuda else 32, "longest prompt, in tokens")
-    add("new", 300 if cuda else 96, "longest answer, in tokens")
-    add("lengths", "alpaca", "how long answers are", choices=list(LENGTHS))
-    add("prompt_lengths", "fixed", "how long prompts are", choices=list(LENGTHS))
-    add("rows", 128 if cuda else 64, "answers, demonstrations or pairs")
-    add("n", 1, "answers to a prompt")
-    add("batch", 0, "answers in an optimizer step of PPO; 0: all rows")
-    add("slots", 0, "answers that are sampled at a time; 0: as many as fit")
-    add("micro_batch_tokens", 4096, "tokens, padding included, in one forward and backward pass")
-    add("cached", True, "the reference's log-probs of DPO are known")
-    add("shared_prompt", True, "the prompt of a pair is computed once")
-    group = parser.add_argument_group("the measurement")
-    group.add_argument("--against", nargs="+", default=["naive"], choices=PEERS, metavar="OTHER",
-                       help=f"what to run beside, if it is installed: {', '.join(PEERS)} [naive]")
-    add("warmup", 1, "runs before the clock counts")
-    add("repeat", 1 if cuda else 5, "runs that count")
-    add("seconds", 500., "start no further part of a list after so long")
-    add("out", "", "a file for the JSON document")
-
-
-def arguments(argv):
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser("python -m benchmarks", usage="%(prog)s [BENCH ...] [--FLAG VALUE ...]",
-                                     description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benches", nargs="*", default=["all"], metavar="BENCH",
-                        help=f"{', '.join(BENCHES)}, all; or a list: h200, cpu [all]")
-    flags(parser, cuda)
-    args = parser.parse_args([re.sub("^--no_", "--no-", flag) for flag in underscored(argv)])
-    if wrong := set(args.benches) - {*BENCHES, "all", "h200", "cpu"}:
-        raise InputError(f"unknown: {', '.join(sorted(wrong))}; choose from {', '.join(BENCHES)}, all, h200, cpu")
-    if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: torch sees no GPU here")
-    if args.device == "cpu" and "h200" in args.benches:
-        raise InputError("h200 is a list for a GPU: choose cpu, or single benches")
-    if args.dtype != "float32" and not args.lora_rank and not {"rollout", "logprob", "load"}.issuperset(args.benches):
-        raise InputError(f"--dtype {args.dtype} would swallow small updates of the weights: give --lora_rank 16")
-    for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1
-        if type(value) in (int, float) and not least <= value < 1 << 31:
-            raise InputError(f"--{name} {value} makes no sense: it is a number from {least} up")
-    if args.rows % args.n:
-        raise InputError(f"--rows {args.rows} is no multiple of --n {args.n}, the answers to each prompt")
-    if args.int8 and not args.lora_rank:
-        raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
-    return args
-
 
 def installed(other, bench):
     """Whether this bench can be run against another here; TRL 1.16 and later have no PPO."""
@@ -428,7 +356,7 @@ def cuda_tests():
 
 
 def main(argv):
-    args = arguments(argv)
+    args = flags.parse(argv, __doc__, BENCHES)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).open("a").close()                # what is wrong with that path shows now

@@ -11,6 +11,7 @@ import torch
 from commands import ROOT, command, refused
 
 from benchmarks import bench, measure
+from benchmarks.flags import parse
 from benchmarks.plans import CPU, H200, SHAPES
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ def imported_objects_out_of_sight():
 
 
 def arguments(*flags):
-    args = bench.arguments([*SMALL, *flags])
+    args = parse([*SMALL, *flags], "", bench.BENCHES)
     args.dtype, args.results, args.ceilings = torch.float32, [], {"tflops": 1e-3, "gbps": 1.}
     return args
 
@@ -157,7 +158,7 @@ def test_help_has_each_flag_once_and_its_default(monkeypatch):
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
     said = done.stdout[done.stdout.index("positional"):]
-    for name, value in vars(bench.arguments([])).items():
+    for name, value in vars(parse([], "", bench.BENCHES)).items():
         if name != "benches":
             (about,) = re.findall(rf"^  --{name}\b(.*?)(?=\n  -|\n\n|\Z)", said, re.MULTILINE | re.DOTALL)
             default = {"": "none", "['naive']": "naive"}.get(str(value), str(value))

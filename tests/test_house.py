@@ -258,7 +258,7 @@ def test_what_was_tested_is_pinned_once_for_each_python_and_fits_the_bounds(pyth
 def test_every_package_that_a_test_imports_is_required():
     """Named in an import or in pytest.importorskip; what the tests import of each other and of us is no package."""
     paths = [path for path in files() if path.suffix == ".py" and path.parts[0] == "tests"]
-    own = OURS | {path.stem for path in paths}
+    own = OURS | {part for path in paths for part in path.with_suffix("").parts}
     skipped = {name.partition(".")[0] for path in paths
                for name in re.findall(r'importorskip\("([\w.]+)"\)', (ROOT / path).read_text())}
     imported = {name.partition(".")[0] for path in paths for name, _ in imports(path)}

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import serve
 from data import protocol
 from data.text import Text
-from rlhf import policy, sampler, sft, writer
+from rlhf import config, policy, sampler, sft, writer
 from rlhf.config import BASE
 
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def endless(monkeypatch):
         def __init__(self, *folders):
             super().__init__(*folders)
             self.stops = [10_000]
-    monkeypatch.setattr(serve, "Text", Endless)
+    monkeypatch.setattr(config, "Text", Endless)
 
 
 def post(url, path="/chat/completions", **body):
