@@ -1,4 +1,5 @@
 """Data: text and tokens, data sets, weights on disk, and the offline world in `barn`; and how a command ends."""
+import contextlib
 import difflib
 import errno
 import json
@@ -6,6 +7,8 @@ import os
 import re
 import sys
 from pathlib import Path
+
+from data.progress import Progress
 
 
 class Refusal(Exception):
@@ -34,6 +37,13 @@ def did_you_mean(word, known):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def one_of(what, value, known):
+    """InputError unless the value of `what`, a flag perhaps, is one of those that are known."""
+    if value not in known:
+        choices = ", ".join(filter(None, known))
+        raise InputError(f"{what} {value!r} is not known{did_you_mean(value, known)}: choose from {choices}")
+
+
 def read_json(path):
     """The JSON object in a file, {} if there is no such file; InputError if it is not one."""
     try:
@@ -47,22 +57,46 @@ def read_json(path):
     return document
 
 
-def run(main, name, kept):
-    """Run a command: one sentence and an exit code for all that can go wrong; `kept` says what is not lost."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal that knows no "±" gets a question mark
+@contextlib.contextmanager
+def loading(module, name):
+    """Around a command's slow imports: Ctrl-C ends the command `name` by a sentence, where it is one."""
     try:
-        main(sys.argv[1:])
-    except Refusal as error:
+        yield
+    except KeyboardInterrupt:
+        if module != "__main__":
+            raise
+        print(f"{name}: interrupted while it was loading", file=sys.stderr)
+        sys.exit(130)
+
+
+def attempt(main, argv, name, kept):
+    """Run a command -> its exit code; one sentence for all that can go wrong. `kept` says what is not lost."""
+    try:
+        main(argv)
         sys.stdout.flush()
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        return 0
+    except SystemExit as exit:          # argparse has said why
+        return exit.code or 0
+    except Refusal as error:
+        code, said = error.code, error
     except BrokenPipeError:             # the reader of a pipe, head perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, said = 141, f"stopped, as nobody reads its output any more; {kept}"
     except OSError as error:
         full = error.errno == errno.ENOSPC
-        print(f"{name}: {'the disk is full' if full else error}; {kept}", file=sys.stderr)
-        sys.exit(5 if full else 2)
+        code, said = (5 if full else 2), f"{'the disk is full' if full else error}; {kept}"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; {kept}", file=sys.stderr)
-        sys.exit(130)
+        code, said = 130, f"interrupted; {kept}"
+    with contextlib.suppress(BrokenPipeError):          # who reads no output may read no errors either
+        Progress.close()
+        sys.stdout.flush()
+        print(f"{name}: {said}", file=sys.stderr)
+    return code
+
+
+def run(main, name, kept):
+    """Run a command on the arguments of this process, and end with its exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that knows no "±" gets a question mark
+    if code := attempt(main, sys.argv[1:], name, kept):
+        sys.exit(code)

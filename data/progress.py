@@ -1,8 +1,34 @@
 """Progress of long work: one line that is updated in place on a terminal, and a line every ten seconds elsewhere."""
+import shutil
 import sys
 import time
 
 EVERY = 10                              # seconds between two lines where nothing can be updated in place
+WIDTH = 79                              # columns of a line, at most
+
+
+def width():
+    """Columns that a line may take: a longer one could not be updated in place."""
+    return min(WIDTH, shutil.get_terminal_size().columns - 1)
+
+
+def cut(text, columns):
+    """The beginning of a text that would be too long."""
+    return text if len(text) <= columns else f"{text[:columns - 3]}..."
+
+
+def fitted(parts, tail=""):
+    """"a | b | c" and a tail; the last of the parts are left out where there is no room for them."""
+    while len(parts) > 1 and len(" | ".join(parts) + tail) > width():
+        parts = parts[:-1]
+    return cut(" | ".join(parts) + tail, width())
+
+
+def duration(seconds):
+    """12s, 34m or 5.6h."""
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 100 * 60 else f"{seconds / 3600:.1f}h"
 
 
 class Progress:
@@ -10,25 +36,34 @@ class Progress:
 
     name, total: what is counted, and how much of it there is.
     """
+    drawn = False                       # whether the terminal's last line will be overwritten; there is one terminal
 
     def __init__(self, name, total):
         self.name, self.total = name, total
         self.start = self.last = time.monotonic()
-        self.open = False               # whether the terminal's last line is ours and will be overwritten
 
-    def update(self, done, text=""):
-        """Say that `done` of the total is finished; `text` is shown beside it."""
+    def update(self, done, text="", keep=False):
+        """Say that `done` of the total is finished. `text` is shown beside it: parts with " | " between them, of which
+        the last are left out where there is no room. keep: show it now, in a line that stays."""
         now, terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self.last < (.2 if terminal else EVERY):
+        if not keep and now - self.last < (.2 if terminal else EVERY):
             return
         self.last = now
-        left = (now - self.start) / done * (self.total - done) if done else None
-        line = " | ".join(filter(None, (f"{self.name} {done}/{self.total}", text, left and f"eta {left:.0f}s")))
-        print(f"\r{line[:79]:<79}" if terminal else line[:80], end="" if terminal else "\n", flush=True)
-        self.open = terminal
+        line = self.line(done, text, now)
+        if not terminal:
+            print(line, flush=True)
+            return
+        print(f"\r{line:<{width()}}", end="\n" if keep else "", flush=True)
+        Progress.drawn = not keep
 
-    def close(self):
+    def line(self, done, text, now):
+        parts = [f"{self.name} {done:>{len(str(self.total))}}/{self.total}", *filter(None, text.split(" | "))]
+        eta = f" | eta {duration((now - self.start) / done * (self.total - done))}" if 0 < done < self.total else ""
+        return fitted(parts, eta)
+
+    @staticmethod
+    def close():
         """Clear the updated line, so that what is printed next stands alone."""
-        if self.open:
-            print(f"\r{'':<79}\r", end="", flush=True)
-            self.open = False
+        if Progress.drawn:
+            print(f"\r{'':<{width()}}\r", end="", flush=True)
+            Progress.drawn = False

@@ -53,7 +53,7 @@ def answer(policy, text, cfg, ref=None):
 def write_outputs(cfg, records, outputs):
     """Write outputs.json of the stage: AlpacaEval records, one for each record of the eval split, in its order."""
     keep = ("instruction", "input", "dataset", "datasplit")
-    name = cfg.dir().name
+    name = cfg.stage
     (cfg.dir() / "outputs.json").write_text(json.dumps(
         [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": name}
          for record, output in zip(records, outputs, strict=True)], indent=1))

@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+import textwrap
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError, Refusal, hub, sets
+from data import InputError, Refusal, did_you_mean, hub, one_of, sets, underscored
 from data.text import Text, read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
@@ -26,11 +27,13 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
-WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "preset", "lora_rank", "lora_alpha",
-             "temperature", "int8", "dtype"}
+WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
+             "lora_alpha", "temperature", "int8", "dtype"}
+COMMAND = {"name", "rerun", "merge"}    # said of the method of a command, and handed to no stage that it needs
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots"}
-ELSEWHERE = {"out", "device", "preset", "slots", "micro_batch_tokens", "checkpointing", "graph", "compile",
-             "merge", "shared_prompt"}           # how fast, and in how much memory: no part of what is computed
+# No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
+ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
+             "graph", "compile", "merge", "shared_prompt", "eval_data"}
 
 
 def stage(folder):
@@ -72,7 +75,10 @@ class Config:
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
     judge: str = "barn"                 # barn, barn-human, serve:PATH, me, none; one or three at OPENAI_BASE_URL
     pool: str = "p_eval"                # thirteen annotators; p_single: a greedy one; or a file of your own (.json)
+    cache: str = ""                     # file of the judge's answers; runs may share it (default: judge.jsonl in --out)
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
+    name: str = ""                      # of a variant in the same run folder, as in dpo_b05 (default: the method's)
+    rerun: str = ""                     # stages to run again, as in sft,dpo; old ones are kept until new ones are done
     seed: int = 0                       # of everything that is random
     limit: int = 0                      # keep only so many records of each split (0: all)
     preset: str = ""                    # memory and lengths: barn, 24gb or 80gb (default: barn for barn, else 24gb)
@@ -93,6 +99,8 @@ class Config:
 
     BARN: ClassVar[dict] = {}
     BARN_LORA: ClassVar[dict] = {}
+    stage: ClassVar[str] = ""           # the name of the stage that this object is for, set by farm.py
+    folders: ClassVar[dict] = {}        # {stage: its folder}, of the stages whose folder has another name
 
     def __post_init__(self):
         self.model = self.model.removeprefix("https://huggingface.co/")
@@ -104,20 +112,44 @@ class Config:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
         if self.int8 and not self.lora_rank:
             raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
-        if self.dtype not in ("", "float32", "bfloat16", "float16"):
-            raise InputError(f"--dtype {self.dtype!r} is not known: choose float32, bfloat16 or float16")
+        one_of("--dtype", self.dtype, ("", "float32", "bfloat16", "float16"))
         if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
             raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
         if self.pool.endswith(".json"):             # a file of annotators, which names models
             self.judge = self.pool if self.judge == "barn" else self.judge
-        elif self.pool not in ("p_eval", "p_single"):
-            raise InputError(f"--pool {self.pool!r} is not known: choose p_eval, p_single or a .json file")
-        if self.device not in ("", "cpu", "cuda"):
-            raise InputError(f"--device {self.device!r} is not known: choose cpu or cuda")
+        else:
+            one_of("--pool", self.pool, ("p_eval", "p_single"))
+        one_of("--device", self.device, ("", "cpu", "cuda"))
+
+    @property
+    def asks_judge(self):
+        """Whether this stage itself asks the judge; a method's Config that does says so."""
+        return False
+
+    def reads(self):
+        """{flag: content} of what a stage reads beside the records and the base; a method's Config adds its files."""
+        return {}
+
+    def idle(self):
+        """{flag: why it would change nothing}; a method's Config adds its own."""
+        found = {}
+        if self.judge == "none":
+            found |= dict.fromkeys(("pool", "cache"), "--judge none asks nobody")
+        if not self.lora_rank:
+            found |= dict.fromkeys(("lora_alpha", "merge"), "there are no adapters without --lora_rank")
+        if self.device == "cpu":
+            found["graph"] = "a CPU captures no decoding steps"
+        return found
+
+    @property
+    def judge_cache(self):
+        """The file of all that the judge has answered."""
+        return Path(self.cache or Path(self.out) / "judge.jsonl")
 
     def dir(self, stage=""):
         """The folder of this stage, or of another one of the same run."""
-        return Path(self.out) / (stage or type(self).__module__.rpartition(".")[2])
+        name = stage or self.stage
+        return Path(self.out) / self.folders.get(name, name)
 
     def splits(self):
         """{split: records} of the data: sft, preference, unlabeled, val, eval."""
@@ -171,28 +203,55 @@ def helps(cls):
     found = {}
     for c in reversed(cls.__mro__[:-1]):
         found |= dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(c), re.MULTILINE))
-    return found
+    return {f.name: found.get(f.name, "") for f in fields(cls)}
 
 
-def parse(cls, argv, prog):
-    """{field: value} of the flags in argv; argparse reports what is wrong with them and exits with 2."""
-    parser = argparse.ArgumentParser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     description=inspect.getdoc(inspect.getmodule(cls)),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    help, barn = helps(cls), {**PRESETS["barn"], **cls.BARN}
+class Parser(argparse.ArgumentParser):
+    """argparse, which says what is wrong as an InputError."""
+
+    def error(self, message):
+        raise InputError(f"{message}; {self.prog} --help lists all flags")
+
+
+def wrapped(text, room=117):
+    """A docstring for the terminal, in lines of 79 columns: a line goes on in the next one if that one's first word
+    had no room in it."""
+    lines = []
+    for line in inspect.cleandoc(text).splitlines():
+        before = lines[-1].rpartition("\n")[2] if lines else ""
+        if before and line and len(before) + 1 + len(line.split()[0]) > room:
+            lines[-1] += f"\n{line}"
+        else:
+            lines.append(line)
+    return "\n".join(textwrap.fill(line, 79) for line in lines)
+
+
+def parse(cls, argv, prog, about=""):
+    """{field: value} of the flags in argv. prog, about: the command and its description, for --help."""
+    parser = Parser(prog, usage=f"{prog} [--flag value ...]", description=wrapped(about), allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=lambda prog: (
+                        argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=79)))
+    own = parser.add_argument_group("its own knobs")
+    shared = parser.add_argument_group("shared by all stages (--sft.seed 1 is for sft alone)")
+    common, help, barn = {f.name for f in fields(Config)}, helps(cls), {**PRESETS["barn"], **cls.BARN}
     for f in fields(cls):
         default = f"{f.default}" + (f"; {barn[f.name]} in barn" if barn.get(f.name, f.default) != f.default else "")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if f.name == "preset":
-            kind["choices"] = list(PRESETS)
-        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])          # a flag is the variable's name
-        parser.add_argument(*names, help=f"{help[f.name]} [{default}]".replace("%", "%%"), **kind)
-    return vars(parser.parse_args([re.sub("^--no_", "--no-", flag) for flag in argv]))
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+        shown = help[f.name] + f" [{default}]" * bool(default)
+        group = shared if f.name in common else own
+        group.add_argument(f"--{f.name}", help=shown.strip().replace("%", "%%"), **kind)
+    argv = [re.sub("^--no_", "--no-", flag) for flag in underscored(argv)]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = re.sub("^--no-", "--no_", unknown[0].partition("=")[0])
+        parser.error(f"{flag} is not known{did_you_mean(flag, [f'--{f.name}' for f in fields(cls)])}")
+    return vars(given)
 
 
 def build(cls, given):
     """A Config: defaults < preset < what was given."""
     preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else "24gb")
+    one_of("--preset", preset, PRESETS)
     tuned = {}
     if preset == "barn":
         tuned = {**cls.BARN, **(cls.BARN_LORA if given.get("lora_rank") else {})}

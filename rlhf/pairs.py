@@ -8,7 +8,6 @@ answers are not the SFT model's own.
 """
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import annotate
 from data import InputError, sets
@@ -34,6 +33,21 @@ class Config(config.Config):
         self.labels = self.labels or ("human" if self.data == "alpaca_farm" else "judge")
         if (self.labels, self.judge) == ("judge", "none"):
             raise InputError("--judge none labels no pairs: name a judge, or labels that are there: --pairs.labels")
+
+    @property
+    def asks_judge(self):
+        return self.labels == "judge"
+
+    def reads(self):
+        return {} if self.asks_judge else {"labels": sets.preferences(self.labels)[:self.limit or None]}
+
+    def idle(self):
+        trains = ("merge", "checkpointing", "micro_batch_tokens")
+        samples = ("flip", "pairs_per_prompt", "seed", "slots", "device", "graph", "compile")
+        found = super().idle() | dict.fromkeys(trains, "this stage trains nothing")
+        if not self.asks_judge:
+            found |= dict.fromkeys(samples, f"the labels are there already: {self.labels}")
+        return found
 
 
 def sample_pairs(cfg):
@@ -69,7 +83,7 @@ def label(cfg):
         part = asked.with_suffix(".part")
         part.write_text(json.dumps(sample_pairs(cfg)))
         part.replace(asked)
-    with annotate.connect(cfg.judge, Path(cfg.out) / "judge.jsonl") as judge:
+    with annotate.connect(cfg.judge, cfg.judge_cache) as judge:
         pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
     return [pair for pair in pairs if pair["preference"] in (1, 2)]

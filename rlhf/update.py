@@ -9,6 +9,12 @@ from contextlib import contextmanager
 import torch
 
 from data import OutOfMemory, Refusal
+from data.progress import Progress, cut, width
+
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
 
 try:
     import resource
@@ -96,35 +102,33 @@ class Updater:
 
 
 class Log:
-    """metrics.jsonl (one object a step), samples.jsonl, and a line on the terminal about once a second."""
+    """metrics.jsonl (one object a step), samples.jsonl, and how far the training is on the terminal."""
 
     def __init__(self, folder, steps, shown):
-        """`shown` names the metrics of the terminal line; the file has all."""
+        """`shown` names the metrics of the terminal line, the most important first; the file has all."""
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(folder / "metrics.jsonl", "w")
         self.samples = open(folder / "samples.jsonl", "w")
-        self.name, self.steps, self.shown = folder.name, steps, shown
-        self.start = self.last = time.perf_counter()
-        self.tokens = 0
+        self.progress, self.steps, self.shown = Progress(folder.name, steps), steps, shown
+        self.start, self.tokens = time.perf_counter(), 0
 
     def step(self, step, metrics, tokens):
         """Log one step: `metrics` by name, `tokens` that it processed."""
         self.tokens += tokens
-        now = time.perf_counter()
         print(json.dumps({"step": step, **metrics}), file=self.metrics, flush=True)
-        if now - self.last > 1 or step + 1 == self.steps or step == 0:
-            self.last, passed = now, now - self.start
-            shown = " | ".join(f"{name} {metrics[name]:.4g}" for name in self.shown)
-            left = passed / (step + 1) * (self.steps - step - 1)
-            print(f"{self.name} {step + 1:>4}/{self.steps} | {shown} | {self.tokens / passed / 1000:.1f}k tok/s | "
-                  f"{peak_gb():.2f} GB | eta {left:.0f}s", flush=True)
+        shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown]
+        speed = self.tokens / (time.perf_counter() - self.start)
+        text = " | ".join([*shown, f"{speed / 1000:.1f}k tok/s", f"{peak_gb():.2f} GB" if peak_gb() else ""])
+        self.progress.update(step + 1, text, keep=step in (0, self.steps - 1))
 
     def sample(self, step, instruction, output, **scores):
-        """Keep one answer, and show it."""
+        """Keep one answer, and show it in two lines."""
         record = {"step": step, "instruction": instruction, "output": output, **scores}
         print(json.dumps(record), file=self.samples, flush=True)
         marks = "".join(f" ({name} {value:.2f})" for name, value in scores.items())
-        print(f"      {instruction!r} -> {output!r}{marks}", flush=True)
+        self.progress.close()
+        print(f"    {cut(repr(instruction), width() - 4)}")
+        print(f"    -> {cut(repr(output), width() - 7 - len(marks))}{marks}", flush=True)
 
 
 def peak_gb():
@@ -146,4 +150,5 @@ def plainly(advice):
     except (MemoryError, RuntimeError) as error:        # on CPUs, torch has no exception of its own for it
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemory(f"out of memory (peak {peak_gb():.1f} GB); {advice}") from None
+        peak = f" (peak {peak_gb():.1f} GB)" if peak_gb() else ""
+        raise OutOfMemory(f"out of memory{peak}; {advice}") from None

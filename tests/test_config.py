@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import farm
+import rlhf
 from data import InputError
-from rlhf import KIT, config, methods
+from rlhf import PARTS, config, lacks, methods
 from rlhf.config import PRESETS, Config, build, helps, parse
 
 torch.set_num_threads(1)
@@ -27,9 +28,24 @@ class Knobs(Config):
     BARN = {"lr": 5e-4}
 
 
-def test_methods_are_the_files_that_are_no_kit():
-    assert {"sft", "pairs", "dpo"} <= set(methods()) and not set(KIT) & set(methods())
-    assert all(hasattr(importlib.import_module(f"rlhf.{name}"), "run") for name in methods())
+def test_methods_are_the_files_that_have_the_three_parts():
+    assert {"sft", "pairs", "dpo"} <= set(methods())
+    assert not {"config", "policy", "sampler", "update", "__init__"} & set(methods())
+    for name in methods():
+        assert all(hasattr(importlib.import_module(f"rlhf.{name}"), part) for part in PARTS)
+
+
+@pytest.mark.parametrize("source, missing", [
+    ("from rlhf.dpo import NEEDS, Config, run", []),
+    ("NEEDS: tuple = ()\nclass Config: pass\ndef run(cfg): pass", []),
+    ("import rlhf.dpo as Config\nNEEDS, run = (), print", []),
+    ("def helper():\n    NEEDS = ()\n    def run(cfg): pass\nclass A:\n    Config = 1", ["NEEDS", "Config", "run"]),
+    ("'NEEDS'\nclass Config: pass\n# run", ["NEEDS", "run"])])
+def test_what_a_file_lacks_is_read_from_its_top_level_without_importing_it(source, missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf, "FOLDER", tmp_path)
+    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "broken.py").write_text("def run(:")
+    assert lacks("mine") == missing and methods() == ([] if missing else ["mine"])
 
 
 @every_method
@@ -43,14 +59,35 @@ def test_every_knob_has_a_help_and_a_type_that_can_be_typed(name):
 @every_method
 def test_help_mentions_every_knob_and_what_the_method_is(name, capsys):
     with pytest.raises(SystemExit) as exit:
-        parse(CONFIGS[name], ["--help"], "farm.py")
+        parse(CONFIGS[name], ["--help"], "farm.py", importlib.import_module(f"rlhf.{name}").__doc__)
     shown = capsys.readouterr().out
     assert exit.value.code == 0
     for field in fields(CONFIGS[name]):
         assert re.search(rf"--(no-)?{field.name}\b", shown), field.name
         assert " ".join(helps(CONFIGS[name])[field.name].split()) in " ".join(shown.split())
         assert str(field.default) in shown
-    assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in shown
+    assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+    knobs = re.findall(r"^  --(?!no-)(\w+)", shown, re.MULTILINE)
+    own = [field.name for field in fields(CONFIGS[name]) if field.name not in {f.name for f in fields(Config)}]
+    assert len(knobs) == len(set(knobs)) == len(fields(CONFIGS[name])) and knobs[:len(own)] == own
+
+
+def test_a_knob_without_a_comment_is_a_flag_without_help(capsys):
+    @dataclass
+    class Bare(Config):
+        bare: int = 7
+    assert helps(Bare)["bare"] == "" and parse(Bare, ["--bare", "8"], "p") == {"bare": 8}
+    with pytest.raises(SystemExit):
+        parse(Bare, ["--help"], "p")
+    assert re.search(r"--bare X +\[7\]", capsys.readouterr().out)
+
+
+def test_a_docstring_s_lines_are_wrapped_and_its_breaks_kept():
+    text = "One line.\n\n" + "word " * 23 + "end\ngoes on here.\nA new one, as the one before was short.\n  code  here"
+    shown = config.wrapped(text).splitlines()
+    assert shown[:2] == ["One line.", ""] and max(map(len, shown)) <= 79
+    assert "end goes on here." in " ".join(shown) and shown[-2] == "A new one, as the one before was short."
 
 
 def test_help_survives_what_a_student_writes_into_a_comment(capsys):
@@ -88,6 +125,19 @@ def test_a_switch_is_turned_off_with_underscores_or_dashes():
         assert config.parse(Config, [flag, "--int8"], "farm.py") == {"graph": False, "int8": True}
 
 
+@every_method
+def test_what_would_change_nothing_is_a_knob_with_a_reason(name):
+    """Whatever the settings are; a flag that does change something is never among them."""
+    knobs = {field.name for field in fields(CONFIGS[name])}
+    for given in ({"judge": "none", "labels": "noisy", "device": "cpu"}, {"lora_rank": 4}):
+        cfg = build(CONFIGS[name], {key: value for key, value in given.items() if key in knobs and (
+            key != "judge" or name != "pairs")})
+        assert cfg.idle().keys() <= knobs and all(cfg.idle().values())
+        assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model", "temperature"}
+    assert {"lora_alpha", "merge"} <= build(CONFIGS[name], {}).idle().keys()
+    assert not {"lora_alpha", "pool", "cache", "graph"} & build(CONFIGS[name], {"lora_rank": 4}).idle().keys()
+
+
 def test_an_int8_base_cannot_be_trained_itself():
     with pytest.raises(InputError, match="--int8 needs adapters"):
         Config(int8=True, lora_rank=0)
@@ -105,7 +155,10 @@ def test_the_preset_follows_the_model(tmp_path):
 
 def test_a_stage_lives_in_the_folder_of_its_name():
     cfg = CONFIGS["dpo"](out="runs/x")
-    assert (str(cfg.dir()), str(cfg.dir("sft"))) == ("runs/x/dpo", "runs/x/sft")
+    cfg.stage, cfg.folders = "simpo", {"pairs": "pairs_coin"}       # its Config may be another method's
+    assert [path.as_posix() for path in (cfg.dir(), cfg.dir("sft"), cfg.dir("pairs"))] == [
+        "runs/x/simpo", "runs/x/sft", "runs/x/pairs_coin"]
+    assert Config.stage == "" and Config.folders == {}
 
 
 # ---- the command line ----------------------------------------------------------------------------------
@@ -126,13 +179,28 @@ def test_dashes_and_underscores_are_the_same():
 
 @pytest.mark.parametrize("argv", [
     "--lrr 1", "--l 1", "--epoch 3", "--max-new_token 3", "--epochs", "--epochs 2.5", "--lr fast",
-    "--preset huge", "--greedy yes", "--limit 1e3", "extra"])
-def test_typos_and_bad_values_exit_with_2_and_name_the_flag(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
+    "--greedy yes", "--limit 1e3", "extra"])
+def test_typos_and_bad_values_are_refused_and_name_the_flag(argv):
+    named = "yes" if argv == "--greedy yes" else argv.split()[0].replace("-new", "_new")
+    with pytest.raises(InputError, match=f"{named}.*; farm.py --method knobs --help lists all flags"):
         parse(Knobs, argv.split(), "farm.py --method knobs")
-    last = capsys.readouterr().err.splitlines()[-1]
-    named = "yes" if argv == "--greedy yes" else argv.split()[0]
-    assert exit.value.code == 2 and last.startswith("farm.py --method knobs: error:") and named in last
+
+
+@pytest.mark.parametrize("argv, meant", [
+    ("--lrr 1", "--lr"), ("--epoch 3", "--epochs"), ("--max-new_token=3", "--max_new_tokens"), ("--no-grap", ""),
+    ("--greddy", "--greedy"), ("--zzz 1", "")])
+def test_a_typo_of_a_flag_gets_a_suggestion(argv, meant):
+    with pytest.raises(InputError) as refused:
+        parse(Knobs, argv.split(), "p")
+    assert (f"(did you mean {meant}?)" in str(refused.value)) == bool(meant)
+
+
+@pytest.mark.parametrize("knob, typo, meant", [
+    ("pool", "p_singel", "p_single"), ("dtype", "float23", "float32"), ("device", "cud", "cuda"),
+    ("preset", "24bg", "24gb")])
+def test_a_typo_of_a_choice_gets_a_suggestion(knob, typo, meant):
+    with pytest.raises(InputError, match=rf"--{knob} '{typo}' is not known \(did you mean {meant}\?\): choose from "):
+        build(Knobs, {knob: typo})
 
 
 # ---- flags of stages -----------------------------------------------------------------------------------
@@ -149,15 +217,20 @@ def test_a_dotted_flag_is_for_its_stage_and_the_rest_for_the_method():
 @pytest.mark.parametrize("argv, named", [
     ("--sft.beta 1", "--beta"), ("--sft.lr fast", "--lr"), ("--beta", "--beta"), ("--sft.lr", "--lr"),
     ("--sft. 1", "--sft."), ("--sft_lr 1", "--sft_lr")])
-def test_a_dotted_typo_exits_with_2_and_names_the_flag(argv, named, capsys):
-    with pytest.raises(SystemExit) as exit:
+def test_a_dotted_typo_is_refused_and_names_the_flag(argv, named):
+    with pytest.raises(InputError, match=named):
         farm.route(argv.split(), "dpo")
-    assert exit.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("stage", ["nope", "config", "update", "__init__"])
-def test_a_flag_of_an_unknown_stage_names_the_stage(stage):
-    with pytest.raises(InputError, match=f"unknown method '{stage}'; choose from .*dpo"):
+@pytest.mark.parametrize("stage", ["nope", "../farm"])
+def test_an_unknown_method_is_named(stage):
+    with pytest.raises(InputError, match=f"method '{stage}' is not known: choose from .*dpo"):
+        farm.load(stage)
+
+
+@pytest.mark.parametrize("stage", ["config", "update"])
+def test_a_flag_of_a_file_that_is_no_method_says_what_it_lacks(stage):
+    with pytest.raises(InputError, match=f"rlhf/{stage}.py is no method: it has no NEEDS"):
         farm.route([f"--{stage}.lr", "1"], "dpo")
 
 

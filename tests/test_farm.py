@@ -1,12 +1,15 @@
 """The command: the whole loop on its smallest settings, what it reuses, what it refuses, how it ends."""
+import builtins
 import contextlib
 import csv
 import functools
 import gzip
+import importlib
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -46,7 +49,8 @@ farm = functools.partial(command, "farm.py")
 
 def tree(folder):
     """{path: content} of all files below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name[0] != "."}         # a lock knows its process
 
 
 def results(folder):
@@ -57,6 +61,11 @@ def results(folder):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def reused(printed):
+    """The stages that a run has reused, in order."""
+    return re.findall(r"^(\w+): reused", printed, re.MULTILINE)
 
 
 def lines(path):
@@ -168,7 +177,7 @@ def test_the_second_run_reuses_everything_and_asks_the_judge_nothing(first):
     before = tree(first.out)
     again = farm("--method", "dpo", *SMALL, "--out", first.out)
     assert again.code == 0 and tree(first.out) == before
-    assert re.findall(r"== (\w+): finished, reused", again.out) == ["sft", "pairs", "dpo"]
+    assert reused(again.out) == ["sft", "pairs", "dpo"]
     assert all(asked == cached for asked, cached in re.findall(r"judge: (\d+) asked \((\d+) from", again.out))
     table = re.compile(r"\nmodel .*?\n\n", re.DOTALL)
     assert table.search(again.out)[0] == table.search(first.printed)[0]
@@ -178,7 +187,7 @@ def test_the_second_run_reuses_everything_and_asks_the_judge_nothing(first):
 
 def test_what_only_changes_the_speed_changes_no_result(first, copy):
     faster = ("--slots", "5", "--micro_batch_tokens", "90", "--checkpointing")
-    assert farm("--method", "dpo", *SMALL, "--out", copy, *faster).out.count("finished, reused") == 3
+    assert len(reused(farm("--method", "dpo", *SMALL, "--out", copy, *faster).out)) == 3
     shutil.rmtree(copy / "sft")
     result = farm("--method", "sft", *SMALL, "--out", copy, *faster)
     assert result.code == 0, result.err
@@ -192,16 +201,83 @@ def test_what_only_changes_the_speed_changes_no_result(first, copy):
 def test_changed_settings_are_refused_and_nothing_is_lost(first, argv, knob):
     before = tree(first.out)
     result = farm("--method", "dpo", *SMALL, "--out", first.out, *argv.split())
-    refused(result, 2, rf"\b{knob} is .* there and .* here", "--out")
+    refused(result, 2, rf"\b{knob} is .* there and .* here", r"give --\S+ .*to use it", "--rerun", "--out")
     assert tree(first.out) == before
 
 
 def test_what_was_built_on_an_older_stage_is_refused(copy):
     shutil.rmtree(copy / "sft")
     assert farm("--method", "sft", *SMALL, "--out", copy, "--lr", "2e-3").code == 0
-    kept = {name: content for name, content in tree(copy).items() if name.startswith(("pairs", "dpo"))}
-    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, "its sft has been made anew")
-    assert kept.items() <= tree(copy).items()
+    before = tree(copy)
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, "sft is finished.*lr is 0.002 .*give --sft.lr 0.002")
+    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--sft.lr", "2e-3"), 2, "its sft is another one",
+            "--rerun pairs", "--pairs.name pairs_2")
+    assert tree(copy) == before
+
+
+def test_a_stage_of_a_needed_stage_s_flags_is_never_shown_as_the_default(first, copy):
+    for stage in ("pairs", "dpo"):
+        shutil.rmtree(copy / stage)
+    coins = ("--method", "dpo", *SMALL, "--out", copy, "--pairs.flip", ".5")
+    assert farm(*coins).code == 0
+    before = tree(copy)
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, r"flip is 0.5 there and 0.25 here",
+            "give --pairs.flip 0.5 to use it, --rerun pairs .* --pairs.name pairs_flip0.25 .* another --out")
+    again = farm(*coins)
+    assert tree(copy) == before and "\npairs: reused (flip 0.5, limit 16, max_new_tokens 16)\n" in again.out or (
+        "pairs: reused (limit 16, max_new_tokens 16, flip 0.5)" in again.out)
+
+
+def test_stages_run_again_are_the_new_ones_everywhere(first, copy):
+    """--rerun sft with another rate: pairs and dpo are built on it, and made again with it."""
+    result = farm("--method", "dpo", *SMALL, "--out", copy, "--sft.lr", "2e-3", "--rerun", "sft")
+    assert result.code == 0 and not result.err and not reused(result.out)
+    assert re.findall(r"^stage (\d) of 3: (\w+) again", result.out, re.MULTILINE) == [
+        ("1", "sft"), ("2", "pairs"), ("3", "dpo")]
+    ours, theirs = results(copy), results(first.out)
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] == theirs[name]] == []
+    assert {o["generator"] for o in read(copy / "dpo" / "outputs.json")} == {"dpo"}
+    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--rerun", "sft,dop"), 2, "--rerun 'dop'.*did you mean dpo")
+
+
+def test_a_variant_has_its_own_row_beside_the_method_on_the_same_stages(first, copy):
+    result = farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5", "--beta", ".5")
+    assert result.code == 0 and reused(result.out) == ["sft", "pairs"]
+    assert leaderboard(copy).keys() == {"sft", "dpo", "dpo_b5"}
+    config = read(copy / "dpo_b5" / "config.json")
+    assert (config["method"], config["beta"], config["name"]) == ("dpo", .5, "dpo_b5")
+    assert {o["generator"] for o in read(copy / "dpo_b5" / "outputs.json")} == {"dpo_b5"}
+    shared = [name for name in results(first.out) if name != "leaderboard.csv"]
+    assert all(results(copy)[name] == results(first.out)[name] for name in shared)
+    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5"), 2, "beta is 0.5", "--rerun dpo_b5")
+
+
+def test_a_needed_stage_may_be_a_variant_too(first, copy):
+    coins = ("--pairs.name", "pairs_coin", "--pairs.flip", ".5", "--name", "dpo_coin")
+    result = farm("--method", "dpo", *SMALL, "--out", copy, *coins)
+    assert result.code == 0 and reused(result.out) == ["sft"], result.err
+    assert {pair["raw_completion"] for pair in read(copy / "pairs_coin" / "pairs.json")} == {None}
+    assert lines(copy / "dpo_coin" / "metrics.jsonl") != lines(copy / "dpo" / "metrics.jsonl")
+    assert reused(farm("--method", "dpo", *SMALL, "--out", copy, *coins).out) == ["sft", "pairs_coin", "dpo_coin"]
+
+
+@pytest.mark.parametrize("argv, said", [
+    ("--name ppo", "name of another method"), ("--name a/b", "cannot be a folder's"), ("--name ..", "folder's"),
+    ("--name dpo.new", "folder's"), ("--name -x", "name"), ("--pairs.name dpo", "name of another method"),
+    ("--name x --pairs.name x", "two stages have one name"), ("--sft.rerun sft", "--rerun is for the whole command"),
+    ("--sft.merge", "--merge is for the whole command")])
+def test_names_are_checked(tmp_path, argv, said):
+    refused(farm("--method", "dpo", "--out", tmp_path / "run", *argv.split()), 2, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folders_may_share_what_the_judge_has_said(first, tmp_path):
+    shutil.copy(first.out / "judge.jsonl", tmp_path / "shared.jsonl")
+    result = farm("--method", "dpo", *SMALL, "--out", tmp_path / "run", "--cache", tmp_path / "shared.jsonl")
+    assert result.code == 0 and not (tmp_path / "run" / "judge.jsonl").exists()
+    asked = re.findall(r"judge: (\d+) asked \((\d+) from", result.out)
+    assert len(asked) == 3 and all(n == cached for n, cached in asked)
+    assert results(tmp_path / "run") == results(first.out)
 
 
 def test_a_stage_made_again_with_equal_settings_fits_what_was_built_on_it(first, copy):
@@ -248,12 +324,14 @@ def test_a_file_torn_by_a_kill_is_made_anew_or_named(first, copy, name):
         assert results(copy) == results(first.out)
 
 
-def test_another_setting_after_an_interruption_starts_that_stage_anew(tmp_path, monkeypatch):
+def test_another_setting_after_an_interruption_is_refused_until_it_is_asked_for(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(annotate, "annotate", stumble(MemoryError())(annotate.annotate))
         refused(farm("--method", "dpo", *SMALL, "--out", tmp_path), 4, "--micro_batch_tokens")
-    result = farm("--method", "dpo", *SMALL, "--out", tmp_path, "--pairs.pairs_per_prompt", "1")
-    assert result.code == 0 and result.out.count("finished, reused") == 1
+    fewer = ("--method", "dpo", *SMALL, "--out", tmp_path, "--pairs.pairs_per_prompt", "1")
+    refused(farm(*fewer), 2, "pairs is left from an interrupted run.*pairs_per_prompt is 3 there and 1 here")
+    result = farm(*fewer, "--rerun", "pairs")
+    assert result.code == 0 and reused(result.out) == ["sft"]
     assert len(read(tmp_path / "pairs" / "pairs.json")) <= 16           # not the 32 that were sampled before
 
 
@@ -263,6 +341,44 @@ def test_a_folder_that_is_not_ours_is_never_deleted(tmp_path):
     result = farm("--method", "sft", *SMALL, "--out", tmp_path)
     assert before.items() <= tree(tmp_path).items()
     refused(result, 2, "sft")
+
+
+@pytest.mark.parametrize("path", ["dpo/outputs.json", "pairs/pairs.json", "sft/checkpoint/model.safetensors",
+                                  "pairs/config.json", "pairs/unlabelled.json"])
+def test_a_damaged_file_of_a_finished_stage_is_named(first, copy, path):
+    (copy / path).write_bytes((copy / path).read_bytes()[:-9])
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, re.escape(path), f"--rerun {path.partition('/')[0]}")
+    (copy / path).unlink()
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, f"{path} is missing; --rerun")
+
+
+def test_a_finished_method_never_vanishes_from_the_leaderboard_in_silence(copy):
+    (copy / "dpo" / "outputs.json").unlink()
+    result = farm("--method", "sft", *SMALL, "--out", copy)
+    assert result.code == 0 and leaderboard(copy).keys() == {"sft"}
+    assert re.search(r"^\S+dpo/outputs.json is missing, so dpo has no row: --rerun dpo$", result.out, re.MULTILINE)
+
+
+def test_what_was_seen_before_the_leaderboard_stays_if_it_is_killed(copy, monkeypatch):
+    """The files are written aside and renamed."""
+    before = tree(copy)
+
+    def torn(result, out):
+        (out / "leaderboard.csv").write_text("half a li")
+        raise KeyboardInterrupt
+    monkeypatch.setattr("eval.write", torn)
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 130)
+    assert tree(copy) == before and not [path for path in copy.iterdir() if path.is_dir() and path.name[0] == "."]
+
+
+def test_what_is_printed_while_it_runs_fits_80_columns(first):
+    before, _, _ = first.printed.partition("win rate over")
+    said = [line for line in before.splitlines() if not line.startswith("judge:")]
+    assert len(said) > 20 and max(map(len, said)) <= 80
+    assert re.findall(r"^stage (\d) of 3: (\w+)$", first.printed, re.MULTILINE) == [
+        ("1", "sft"), ("2", "pairs"), ("3", "dpo")]
+    assert re.search(r"^pairs: done in \d+ s \| pairs \d+ \| first_preferred \S+$", first.printed, re.MULTILINE)
+    assert re.search(r"^dpo 1/\d+ \| loss 0.6931 \| margins ", first.printed, re.MULTILINE)
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------
@@ -383,7 +499,7 @@ def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):
     assert adapter["base_model_name_or_path"] == str(STORIES) and adapter["r"] == 16
     everything = b"".join(tree(tmp_path).values()) + (result.out + result.err).encode()
     assert KEY.encode() not in everything
-    assert farm(*command).out.count("finished, reused") == 3        # the judge is gone, and nobody misses it
+    assert len(reused(farm(*command).out)) == 3         # the judge is gone, and nobody misses it
 
 
 # ---- a method of one's own -----------------------------------------------------------------------------
@@ -426,14 +542,16 @@ def test_the_readme_s_new_method_is_one_new_file(project, copy):
     command = ("--method", "ipo", *SMALL, "--out", copy, "--beta", ".2")
     result = in_another_process(*command, cwd=project)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert re.findall(r"== (\w+): finished, reused", result.stdout) == ["sft", "pairs"]
-    assert leaderboard(copy).keys() == {"sft", "dpo", "ipo"}
+    assert reused(result.stdout) == ["sft", "pairs"] and leaderboard(copy).keys() == {"sft", "dpo", "ipo"}
     assert lines(copy / "ipo" / "metrics.jsonl")[0]["loss"] == pytest.approx((1 / (2 * .2)) ** 2)
-    # its author adds a knob: the finished run did without, which is no reason for a traceback
+    # its author writes a comment, and then adds a knob, which is another method
+    (project / "rlhf" / "ipo.py").write_text(source.replace("    beta: float", "    # once more\n    beta: float"))
+    result = in_another_process(*command, cwd=project)
+    assert result.returncode == 0 and reused(result.stdout) == ["sft", "pairs", "ipo"], result.stderr
     source = source.replace("    beta: float", "    clip: float = 0.  # none\n    beta: float")
     (project / "rlhf" / "ipo.py").write_text(source)
     result = in_another_process(*command, cwd=project)
-    assert "Traceback" not in result.stderr and result.returncode in (0, 2), result.stderr
+    assert result.returncode == 2 and "rlhf/ipo.py has changed" in result.stderr, result.stderr
 
 
 def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
@@ -441,6 +559,41 @@ def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
     result = in_another_process("--method", "echo", *SMALL, "--out", project / "run", "--loud", cwd=project)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert leaderboard(project / "run").keys() == {"echo"}
+
+
+SHOUT = '''"""Shout: another file's knobs, one of its own without a comment, and nothing to report."""
+from dataclasses import dataclass
+
+from rlhf import echo, volume
+from rlhf.echo import NEEDS
+
+
+@dataclass
+class Config(echo.Config):
+    often: int = 2
+
+
+def run(cfg):
+    echo.run(cfg)
+'''
+
+
+def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
+    (project / "rlhf" / "echo.py").write_text(ECHO)
+    (project / "rlhf" / "volume.py").write_text("LOUD = 1\n")
+    (project / "rlhf" / "shout.py").write_text(SHOUT)
+    (project / "rlhf" / "whisper.py").write_text('"""Whisper."""\nfrom rlhf.echo import Config, NEEDS, run\n')
+    for name in ("shout", "whisper"):
+        result = in_another_process("--method", name, *SMALL, "--out", project / "run", cwd=project)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        assert {o["generator"] for o in read(project / "run" / name / "outputs.json")} == {name}
+    assert leaderboard(project / "run").keys() == {"shout", "whisper"}
+    shown = in_another_process("--method", "shout", "--help", cwd=project)
+    assert shown.returncode == 0 and "--often X" in shown.stdout and "[2]" in shown.stdout
+    front = in_another_process(cwd=project)
+    assert front.returncode == 0 and re.search(r"whisper +Whisper\.", front.stdout) and "volume" not in front.stdout
+    helper = in_another_process("--method", "volume", cwd=project)
+    assert helper.returncode == 2 and "rlhf/volume.py is no method: it has no NEEDS" in helper.stderr
 
 
 # ---- is there anything to learn, and from what ---------------------------------------------------------
@@ -473,15 +626,33 @@ WEIGHTS = (BASE / "model.safetensors").read_bytes()
 CONFIG = json.loads((BASE / "config.json").read_text())
 BAD_INPUT = {                                           # name: (arguments, what the sentence must say)
     "no method": ("--limit 1", "which method"),
-    "unknown method": ("--method grpoo", "unknown method 'grpoo'.*dpo"),
-    "kit as method": ("--method sampler", "unknown method 'sampler'"),
-    "path as method": ("--method ../farm", "unknown method"),
+    "unknown method": ("--method grpoo", "method 'grpoo' is not known.*dpo"),
+    "kit as method": ("--method sampler", "rlhf/sampler.py is no method: it has no NEEDS"),
+    "path as method": ("--method ../farm", "method '../farm' is not known"),
     "unknown flag": ("--method sft --lrr 1", "--lrr"),
     "stray word": ("--method sft lr", "lr"),
     "bad value": ("--method sft --epochs many", "--epochs.*many"),
     "unknown preset": ("--method sft --preset 8gb", "--preset.*8gb"),
     "unknown stage": ("--method dpo --stf.lr 1", "stf"),
     "flag of a stage that is not needed": ("--method sft --dpo.beta 1", "dpo.*would change nothing"),
+    "typo of a method": ("--method dop", r"\(did you mean dpo\?\)"),
+    "typo of a stage": ("--method dpo --piars.flip 0", r"\(did you mean pairs\?\)"),
+    "typo of a flag": ("--method dpo --bta .2", r"\(did you mean --beta\?\)"),
+    "typo of --method": ("--metod dpo", r"\(did you mean --method\?\)"),
+    "no value": ("--method", "which method"),
+    **{f"would change nothing: {argv}": (argv, f"--{flag} would change nothing: {why}") for argv, flag, why in (
+        ("--method dpo --pairs.labels {}/labels.json --pairs.flip .1", "pairs.flip", "the labels are there already"),
+        ("--method dpo --pairs.labels {}/labels.json --pairs.pairs_per_prompt 2", "pairs.pairs_per_prompt", "the"),
+        ("--method pairs --labels {}/labels.json --flip .25", "flip", "the labels are there already"),
+        ("--method dpo --pairs.labels {}/labels.json --pairs.seed 3", "pairs.seed", "the labels are there already"),
+        ("--method dpo --pairs.checkpointing", "pairs.checkpointing", "this stage trains nothing"),
+        ("--method pairs --lora_rank 4 --merge", "merge", "this stage trains nothing"),
+        ("--method sft --merge", "merge", "there are no adapters"),
+        ("--method sft --no-merge", "merge", "there are no adapters"),
+        ("--method dpo --lora_alpha 8", "lora_alpha", "there are no adapters"),
+        ("--method sft --judge none --pool p_single", "pool", "--judge none asks nobody"),
+        ("--method sft --judge none --cache x.jsonl", "cache", "--judge none asks nobody"),
+        ("--method sft --device cpu --no-graph", "graph", "a CPU captures"))},
     "no data file": ("--method sft --data {}/none.json", "none.json: No such file"),
     "no reference file": ("--method sft --eval_data {}/none.json", "none.json: No such file"),
     "data that is no JSON": ("--method sft --data {}/bad.json", "bad.json: not JSON"),
@@ -516,6 +687,8 @@ def shelf(tmp_path_factory):
     (shelf / "bad.json").write_text("[{")
     (shelf / "record.json").write_text(json.dumps([*good, {"instruction": "a"}]))
     (shelf / "few.json").write_text(json.dumps(good * 4))
+    pair = {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1}
+    (shelf / "labels.json").write_text(json.dumps([pair]))
     model_folder(shelf / "no_weights", without=["model.safetensors"])
     model_folder(shelf / "no_tokenizer", without=["tokenizer.json"])
     model_folder(shelf / "no_config", without=["config.json"])
@@ -533,9 +706,51 @@ def test_bad_input_is_one_sentence_and_exit_code_2(shelf, tmp_path, argv, said):
     refused(farm(*defaults, *argv.format(shelf).split()), 2, said)
 
 
-def test_help_without_a_method_is_help():
-    result = farm("--help")
-    assert result.code == 0 and "--method" in result.out and "dpo" in result.out
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_without_a_method_the_command_says_what_it_is(argv):
+    result = farm(*argv)
+    assert result.code == 0 and not result.err and max(map(len, result.out.splitlines())) <= 80
+    assert result.out.count("python farm.py") == 2 and len(result.out.splitlines()) < 30
+    for name in ("sft", "dpo", "ppo"):
+        first = importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0]
+        assert f"{name} {first}" in " ".join(result.out.split())
+
+
+# ---- how it ends ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, code, said", [
+    (["--help"], 0, ""), (["--method", "dpo", "--help"], 0, ""), ([], 0, ""),
+    (["--method", "dop"], 2, "did you mean dpo"), (["--method", "sft", "--lr", "fast"], 2, "invalid float value"),
+    (["--method", "sft", "--limit", "-1"], 2, "--limit -1 makes no sense")])
+def test_as_a_function_it_returns_the_exit_code_and_says_the_same(capsys, argv, code, said):
+    """As in a notebook, where SystemExit is an ugly message and a traceback an uglier one."""
+    assert importlib.import_module("farm").main(argv) == code
+    shown = capsys.readouterr()
+    assert (shown.err.startswith("farm.py: ") and said in shown.err) if code else (shown.out and not shown.err)
+
+
+def test_ctrl_c_while_torch_loads_is_a_sentence_too(monkeypatch):
+    load = builtins.__import__
+
+    def interrupted(name, *args):
+        if name == "annotate":
+            raise KeyboardInterrupt
+        return load(name, *args)
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    refused(farm("--method", "dpo"), 130, "interrupted while it was loading")
+    with pytest.raises(KeyboardInterrupt):              # not a command: a notebook stops its cell by itself
+        runpy.run_path(str(ROOT / "farm.py"), run_name="farm")
+
+
+def test_a_reader_that_goes_away_stops_the_run_with_a_sentence(tmp_path):
+    """farm.py ... | head -1"""
+    command = [sys.executable, "farm.py", "--method", "sft", *SMALL, "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        error = child.stderr.read()
+        assert child.wait(300) == 141
+    assert re.fullmatch("farm.py: stopped, as nobody reads its output any more; finished stages are kept.*\n", error)
 
 
 @pytest.mark.parametrize("error, code", [
@@ -570,7 +785,7 @@ def test_a_sick_judge_costs_no_finished_stage(tmp_path, monkeypatch, rule, said)
     assert KEY not in result.err + result.out
     weights_of_sft = tree(tmp_path / "sft" / "checkpoint")
     with judging(longer, monkeypatch):
-        assert re.findall("== (.*): finished", farm(*command).out) == ["sft"]
+        assert reused(farm(*command).out) == ["sft"]
     assert tree(tmp_path / "sft" / "checkpoint") == weights_of_sft and "dpo" in leaderboard(tmp_path)
 
 

@@ -167,6 +167,7 @@ def trained(base, kind):
     """(settings, a policy that has moved away from the base, and is saved)."""
     rank = {"full": 0, "lora": 4}[kind]
     cfg = dpo.Config(model=str(base), out=str(base.parent), device="cpu", lora_rank=rank, lora_alpha=12.)
+    cfg.stage = "dpo"
     model = policy.fresh(cfg, "policy")
     for p in model.trainable():
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * .05)

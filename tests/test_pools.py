@@ -137,4 +137,4 @@ def test_own_annotators_label_and_evaluate_a_farm_run(write, server, monkeypatch
         assert {record["annotator"] for record in records} <= {"strict", "quick"}
         assert {(record["judge"], record["pool"]) for record in records} == {(path, path)}
     assert {body["model"] for body in server.requests} == {"large", "little"}
-    refused(command(*argv, "p_all"), 2, "--pool 'p_all' is not known: choose p_eval, p_single or a .json file")
+    refused(command(*argv, "p_all"), 2, "--pool .p_all. is not known")

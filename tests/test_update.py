@@ -1,7 +1,10 @@
 """One optimizer step: exact accumulation, AdamW by hand, the schedule, and steps that must not be taken."""
 import inspect
+import io
 import json
 import math
+import re
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import OutOfMemory, progress
 from rlhf import sft, update
 from rlhf.update import Updater, batches, masked_mean, micro_batches
 
@@ -191,4 +195,83 @@ def test_metrics_are_written_one_object_a_step(tmp_path, capsys):
     assert json.loads(second) == {"step": 1, "loss": .5, "lr": .1}
     sample = json.loads((tmp_path / "dpo" / "samples.jsonl").read_text())
     assert sample == {"step": 1, "instruction": "Say moo", "output": "moo", "score": .25}
-    assert "dpo    2/2 | loss 0.5 | " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "dpo 2/2 | loss 0.5 | " in shown
+    assert "    'Say moo'\n    -> 'moo' (score 0.25)\n" in shown
+
+
+class Terminal(io.StringIO):
+    """What stands on the screen: a line that begins with a carriage return overwrites the one before."""
+
+    def isatty(self):
+        return True
+
+    def screen(self):
+        return [line.rpartition("\r")[2].rstrip() for line in self.getvalue().split("\n")]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when the test says so; and 80 columns."""
+    clock = SimpleNamespace(now=100.)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield clock
+    progress.Progress.drawn = False
+
+
+def test_a_training_line_is_updated_in_place_on_a_terminal(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    log = update.Log(tmp_path / "dpo", steps=4, shown=("loss",))
+    for step in range(4):
+        clock.now += 5
+        log.step(step, {"loss": 4. - step}, tokens=100)
+        if step == 2:
+            assert terminal.screen()[-1].startswith("dpo 3/4 | loss 2 | ") and terminal.screen()[-1].endswith("eta 5s")
+            log.sample(2, "Say moo", "moo")
+    assert [line[:16] for line in terminal.screen()] == [
+        "dpo 1/4 | loss 4", "    'Say moo'", "    -> 'moo'", "dpo 4/4 | loss 1", ""]
+
+
+def test_elsewhere_a_training_line_is_printed_every_ten_seconds_and_for_the_first_and_last_step(
+        tmp_path, capsys, clock):
+    log = update.Log(tmp_path / "dpo", steps=30, shown=("loss",))
+    for step in range(30):
+        clock.now += 1
+        log.step(step, {"loss": 1.}, tokens=100)
+    shown = capsys.readouterr().out
+    assert "\r" not in shown and re.findall(r"^dpo +(\d+)/30", shown, re.MULTILINE) == ["1", "11", "21", "30"]
+
+
+def test_lines_fit_the_screen_and_lose_whole_numbers_only(tmp_path, capsys, clock):
+    names = [f"objective/{name}" for name in ("scores", "kl", "rlhf_reward", "clipfrac_avg", "entropy")]
+    log = update.Log(tmp_path / "expert_iteration", steps=1000, shown=names)
+    log.step(0, dict.fromkeys(names, -1.2345e-5), tokens=100)
+    log.sample(0, "word " * 30, "other\n" * 30, score=-12.5)
+    line, asked, answered = capsys.readouterr().out.splitlines()
+    assert max(map(len, (line, asked, answered))) <= 79
+    assert re.fullmatch(r"expert_iteration    1/1000 \| scores -1.234e-05 \| kl -1.234e-05 \| eta 0s", line)
+    assert asked.endswith("...") and re.search(r"other\\nother.*\.\.\. \(score -12.50\)$", answered)
+
+
+def test_short_work_shows_no_progress_and_what_is_closed_leaves_no_trace(monkeypatch, clock):
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    work = progress.Progress("sft: sampling", 100)
+    work.update(1)
+    assert terminal.getvalue() == ""
+    clock.now += 7000
+    work.update(50, "3.2k tok/s")
+    assert terminal.screen() == ["sft: sampling  50/100 | 3.2k tok/s | eta 1.9h"]
+    progress.Progress.close()
+    print("and then")
+    assert terminal.screen() == ["and then", ""]
+
+
+def test_without_the_resource_module_memory_is_not_counted(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    windows = runpy.run_path(update.__file__)
+    assert windows["resource"] is None and (torch.cuda.is_available() or windows["peak_gb"]() == 0)
+    assert update.peak_gb() > 0
+    with pytest.raises(OutOfMemory, match="^out of memory; less"), windows["plainly"]("less"):
+        raise MemoryError

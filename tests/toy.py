@@ -68,6 +68,7 @@ def settings(folder, kind, cls, **changes):
     common = {"model": str(folder / "base"), "data": str(folder / "data.json"), "out": str(folder / "run"),
               "device": "cpu", "lora_rank": KINDS[kind], "max_new_tokens": 6, "slots": 64}
     cfg = cls(**common | changes)
+    cfg.stage = cls.__module__.rpartition(".")[2]
     cfg.dir().mkdir(parents=True, exist_ok=True)
     return cfg
 

@@ -1,0 +1,422 @@
+"""[kit] A stage is what made it: when a finished one is reused, when it is refused, and how it is run again.
+
+What makes a stage: its settings, the stages it needed, the content of its data and of its base model, and the source of
+its method. All of it is in config.json, and `id` stands for it. A stage that is run again is made in a folder beside
+the old one (dpo.new). Then the old one is renamed (.dpo.old), the new one takes its place, and the old one is deleted,
+so that a kill leaves one of the two whole. One process at a time works on a stage.
+"""
+import ast
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import textwrap
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from data import InputError, read_json
+from data.progress import Progress, cut, fitted, width
+from data.weights import write_whole
+from rlhf import FOLDER, config
+
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+
+LOGS = {"config.json", "metrics.jsonl", "samples.jsonl"}            # the files of a stage that nobody will miss
+SEEN = {}                               # {file: hash of its source when this process first looked}
+
+
+# -- what makes a stage --------------------------------------------------------------------------------------------
+
+def digest(document):
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def records_of(cfg):
+    """Hashes of a run's records. Of the eval split the answers do not count, as they are judged anew every time."""
+    splits = cfg.splits()
+    asked = [[record["instruction"], record["input"]] for record in splits.pop("eval")]
+    return {"data": digest(splits), "eval_data": digest(asked)}
+
+
+def files_of(folder):
+    """A hash of the names, the sizes, and the first and last MB of the files in a folder."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            ends = hashlib.sha256(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            ends.update(file.read())
+        found.append([path.name, size, ends.hexdigest()])
+    return digest(found)
+
+
+def base_of(cfg):
+    """A hash of the model that a run starts from. A folder of the hub's is named after its commit, which says all."""
+    folders = [cfg.checkpoint, cfg.adapter] if cfg.adapter else [cfg.checkpoint]
+    return digest([folder.name if config.in_cache(folder) else files_of(folder.absolute()) for folder in folders])
+
+
+def canonical(node):
+    """A syntax tree as lists, without docstrings, and without the empty fields that differ between Python's versions.
+    Comments are in no syntax tree."""
+    if isinstance(node, list):
+        return [canonical(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    children = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        children["body"] = children["body"][1:]
+    return [type(node).__name__, *([name, canonical(value)] for name, value in children.items()
+                                   if value is not None and value != [])]
+
+
+@lru_cache(None)
+def understood(source):
+    """(hash of a source text without comments and docstrings, what it imports)."""
+    tree = ast.parse(source)
+    return digest(canonical(tree)), list(imported(tree))
+
+
+def imported(tree):
+    """The modules that a file may import, anywhere in it; some are names in a module instead."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["rlhf" if node.level else "", node.module]))
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+
+
+def sources(method):
+    """{file: hash} of a method's source and of all that it imports from rlhf/ and model.py, directly or not."""
+    left, found = [f"rlhf.{method}"], {}
+    while left:
+        file = f"{left.pop().replace('.', '/')}.py"
+        path = FOLDER.parent / file
+        if file in found or not (file == "model.py" or file.startswith("rlhf/")) or not path.exists():
+            continue
+        found[file], further = understood(path.read_text(encoding="utf-8"))
+        if SEEN.setdefault(path, found[file]) != found[file]:
+            raise InputError(f"{file} has changed since it was loaded: start Python anew, or the old one would run")
+        left += further
+    return dict(sorted(found.items()))
+
+
+@dataclass
+class Stage:
+    """A method with its settings, in a run folder."""
+    module: ModuleType
+    cfg: config.Config
+    needs: dict                         # {method: id} of the stages that it needs
+    contents: dict                      # {what: hash} of the records
+    dotted: str                         # "pairs." if its flags are --pairs.flip and so on, "" if they are --flip
+
+    def __post_init__(self):
+        self.method, self.name = self.module.__name__.rpartition(".")[2], self.cfg.stage
+        self.folder = Path(self.cfg.out) / self.name
+        asked = set() if self.cfg.asks_judge else {"judge", "pool"}         # nobody is asked: who would be is no matter
+        ours = asdict(self.cfg)
+        self.settings = {key: ours[key] for key in ours if key not in config.ELSEWHERE | asked}
+        reads = {what: digest(content) for what, content in self.cfg.reads().items()}
+        self.contents = {**self.contents, "model": base_of(self.cfg), **reads}
+        self.made = {"method": self.method, "needs": self.needs, "contents": self.contents,
+                     "sources": sources(self.method)}
+        self.id = digest([self.settings, self.made])
+
+    def flag(self, key, value):
+        """The flag that gives a setting this value."""
+        dotted = "" if key in config.WHOLE_RUN else self.dotted
+        return f"--{dotted}{'' if value else 'no_'}{key}" if isinstance(value, bool) else f"--{dotted}{key} {value}"
+
+
+# -- what lies in its folder ---------------------------------------------------------------------------------------
+
+class Found(NamedTuple):
+    """What a stage has left in its folder."""
+    there: dict                         # its config.json
+    finished: bool
+    damage: str                         # a sentence about the first file that cannot be used
+
+
+def find(folder):
+    """What is Found in a folder, None if nothing is; InputError if it is no stage's."""
+    finished = (folder / "result.json").exists()
+    if not (folder / "config.json").exists() and not finished and only_logs(folder):
+        return None                     # there is no folder, or a kill came before anything was written
+    try:
+        there, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    except InputError as error:
+        return Found({}, finished, str(error))
+    if not there and finished:
+        return Found({}, finished, f"{folder / 'config.json'} is missing")
+    if not {"id", "needs"} <= there.keys():
+        raise InputError(f"{folder} holds something else than a stage of a run: choose another --out")
+    return Found(there, finished, damaged(folder, result.get("files")) if finished else unreadable(folder))
+
+
+def damaged(folder, sizes):
+    """A sentence about the first file that is not as it was when the stage was finished; logs may be."""
+    for name, size in (sizes or {}).items():
+        if name in LOGS - {"config.json"}:
+            continue
+        if not (folder / name).exists():
+            return f"{folder / name} is missing"
+        if (now := (folder / name).stat().st_size) != size:
+            return f"{folder / name} is damaged: {now} bytes instead of {size}"
+    return ""
+
+
+def unreadable(folder):
+    """A sentence about the first file of an unfinished stage that is no JSON."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{path} is damaged: {error}"
+    return ""
+
+
+def files_in(folder):
+    """{path below the folder: bytes}; hidden files are what a kill has left half written."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")}
+
+
+def only_logs(folder):
+    return files_in(folder).keys() <= LOGS
+
+
+def write_json(path, document):
+    write_whole(path, [json.dumps(document, indent=1).encode()])
+
+
+class Difference(NamedTuple):
+    text: str
+    flag: str = ""                      # that would undo it
+    short: str = ""                     # what is different here, in a word
+    need: str = ""                      # the method whose stage is another one
+
+
+def differences(stage, there):
+    """[Difference] between what made the stage whose config.json is `there` and what would make it now."""
+    if "sources" not in there:
+        return [Difference("it was made by an older farm.py, which did not note what it was made of")]
+    cfg, files = stage.cfg, stage.made["sources"]
+    changed = {key: value for key, value in stage.settings.items() if there.get(key) != value}
+    found = [Difference(f"{key} is {there.get(key)!r} there and {value!r} here",
+                        stage.flag(key, there[key]) if key in there else "", f"{key}{value}")
+             for key, value in changed.items()]
+    for what, content in stage.contents.items():
+        if there["contents"].get(what) == content or changed.keys() & {what, "data", "limit"}:
+            continue
+        key = "revision" if what == "model" and there["revision"] != cfg.revision else what
+        old, new = there.get(key), getattr(cfg, key, None)
+        found.append(Difference(f"the content of --{what} has changed" if old == new
+                                else f"{key} is {old!r} there and {new!r} here"))
+    edited = [file for file in {**files, **there["sources"]} if files.get(file) != there["sources"].get(file)]
+    if edited:
+        found.append(Difference(f"{', '.join(edited)} {'has' if len(edited) == 1 else 'have'} changed since"))
+    return found + [Difference(f"its {need} is another one by now", need=need)
+                    for need, id in stage.needs.items() if there["needs"].get(need) != id]
+
+
+def refusal(stage, what, different):
+    """InputError: how a stage differs from what is asked for, and the ways out."""
+    flags = [each.flag for each in different]
+    short = next((each.short for each in different if each.short), "2")
+    beside = re.sub(r"[^\w.-]+", "_", f"{stage.name}_{short}", flags=re.ASCII)[:40]
+    ways = [f"{' '.join(flags)} to use it"] if all(flags) else []
+    ways += [f"--rerun {stage.name} to replace it", f"--{stage.dotted}name {beside} to make one beside it"]
+    said = "; ".join(each.text for each in different)
+    return InputError(f"{what} ({said}): give {', '.join(ways)}, or another --out")
+
+
+# -- what is to be done --------------------------------------------------------------------------------------------
+
+class Again:
+    """What --rerun names, remembered in the run folder: after an interruption the same command goes on from there."""
+
+    def __init__(self, out, ids):
+        """ids: {method: id} of the stages that were named."""
+        self.file, self.ids = Path(out) / ".rerun", ids
+        try:
+            before = read_json(self.file)
+        except InputError:
+            before = {}
+        same = before.get("ids") == ids
+        self.began = self.file.stat().st_mtime_ns if same else math.inf
+        self.anew = set(before["anew"] if same else ids)        # methods: those that were named, and what they change
+
+    def asks(self, stage):
+        """Whether a stage was named, and has not been finished since this command began."""
+        result = stage.folder / "result.json"
+        return stage.method in self.ids and not (result.exists() and result.stat().st_mtime_ns > self.began)
+
+    def begin(self):
+        if self.ids and self.began == math.inf:
+            write_json(self.file, {"ids": self.ids, "anew": sorted(self.anew)})
+            self.began = self.file.stat().st_mtime_ns
+
+    def end(self):
+        if self.ids:
+            self.file.unlink(missing_ok=True)
+
+
+def place(stage, again):
+    """The folder in which a stage has to run, None if it is finished as it would be now; InputError if another one is
+    in its folder, or what is left of one."""
+    found = find(stage.folder)
+    if found is None:
+        return stage.folder
+    different = differences(stage, found.there) if found.there else []
+    rebuilt = different and all(each.need in again.anew for each in different)       # on a stage that is made anew
+    if rebuilt or again.asks(stage) and (found.finished or found.damage or different):
+        again.anew.add(stage.method)
+        return beside(stage)
+    if found.damage:
+        raise InputError(f"{found.damage}; --rerun {stage.name} makes it again")
+    if not different:
+        return None if found.finished else stage.folder
+    if found.finished:
+        raise refusal(stage, f"{stage.folder} is finished, and made otherwise", different)
+    if only_logs(stage.folder):
+        return stage.folder
+    raise refusal(stage, f"{stage.folder} is left from an interrupted run with other settings", different)
+
+
+def beside(stage):
+    """The folder in which a stage is made again while the old one is kept."""
+    new, _ = neighbours(stage.folder)
+    found = find(new)
+    if found and not found.finished and not only_logs(new):
+        different = differences(stage, found.there) if found.there else []
+        if found.damage or different:
+            said = found.damage or "; ".join(each.text for each in different)
+            raise InputError(f"{new} is left from an interrupted --rerun and cannot be gone on with ({said}): "
+                             "give what it was run with, or delete that folder")
+    return new
+
+
+def neighbours(folder):
+    """The folders of a stage that is made again, and of the old one for the moment in which they change places."""
+    return folder.with_name(f"{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+def settle(folder):
+    """Complete the exchange of an old stage for a new one, if there is a new one that is finished."""
+    new, old = neighbours(folder)
+    if (new / "result.json").exists():
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    if old.exists() and folder.exists():
+        shutil.rmtree(old)
+
+
+def usual(stage):
+    """The settings of a stage that are not the defaults, as text."""
+    cfg = stage.cfg
+    given = {key: getattr(cfg, key) for key in ("model", "data", "preset", "lora_rank")}
+    defaults = asdict(config.build(type(cfg), given))
+    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in stage.settings.items() if value != defaults[key])
+
+
+def run(stage, again, step):
+    """Run a stage where it has to, or say that it is reused; `step` is as in "stage 2 of 3"."""
+    with alone(stage.folder):
+        settle(stage.folder)
+        folder = place(stage, again)
+        if folder is None:
+            changed = usual(stage)
+            print(cut(f"{stage.name}: reused" + f" ({changed})" * bool(changed), width()), flush=True)
+            return
+        print(f"{step}: {stage.name}{' again, beside the old one' * (folder != stage.folder)}")
+        print(textwrap.fill(stage.module.__doc__.splitlines()[0], width(), initial_indent="  ",
+                            subsequent_indent="  "), flush=True)
+        make(stage, folder)
+        settle(stage.folder)
+
+
+def make(stage, folder):
+    """Run a stage in this folder; result.json is written last."""
+    cfg = stage.cfg
+    left = find(folder)
+    if left and differences(stage, left.there):
+        shutil.rmtree(folder)           # it holds only logs
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {**config.provenance(cfg), **stage.made, "id": stage.id})
+    cfg.folders = {**cfg.folders, stage.name: folder.name}
+    start = time.perf_counter()
+    metrics = stage.module.run(cfg) or {}
+    seconds = time.perf_counter() - start
+    cfg.folders = {**cfg.folders, stage.name: stage.name}
+    result = {"seconds": seconds, "metrics": metrics, "files": files_in(folder)}
+    write_json(folder / "result.json", result)
+    shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))]
+    Progress.close()
+    print(fitted([f"{stage.name}: done in {seconds:.0f} s", *shown[:3]]), flush=True)
+
+
+def finished(out):
+    """([folder of each finished stage of a run], [a sentence about each that cannot be used])."""
+    for old in Path(out).glob(".*.old"):                # a kill came while two folders changed places
+        folder = old.with_name(old.name[1:-len(".old")])
+        with alone(folder):
+            settle(folder)
+    whole, broken = [], []
+    for result in sorted(Path(out).glob("*/result.json")):
+        if result.parent.suffix == ".new":              # being made, or finished by a process that was killed then
+            continue
+        try:
+            damage = find(result.parent).damage
+        except InputError as error:
+            damage = str(error)
+        if damage:
+            broken.append(f"{damage}, so {result.parent.name} has no row: --rerun {result.parent.name}")
+        else:
+            whole.append(result.parent)
+    return whole, broken
+
+
+# -- one process at a time -----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def alone(folder):
+    """Wait until no other process works on the stage in `folder`, and keep others away from it in a with block."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a+b", buffering=0) as file:
+        if not locked(file):
+            file.seek(0)
+            print(f"{folder.name}: process {file.read().decode()} works on it; waiting until it is done", flush=True)
+            while not locked(file):
+                time.sleep(.2)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        yield                           # closing the file gives the lock back, and so does a kill
+
+
+def locked(file):
+    """Try to lock an open file against other processes: whether it worked."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+            file.seek(1 << 20)          # a byte behind the text, which others may read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
