@@ -372,8 +372,7 @@ def test_what_was_seen_before_the_leaderboard_stays_if_it_is_killed(copy, monkey
 
 
 def test_what_is_printed_while_it_runs_fits_80_columns(first):
-    before, _, _ = first.printed.partition("win rate over")
-    said = [line for line in before.splitlines() if not line.startswith("judge:")]
+    said = [line for line in first.printed.splitlines() if not line.startswith("judge:") and str(first.out) not in line]
     assert len(said) > 20 and max(map(len, said)) <= 80
     assert re.findall(r"^stage (\d) of 3: (\w+)$", first.printed, re.MULTILINE) == [
         ("1", "sft"), ("2", "pairs"), ("3", "dpo")]

@@ -357,7 +357,7 @@ def test_released_preferences_need_no_judge(farm_files, tmp_path):
         made, text = json.loads((cfg.dir() / "pairs.json").read_text()), toy.text(cfg)
         assert farm_files[-1] == ("tatsu-lab/alpaca_farm", sets.RELEASED[used])
         assert [(pair["instruction"], pair["preference"]) for pair in made] == [("w1 w2", 2), ("w3", 1)]
-        chosen, rejected = pairs.load_pairs(cfg, text)
+        chosen, rejected = zip(*pairs.load_pairs(cfg, text))
         assert [response for _, response in chosen] == [[40, 41, 0], [31, 0]]
         assert [response for _, response in rejected] == [[30, 0], [42, 0]]
     short = toy.settings(tmp_path, "full", pairs.Config, data="alpaca_farm", max_new_tokens=1)

@@ -441,7 +441,7 @@ def test_a_lock_ends_with_its_block_and_with_its_process(tmp_path):
 def test_a_run_that_returns_nothing_is_fine_and_the_first_three_metrics_are_shown(tmp_path, capsys):
     run(stage(tmp_path, run=lambda cfg: None, name="silent"))
     assert re.search(r"^silent: done in 0 s$", capsys.readouterr().out, re.MULTILINE)
-    run(stage(tmp_path, run=lambda cfg: {"a": 1., "b": None, "c": .12345, "d": 3, "e": 4}, name="many"))
+    run(stage(tmp_path, run=lambda cfg: {"rewards/a": 1., "b": None, "c": .12345, "d": 3, "e": 4}, name="many"))
     assert capsys.readouterr().out.endswith("many: done in 0 s | a 1 | c 0.1235 | d 3\n")
 
 
