@@ -17,6 +17,7 @@ import tokenizers
 import torch
 
 from data import InputError, Refusal, did_you_mean, hub, one_of, sets, underscored
+from data.judges.person import PERSON
 from data.text import Text, read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
@@ -135,6 +136,8 @@ class Config:
         found = {}
         if self.judge == "none":
             found |= dict.fromkeys(("pool", "cache"), "--judge none asks nobody")
+        elif PERSON.fullmatch(self.judge):
+            found["pool"] = "you are the only annotator"
         if not self.lora_rank:
             found |= dict.fromkeys(("lora_alpha", "merge"), "there are no adapters without --lora_rank")
         if self.device == "cpu":

@@ -8,6 +8,7 @@ answers are not the SFT model's own.
 """
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import annotate
 from data import InputError, sets
@@ -39,7 +40,9 @@ class Config(config.Config):
         return self.labels == "judge"
 
     def reads(self):
-        return {} if self.asks_judge else {"labels": sets.preferences(self.labels)[:self.limit or None]}
+        if not self.asks_judge:
+            return {"labels": sets.preferences(self.labels)[:self.limit or None]}
+        return {"pool": Path(self.pool).read_text(encoding="utf-8")} if self.pool.endswith(".json") else {}
 
     def idle(self):
         trains = ("merge", "checkpointing", "micro_batch_tokens")

@@ -16,11 +16,6 @@ try:
 except ImportError:                     # Windows
     resource = None
 
-try:
-    import resource
-except ImportError:                     # Windows
-    resource = None
-
 
 def batches(n, batch_size, epochs, seed):
     """Lists of indices below n, one for each optimizer step. Every epoch has each index once, in a new random order."""

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import command, refused, said
+from commands import child, command, refused, said
 
 import annotate
 import rlhf.dpo
@@ -651,6 +651,7 @@ BAD_INPUT = {                                           # name: (arguments, what
         ("--method dpo --lora_alpha 8", "lora_alpha", "there are no adapters"),
         ("--method sft --judge none --pool p_single", "pool", "--judge none asks nobody"),
         ("--method sft --judge none --cache x.jsonl", "cache", "--judge none asks nobody"),
+        ("--method sft --judge me --pool p_single", "pool", "you are the only annotator"),
         ("--method sft --device cpu --no-graph", "graph", "a CPU captures"))},
     "no data file": ("--method sft --data {}/none.json", "none.json: No such file"),
     "no reference file": ("--method sft --eval_data {}/none.json", "none.json: No such file"),
@@ -744,11 +745,11 @@ def test_ctrl_c_while_torch_loads_is_a_sentence_too(monkeypatch):
 def test_a_reader_that_goes_away_stops_the_run_with_a_sentence(tmp_path):
     """farm.py ... | head -1"""
     command = [sys.executable, "farm.py", "--method", "sft", *SMALL, "--out", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        child.stdout.readline()
-        child.stdout.close()
-        error = child.stderr.read()
-        assert child.wait(300) == 141
+    with child(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
     assert re.fullmatch("farm.py: stopped, as nobody reads its output any more; finished stages are kept.*\n", error)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import child
 
 from data import InputError
 from rlhf import config, pairs, sft, stages
@@ -137,6 +138,12 @@ def test_the_pairs_of_a_file_are_part_of_the_stage_and_the_judge_only_where_it_i
     assert found[0].contents["labels"] != found[1].contents["labels"]
     assert "judge" not in found[0].settings and "judge" not in stages.Stage(sft, sft.Config(), {}, {}, "").settings
     asking = stages.Stage(pairs, pairs.Config(), {}, {}, "")
+    pool = tmp_path / "pool.json"
+    asked = []
+    for prompt in ("reasons", "hurried"):               # one annotator of the user's own, or another
+        pool.write_text(json.dumps([{"prompt": prompt}]))
+        asked.append(stages.Stage(pairs, pairs.Config(pool=str(pool)), {}, {}, ""))
+    assert asked[0].contents["pool"] != asked[1].contents["pool"]
     assert asking.settings["judge"] == "barn" and asking.contents.keys() == {"model"}
 
 
@@ -411,9 +418,9 @@ def test_a_second_process_waits_for_the_first_says_for_whom_and_then_reuses(tmp_
     run(stage(tmp_path))
     said, waiting = [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *args, **kwargs: (said.append(args[0]), waiting.set()))
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "sft")], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with child([sys.executable, "-c", HOLD, str(tmp_path / "sft")], cwd=ROOT, stdin=subprocess.PIPE,
+               stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
         second = threading.Thread(target=run, args=(stage(tmp_path, run=killed),), daemon=True)
         second.start()
         assert waiting.wait(60) and second.is_alive()
@@ -430,8 +437,8 @@ def test_a_lock_ends_with_its_block_and_with_its_process(tmp_path):
             pass
     assert [path.name for path in tmp_path.iterdir()] == [".dpo.lock"]
     code = HOLD.replace("sys.stdin.read()", "sys.stdout.flush(); import os; os._exit(9)")
-    child = subprocess.run([sys.executable, "-c", code, str(tmp_path / "dpo")], cwd=ROOT, timeout=120)
-    assert child.returncode == 9
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "dpo")], cwd=ROOT, timeout=120)
+    assert killed.returncode == 9
     with stages.alone(tmp_path / "dpo"):
         assert (tmp_path / ".dpo.lock").read_text() == str(os.getpid())
 
