@@ -141,7 +141,8 @@ class _Snapshot:
 
     def __init__(self, repo, revision, kind):
         if not REPO.fullmatch(repo) or not NAME.fullmatch(revision):
-            raise InputError(f"{repo!r:.99} at {revision!r:.99} is no name of a repository: write org/name or org/name@revision")
+            raise InputError(f"{repo!r:.99} at {revision!r:.99} is no name of a repository: write org/name or "
+                             "org/name@revision")
         self.repo, self.revision, self.session = repo, revision, requests.Session()
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         if not ENDPOINT.fullmatch(self.endpoint):
@@ -288,7 +289,7 @@ class _Snapshot:
             if not response.is_redirect or not download and urlsplit(url)[:2] != home:
                 return response
             response.close()
-        raise _Fault("it redirects too many times")
+        raise _Fault("it redirects in circles")
 
     def _refusal(self, response):
         """The error to raise for a 4xx response; the hub gives the reason in the header X-Error-Code."""
@@ -366,8 +367,7 @@ class _Snapshot:
 
 
 def _first_byte(response, size):
-    """The position in the file of a response's first byte; -1 if the server does not tell, or cannot send the range
-    that was requested."""
+    """The position in the file of a response's first byte; -1 if the server gives none, or refuses the range."""
     status, headers = response.status_code, response.headers
     if status in (206, 416):
         match = re.match(r"bytes (\d{1,15})-", headers.get("Content-Range", ""))
