@@ -297,7 +297,7 @@ def bench_load(args):
             write_safetensors(folder / file, {name: weights[name] for name in part})
         index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        (folder / "config.json").write_text(json.dumps(families.llama(ours.gpt.config)))
+        (folder / "config.json").write_text(json.dumps(families.llama_config(ours.gpt.config)))
         del ours, weights
         took = timed(args, {"ours": lambda: model.load(folder, args.device, args.dtype)})
     seconds, least, peak = took["ours"]

@@ -32,7 +32,7 @@ def lora(rank):
 def twin(gpt, lora_rank=0):
     """A LlamaForCausalLM with a copy of our base, in its precision and place; with a fresh PEFT adapter if asked."""
     from transformers import AutoModelForCausalLM, LlamaConfig
-    config = LlamaConfig(**families.llama(gpt.config), bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**families.llama_config(gpt.config), bos_token_id=None, eos_token_id=None)
     with gpt.device:
         llama = AutoModelForCausalLM.from_config(config, dtype=gpt.head.dtype)
     llama.load_state_dict({**gpt.weights(), "lm_head.weight": gpt.head})

@@ -1,6 +1,7 @@
-"""PEFT folders: LoRA adapters written, read, and merged into the checkpoint that they adapt.
+"""PEFT folders: writes and reads LoRA adapters, and merges them into the checkpoint that they were trained on.
 
-Plain LoRA only: a low-rank product on top of a base that stays as it is. What else PEFT can do is refused by name.
+Plain LoRA only: W + scale B A for some weights W of a base model that stays unchanged. An adapter folder that uses other
+options of PEFT (DoRA, modules_to_save, ...) is refused, and the error names the options.
 """
 import itertools
 import json
@@ -11,13 +12,14 @@ from pathlib import Path
 import torch
 
 from data.hub import INDEX
-from data.weights import (TOKENIZER_FILES, WHOLE, WeightsError, absent, copy_into, load_weights, new_folder, parse_json,
-                          raw_bytes, read_header, read_safetensors, refuse, take, write_safetensors, write_whole)
+from data.weights import (TOKENIZER_FILES, WHOLE, WeightsError, absent, copy_files, copy_into, load_weights,
+                          new_folder, parse_json, raw_bytes, read_header, read_safetensors, refuse, write_safetensors,
+                          write_whole)
 
-# PEFT options, and the values that make an adapter one number times B @ A on top of an unchanged base model.
+# {option of PEFT: the values with which an adapter is plain LoRA}
 PLAIN_LORA = {
     "peft_type": ("LORA",), "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),     # pissa, olora, ... move the base
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),     # pissa, olora, ... change the base
     **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (True, False, None)),
     **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "monteclora_config", "rank_pattern", "alpha_pattern",
                      "modules_to_save", "target_parameters", "layer_replication", "alora_invocation_tokens"),
@@ -27,9 +29,12 @@ PLAIN_LORA = {
 
 def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_out=False, revision=None,
                  tokenizer_from=None):
-    """Write LoRA tensors, `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank), as a folder that
-    PEFT loads onto the model `base` at a revision of the hub; fan_in_fan_out if its weights are (in, out), as GPT-2's;
-    with the tokenizer of another folder. An adapter folder in its place is replaced as a whole."""
+    """Write a LoRA adapter as a folder that PEFT loads. An adapter folder of this name is replaced as a whole.
+
+    tensors: {name: tensor}, with names `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank).
+    base, revision: the model that the adapter belongs to, a name on the hub or a folder. fan_in_fan_out: the weights of
+    the base are (in, out), as in GPT-2. tokenizer_from: a folder whose tokenizer is copied.
+    """
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
         "r": rank, "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
@@ -38,14 +43,16 @@ def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_
     with new_folder(folder) as temp:
         write_whole(temp / "adapter_config.json", [json.dumps(config, indent=2).encode() + b"\n"])
         if tokenizer_from:
-            take(TOKENIZER_FILES, tokenizer_from, temp)
+            copy_files(TOKENIZER_FILES, tokenizer_from, temp)
         write_safetensors(temp / "adapter_model.safetensors",
                           {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()})
 
 
 def load_adapter(folder):
-    """(tensors, adapter_config) of a PEFT folder, with the names and shapes that save_adapter takes.
-    Plain LoRA only, on any modules: one WeightsError lists every option and every tensor that is something else."""
+    """(tensors, adapter_config) of a PEFT folder; names and shapes of the tensors are those of save_adapter().
+
+    If the adapter is not plain LoRA, one WeightsError lists all options and tensors that do not fit.
+    """
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).exists():
@@ -71,28 +78,33 @@ def load_adapter(folder):
 
 
 def lora_scale(config):
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski 2023)."""
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    """The factor of B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+    rank = config["r"]
+    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 @torch.no_grad()
 def merge(folder, adapter, base):
-    """Write the checkpoint `base` with the PEFT folder `adapter` added in: W + scale B A in fp32, rounded once to the
-    dtype of W. All else is the base's, byte for byte; in memory is one tensor at a time."""
+    """Merge the PEFT folder `adapter` into the checkpoint folder `base`, and write the result as the folder `folder`.
+
+    W + scale B A is computed in fp32 and rounded once to the dtype of W. All other tensors and files are copied from the
+    base byte for byte. One tensor of the base is in memory at a time. WeightsError if the two do not fit each other, or
+    if a merged weight is not finite in its dtype.
+    """
     folder, base = Path(folder), Path(base)
     if folder.resolve() in (base.resolve(), Path(adapter).resolve()):
-        raise WeightsError(f"{folder}: would be replaced by what is merged from it; name another folder")
+        raise WeightsError(f"{folder}: would be replaced by the model that is merged from it; name another folder")
     if not (base / "config.json").exists():
         raise absent(base, "config.json")
     tensors, config = load_adapter(adapter)
-    turned, scale, places = config.get("fan_in_fan_out"), lora_scale(config), load_weights(base).data
+    transposed, scale, places = config.get("fan_in_fan_out"), lora_scale(config), load_weights(base).data
     factors, faults = {}, {"missing": [], "wrong": []}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
-        # Files on the hub may leave out the first name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
+        # Some files on the hub leave out the first part of a name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
         names = f"{path}.weight", f"{path.partition('.')[2]}.weight"
         name = next((name for name in names if name in places), names[0])
         A, B = (tensors[f"{path}.lora_{ab}"].float() for ab in "AB")
-        left, right = factors[name] = (A.T, B.T) if turned else (B, A)
+        left, right = factors[name] = (A.T, B.T) if transposed else (B, A)
         place, shape = places.get(name), [len(left), right.shape[1]]
         if place is None:
             faults["missing"].append(name)
@@ -108,8 +120,10 @@ def merge(folder, adapter, base):
         return W
 
     with new_folder(folder) as temp:
-        take(("config.json", *TOKENIZER_FILES, *([] if (base / WHOLE).exists() else [INDEX])), base, temp)
-        take(TOKENIZER_FILES, adapter, temp)
+        copy_files(("config.json", *TOKENIZER_FILES), base, temp)
+        copy_files(TOKENIZER_FILES, adapter, temp)
+        if not (base / WHOLE).exists():
+            copy_files([INDEX], base, temp)
         for path in sorted({place.path for place in places.values()}):
             head, _, held = read_header(path)
             data = (raw_bytes(merged(name, place.tensor())) for name, place in held.items())

@@ -1,15 +1,16 @@
-"""Models and data sets from the Hugging Face hub, over plain HTTP, into the cache that its own library keeps.
+"""Downloads models and data sets from the Hugging Face hub over plain HTTP, into the cache of huggingface_hub.
 
-What huggingface_hub or transformers fetched is found here, and the reverse. Unlike that library this file goes on where
-a killed download stopped, and lets nothing into the cache whose hash is not the hub's: an ETag is the sha256 of a large
-file, and git's sha1 of a small one. The layout, for org/name:
+The cache is shared: files that transformers downloaded are not downloaded again here, nor the other way round.
+A killed download is resumed where it stopped. Each file is checked against the hash that the hub sends as its ETag (the
+sha256 of a large file, git's sha1 of a small one) before it enters the cache. The layout of the cache, for org/name:
 
-    models--org--name/refs/main                     the commit that main was when it was last fetched
+    models--org--name/refs/main                     the commit of main when it was last fetched
     models--org--name/snapshots/<commit>/<file>     a relative link to
-    models--org--name/blobs/<hash>                  the bytes; <hash>.incomplete while some are missing
+    models--org--name/blobs/<hash>                  the bytes; <hash>.incomplete during a download
 
-Environment: HF_HOME or HF_HUB_CACHE (where), HF_ENDPOINT (a mirror), HF_TOKEN (for gated models), HF_HUB_OFFLINE (no
-network). Source: huggingface_hub 2.4.0, file_download.py. Left out: uploads, the xet protocol, several files at a time.
+Environment: HF_HOME or HF_HUB_CACHE (the folder of the cache), HF_ENDPOINT (a mirror of the hub), HF_TOKEN (for gated
+models), HF_HUB_OFFLINE=1 (use the cache only). Source: huggingface_hub 2.4.0, file_download.py. Left out: uploads, the
+xet protocol, downloads of several files at a time.
 """
 import hashlib
 import json
@@ -42,14 +43,15 @@ REPO = re.compile(rf"(?=.{{1,96}}$)(?!.*(?:--|\.\.))(?:{WORD}/)?{WORD}(?<!\.git)
 NAME = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|$))[A-Za-z0-9._][A-Za-z0-9._-]*(?:/[A-Za-z0-9._][A-Za-z0-9._-]*)*")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 COMMIT, HASH = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-TRIES = 5                               # in a row without a new byte
-CHUNK = 1 << 16                         # bytes; at most so many are lost with a connection
-TIMEOUT = 10, 30                        # seconds to connect, and of silence
+TRIES = 5                               # give up after so many tries in a row that bring no new byte
+CHUNK = 1 << 16                         # bytes read at a time; a broken connection loses at most so many
+TIMEOUT = 10, 30                        # seconds to wait for a connection, and for the next bytes
 OFFLINE = "HF_HUB_OFFLINE is set"
 STRANGE = "does not answer as a hub does (the login page of a network, or a wrong HF_ENDPOINT?)"
 ENDPOINT = re.compile(r"https?://(?:\[[0-9A-Fa-f:]+\]|[\w.-]+)(?::\d{1,5})?(?:/[\w.~%/-]*)?")
 
-# `hash` is the sha256, or git's sha1 of a blob; `url` is mostly on another host, signed, and good for an hour.
+# `hash` is the sha256, or git's sha1 of a blob. `url` is where the bytes are: often a signed link to another host that
+# expires after an hour.
 _File = namedtuple("File", "name hash size url")
 
 
@@ -58,54 +60,56 @@ class HubError(Refusal):
 
 
 class DiskFull(Refusal):
-    """The files would not fit."""
+    """There is too little space on the disk for the files."""
     code = 5
 
 
 class _Fault(requests.RequestException):
-    """One try went wrong in a way that another one may not, as in all errors of requests."""
+    """One try failed, and another may succeed; a RequestException, so that it is handled like a lost connection."""
 
 
 def fetch(repo, wanted, revision="main", kind="models"):
-    """The snapshot folder of a repository, once all files are in it that `wanted` picks from the list of its names.
+    """Download some files of a repository, if they are not in the cache yet; returns the folder (Path) with the files.
 
-    `kind` is "models" or "datasets". Offline, the list is what the cached snapshot has. InputError: no such repository,
-    revision or file, or a licence to accept first; HubError: no network and nothing cached, or a broken hub; DiskFull.
+    wanted: a function from the list of the repository's file names (offline, of the cached ones) to the names to get.
+    kind: "models" or "datasets". Raises InputError if there is no such repository, revision or file, or if its licence
+    has to be accepted first; HubError if the hub cannot be reached and the cache has no copy; DiskFull.
     """
     snapshot = _Snapshot(repo, revision, kind)
-    snapshot.get(wanted(snapshot.names))
-    return snapshot.settle()
+    snapshot.download(wanted(snapshot.names))
+    return snapshot.finish()
 
 
 def checkpoint(name):
-    """The snapshot folder of the model `org/name`, `name`, or either with @revision: config, tokenizer, safetensors.
+    """Download a model: its config, tokenizer and safetensors; returns the folder (Path). Errors as in `fetch`.
 
-    Of a PEFT adapter, adapter_config.json and adapter_model.safetensors. Errors as in `fetch`.
+    name: `org/name` or `name`, with or without @revision. Of a PEFT adapter, its two files (adapter_config.json and
+    adapter_model.safetensors) and the tokenizer are downloaded.
     """
     repo, at, revision = name.partition("@")
     snapshot = _Snapshot(repo, revision if at else "main", "models")
     small = [file for file in SMALL if file in snapshot.names]
     if "model.safetensors" in snapshot.names:
-        snapshot.get(["config.json", *small, "model.safetensors"])
+        snapshot.download(["config.json", *small, "model.safetensors"])
     elif INDEX in snapshot.names:
-        snapshot.get(["config.json", *small, INDEX])
-        snapshot.get(_shards(snapshot.folder / INDEX))
+        snapshot.download(["config.json", *small, INDEX])
+        snapshot.download(_shards(snapshot.folder / INDEX))
     elif "adapter_model.safetensors" in snapshot.names:
-        snapshot.get(["adapter_config.json", *small, "adapter_model.safetensors"])
+        snapshot.download(["adapter_config.json", *small, "adapter_model.safetensors"])
     else:
         pickles = [file for file in snapshot.names if file.endswith((".bin", ".pt", ".pth"))]
         raise snapshot.lacks(["model.safetensors"], pickles and f", only {pickles[0]}: pickles can run code and are "
                              f"never loaded, so name a revision with safetensors, perhaps {repo}@refs/pr/1")
-    return snapshot.settle()
+    return snapshot.finish()
 
 
 def data_files(repo, names, revision="main"):
-    """The snapshot folder of a data set, once the files `names` are in it; errors as in `fetch`."""
+    """Download the files `names` of a data set; returns the folder (Path). Errors as in `fetch`."""
     return fetch(repo, lambda listed: names, revision, "datasets")
 
 
 def _shards(index):
-    """The files that an index names; it comes from the network, and may name anything."""
+    """The shards that an index file names. A name like ../../x, which points outside the folder, is refused."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         strange = [name for name in names if not SHARD.fullmatch(name)]
@@ -116,58 +120,65 @@ def _shards(index):
     return names
 
 
-def _place(variable, *default):
-    """A path from the environment; by default, what lies there in Hugging Face's home."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expandvars(os.path.expanduser(os.environ.get(variable) or os.path.join(home, *default))))
+def _configured_path(variable, name):
+    """The path in an environment variable; if it is not set, `name` in Hugging Face's home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    path = os.environ.get(variable) or os.path.join(home, name)
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def pause(failed):
-    """Wait before another try, longer with each one that failed."""
+    """Sleep before another try: longer after each failed one, up to a minute."""
     time.sleep(min(60, 0.5 * 2 ** failed) * random.uniform(0.5, 1))
 
 
 class _Snapshot:
-    """One commit of a repository: `names` are its files as the hub, or without a network the cache, has them."""
+    """One commit of a repository. `names` are its files: all that the hub lists, or offline those in the cache.
+
+    `offline` is "" if the hub was reached, and otherwise the reason why only the cache is used.
+    """
 
     def __init__(self, repo, revision, kind):
         if not REPO.fullmatch(repo) or not NAME.fullmatch(revision):
-            raise InputError(f"{repo!r:.99} at {revision!r:.99} is on no hub: write org/name or org/name@revision")
+            raise InputError(f"{repo!r:.99} at {revision!r:.99} is no name of a repository: write org/name or "
+                             "org/name@revision")
         self.repo, self.revision, self.session = repo, revision, requests.Session()
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         if not ENDPOINT.fullmatch(self.endpoint):
             raise InputError(f"HF_ENDPOINT={self.endpoint!r:.99} is no address: unset it for huggingface.co")
         self.path = f"/datasets/{repo}" if kind == "datasets" else f"/{repo}"
-        self.root = _place("HF_HUB_CACHE", "hub") / f"{kind}--{repo.replace('/', '--')}"
-        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-        self.away = OFFLINE if offline.lower() in ("1", "true", "yes", "on") else ""      # why the hub is not asked
-        if not self.away:
+        self.root = _configured_path("HF_HUB_CACHE", "hub") / f"{kind}--{repo.replace('/', '--')}"
+        switch = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+        self.offline = OFFLINE if switch.lower() in ("1", "true", "yes", "on") else ""
+        if not self.offline:
             self.token = self._token()
             try:
                 self.commit, self.names = self._listing(f"/api/{kind}/{repo}/revision/{quote(revision, safe='')}")
             except HubError as error:
-                self.away = str(error)
-        if self.away:
-            self.commit = revision if COMMIT.fullmatch(revision) else self._noted()
+                self.offline = str(error)
+        if self.offline:
+            self.commit = revision if COMMIT.fullmatch(revision) else self._cached_commit()
             if not self.commit or not self.folder.is_dir():
-                raise HubError(f"{self.away}; {self.root} has no {revision}: fetch it once over a network")
+                raise HubError(f"{self.offline}; {self.root} has no {revision}: fetch it once over a network")
             self.names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
 
     @property
     def folder(self):
         return self.root / "snapshots" / self.commit
 
-    def get(self, names):
-        """Have these files in the snapshot, however many tries it takes."""
+    def download(self, names):
+        """Download those of the files `names` that the snapshot folder does not have yet."""
         names = list(dict.fromkeys(names))
         if absent := [name for name in names if name not in self.names]:
             raise self.lacks(absent)
-        if self.away:
+        if self.offline:
             return
         files = [file for file in map(self._resolve, names) if _size_of(self.folder / file.name) != file.size]
         missing = {file.hash: file for file in files if _size_of(self._blob(file)) != file.size}.values()
         need = sum(file.size - max(0, _size_of(self._blob(file, ".incomplete"))) for file in missing)
-        free = shutil.disk_usage(next(path for path in self.root.absolute().parents if path.is_dir())).free
+        existing = next(path for path in self.root.absolute().parents if path.is_dir())
+        free = shutil.disk_usage(existing).free
         if need > free:
             raise DiskFull(f"need {need / 1e9:.1f} GB in {self.root.parent}, {free / 1e9:.1f} GB free: make room, "
                            "or set HF_HOME to a folder on a larger disk")
@@ -177,11 +188,11 @@ class _Snapshot:
         for file in files:
             _link(self._blob(file), self.folder / file.name)
 
-    def settle(self):
-        """All is there: note which commit the revision is, for those who come without a network -> the folder."""
-        if self.away and self.away != OFFLINE:
-            print(f"hub: {self.away}; {self.repo} is used as cached, commit {self.commit[:7]}", flush=True)
-        elif self.revision != self.commit != self._noted():
+    def finish(self):
+        """Record in refs/ which commit the revision is, so that it is found offline; returns the snapshot folder."""
+        if self.offline and self.offline != OFFLINE:
+            print(f"hub: {self.offline}; {self.repo} is used as cached, commit {self.commit[:7]}", flush=True)
+        elif self.revision != self.commit != self._cached_commit():
             with _renamed(self.root / "refs" / self.revision) as temp, open(temp, "w") as file:
                 file.write(self.commit)
                 file.flush()
@@ -189,34 +200,37 @@ class _Snapshot:
         return self.folder
 
     def lacks(self, names, advice=""):
-        """The error for files that are not there."""
+        """The error to raise if the repository does not have the files `names`."""
         which = ", ".join(f"{name!r:.99}"[1:-1] for name in names[:9])
-        if self.away:
-            return HubError(f"{self.away}; {self.folder} has no {which}: fetch it once over a network")
+        if self.offline:
+            return HubError(f"{self.offline}; {self.folder} has no {which}: fetch it once over a network")
         return InputError(f"{self.repo} at {self.revision} has no {which}{advice or ': try another revision'}")
 
     def _blob(self, file, suffix=""):
         return self.root / "blobs" / (file.hash + suffix)
 
-    def _noted(self):
-        """The commit that the revision was when it was last fetched, or "" if it never was."""
+    def _cached_commit(self):
+        """The commit of the revision when it was last fetched, or "" if it was never fetched."""
         ref = self.root / "refs" / self.revision
         commit = ref.read_text().strip() if ref.is_file() else ""
         return commit if COMMIT.fullmatch(commit) else ""
 
-    # ---- what the hub says -----------------------------------------------------------------------------
+    # ---- small requests to the hub ---------------------------------------------------------------------
 
     def _token(self):
-        file = _place("HF_TOKEN_PATH", "token")
+        """The user's access token: from the environment, or the file that `hf auth login` writes; "" without one."""
+        file = _configured_path("HF_TOKEN_PATH", "token")
         token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-        token = (token or (file.read_text(errors="replace") if file.is_file() else "")).strip()
+        if not token and file.is_file():
+            token = file.read_text(errors="replace")
+        token = (token or "").strip()
         if not re.fullmatch("[!-~]*", token):
             raise InputError(f"the token in HF_TOKEN or {file} has a character that no token has: copy it again")
         return token
 
     def _listing(self, path):
-        """(commit, names); a name that could lead anywhere else is left out, for nobody needs it."""
-        body = self._ask("GET", path).content
+        """(commit, file names) of the revision. Names that could point outside the snapshot folder are dropped."""
+        body = self._request("GET", path).content
         try:
             listing = json.loads(body)
             commit, names = listing["sha"], [file["rfilename"] for file in listing["siblings"]]
@@ -227,9 +241,9 @@ class _Snapshot:
         raise HubError(f"{self.endpoint}{path} {STRANGE}")
 
     def _resolve(self, name):
-        """What it says of one file."""
+        """The hash, the size and the download address of one file, from the headers that the hub sends for it."""
         path = f"{self.path}/resolve/{self.commit}/{quote(name)}"
-        response = self._ask("HEAD", path)
+        response = self._request("HEAD", path)
         headers, moved = response.headers, response.is_redirect
         etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).removeprefix("W/").strip('"')
         size = headers.get("X-Linked-Size") or ("" if moved else headers.get("Content-Length", ""))
@@ -237,8 +251,8 @@ class _Snapshot:
             raise HubError(f"{self.endpoint}{path} {STRANGE}")
         return _File(name, etag, int(size), urljoin(response.url, headers["Location"] if moved else ""))
 
-    def _ask(self, method, path):
-        """The answer to a small request; what may pass is tried again, and a refusal is raised."""
+    def _request(self, method, path):
+        """The hub's response to a small request. Temporary faults are tried again; a refusal (4xx) is raised."""
         for failed in range(TRIES):
             if failed:
                 pause(failed)
@@ -250,36 +264,37 @@ class _Snapshot:
                     raise self._refusal(response)
                 fault = f"HTTP {response.status_code}"
             except requests.RequestException as error:
-                fault = _in_short(error)
+                fault = _describe(error)
         raise HubError(f"{self.endpoint}{path} cannot be reached ({fault}): check the network or HF_ENDPOINT")
 
-    def _send(self, method, url, away=False, **headers):
-        """One exchange. Only the endpoint sees the token; other hosts, and with an unread body, only if it goes `away`.
+    def _send(self, method, url, download=False, **headers):
+        """Send one request, follow its redirects, and return the response.
 
-        Redirects are followed by hand: requests would add what a .netrc says, and a renamed repository moves on its own
-        host. What the hub says of the file itself (X-Linked-...) survives such hops.
+        The token is sent to the hub alone. A redirect to another host is followed only for a `download`, whose body is
+        then read by the caller; otherwise the redirect itself is returned. Redirects are followed here because requests
+        would add credentials from a .netrc file. X-Linked-... headers, which describe the file, are kept across them.
         """
         linked, home = {}, urlsplit(self.endpoint)[:2]
         for _ in range(TRIES):
             secret = {"Authorization": f"Bearer {self.token}"} if self.token and urlsplit(url)[:2] == home else {}
             request = requests.Request(method, url, {"Accept-Encoding": "identity", **headers, **secret}).prepare()
-            settings = self.session.merge_environment_settings(url, {}, away, None, None)
+            settings = self.session.merge_environment_settings(url, {}, download, None, None)
             try:
                 response = self.session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
                 url = urljoin(url, response.headers.get("Location", ""))
-            except ValueError:          # requests looks at a Location, too, although it is told not to follow it
-                raise _Fault("it redirects to no address") from None
+            except ValueError:          # requests parses the Location even if it must not follow it
+                raise _Fault("it redirects to something that is no address") from None
             linked.update((key, text) for key, text in response.headers.items() if key.lower().startswith("x-linked"))
             response.headers.update(linked)
-            if not response.is_redirect or not away and urlsplit(url)[:2] != home:
+            if not response.is_redirect or not download and urlsplit(url)[:2] != home:
                 return response
             response.close()
         raise _Fault("it redirects in circles")
 
     def _refusal(self, response):
-        """What a 4xx means; the hub's own word for it is X-Error-Code."""
+        """The error to raise for a 4xx response; the hub gives the reason in the header X-Error-Code."""
         code, status, page = response.headers.get("X-Error-Code", ""), response.status_code, self.endpoint + self.path
-        where = f"HF_TOKEN, or in {_place('HF_TOKEN_PATH', 'token')}"
+        where = f"HF_TOKEN, or in {_configured_path('HF_TOKEN_PATH', 'token')}"
         if code == "GatedRepo":
             return InputError(f"{self.repo} is gated: accept its licence at {page}, and put your token in {where}")
         if code == "RevisionNotFound":
@@ -295,10 +310,11 @@ class _Snapshot:
     # ---- one file --------------------------------------------------------------------------------------
 
     def _download(self, file, progress):
-        """Bring one blob into the cache; what arrived stays for the next run, whatever happens to this one."""
+        """Download one blob into the cache. Bytes that arrived stay in its .incomplete file if this process is killed,
+        and the next run goes on from there."""
         blob, partial, failed = self._blob(file), self._blob(file, ".incomplete"), 0
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(partial, file.name):
+        with _locked(partial, file.name):
             most = _size_of(partial)
             while _size_of(blob) != file.size:       # another process may have finished it while this one waited
                 try:
@@ -309,14 +325,15 @@ class _Snapshot:
                     failed, most = (0, held) if held > most else (failed + 1, most)
                     if failed == TRIES:
                         raise HubError(f"{self.endpoint}{self.path}/resolve/{self.commit}/{file.name}: "
-                                       f"{_in_short(error)}, {TRIES} times; {held:,} of {file.size:,} bytes are here "
+                                       f"{_describe(error)}, {TRIES} times; {held:,} of {file.size:,} bytes are here "
                                        "and stay: check the network or wait, and run the same command again") from None
                     pause(failed)
                     file = file._replace(url=self._resolve(file.name).url)      # a signed link may have expired
         progress.before += file.size
 
     def _append(self, partial, file, progress):
-        """One try to go on where a partial file ends; afterwards it is whole and right, or an error is raised."""
+        """Download the rest of a partial file. Returns once the file is complete and its hash is right; otherwise
+        raises a RequestException, and what arrived stays in the file unless its hash is wrong."""
         fresh = hashlib.sha256() if len(file.hash) == 64 else hashlib.sha1(b"blob %d\0" % file.size)
         with open(partial, "a+b") as out:
             digest = fresh.copy()
@@ -324,8 +341,8 @@ class _Snapshot:
             while chunk := out.read(CHUNK):
                 digest.update(chunk)
             if (held := out.tell()) < file.size:
-                ask = {"Range": f"bytes={held}-"} if held else {}
-                with self._send("GET", file.url, away=True, **ask) as response:
+                rest = {"Range": f"bytes={held}-"} if held else {}
+                with self._send("GET", file.url, download=True, **rest) as response:
                     start = _first_byte(response, file.size)
                     if start != held:
                         out.truncate(0)
@@ -340,45 +357,45 @@ class _Snapshot:
                         if held > file.size:
                             break
             out.flush()
-            held = os.fstat(out.fileno()).st_size   # not what came: without locks, another may write here, too
+            held = os.fstat(out.fileno()).st_size   # where files cannot be locked, another process may write here too
             if held < file.size:
                 raise _Fault("the connection ends early")
             if held > file.size or digest.hexdigest() != file.hash:
                 out.truncate(0)
-                raise _Fault("what arrives does not have the hash that the hub gives")
+                raise _Fault("the bytes that arrive do not have the hash that the hub gives")
             os.fsync(out.fileno())
 
 
 def _first_byte(response, size):
-    """Where in the file a body begins; -1 if the server does not say, or cannot send what it was asked for."""
+    """The position in the file of a response's first byte; -1 if the server gives none, or refuses the range."""
     status, headers = response.status_code, response.headers
     if status in (206, 416):
         match = re.match(r"bytes (\d{1,15})-", headers.get("Content-Range", ""))
         return int(match[1]) if match else -1
     if status != 200:
         raise _Fault(f"HTTP {status}")
-    # A page that says 200 must not cost the bytes that are here.
+    # A login page comes with status 200 too: it must not replace the bytes that are here.
     if headers.get("Content-Type", "").startswith("text/html") or headers.get("Content-Length", f"{size}") != f"{size}":
-        raise _Fault("something else arrives than the file (a web page, of a network that wants a login?)")
+        raise _Fault("a web page or another file arrives instead of this one (does the network ask for a login?)")
     return 0
 
 
-def _in_short(error):
-    """Few words: requests has many, and shows signed links in them."""
+def _describe(error):
+    """A short description of an error. The messages of requests are long, and contain signed links."""
     return str(error) if isinstance(error, _Fault) else type(error).__name__
 
 
 def _size_of(path):
-    """Bytes of a file, or -1 if there is none."""
+    """The size of a file in bytes, or -1 if it does not exist."""
     return path.stat().st_size if path.is_file() else -1
 
 
 @contextmanager
-def _claimed(path, name):
-    """Inside, no other process downloads to this path: it waits for our lock to end, with us if need be.
+def _locked(path, name):
+    """Lock the partial file `path` for the length of a with block; waits while another process holds the lock.
 
-    Where there are no locks, as on Windows and some network disks, two at a time cost each other tries, for the hash
-    of what they mix is wrong.
+    Windows and some network disks have no such locks. There, two processes that download the same file mix their bytes,
+    see a wrong hash, and try again.
     """
     with open(path, "ab") if fcntl else nullcontext() as file:      # Windows cannot rename an open file
         try:
@@ -389,12 +406,12 @@ def _claimed(path, name):
         except (AttributeError, OSError):
             pass
         yield
-        path.unlink(missing_ok=True)            # an empty one, if another process had brought the file
+        path.unlink(missing_ok=True)            # the empty file of open(), if another process finished the download
 
 
 @contextmanager
 def _renamed(path):
-    """Another name to write under, which becomes `path` at the end: whole, or not at all."""
+    """Yield a temporary path to write to, and rename it to `path` at the end, so that no half-written file is seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -405,6 +422,7 @@ def _renamed(path):
 
 
 def _link(blob, pointer):
+    """Make `pointer` a relative link to `blob`, or a copy of it where links are not possible."""
     with _renamed(pointer) as temp:
         try:
             os.symlink(os.path.relpath(blob, pointer.parent), temp)
@@ -413,10 +431,13 @@ def _link(blob, pointer):
 
 
 class _Progress:
-    """How far all files of one call are: a line that updates on a terminal, elsewhere a new one every few seconds."""
+    """Shows the progress of a download: one updating line on a terminal, elsewhere a new line every five seconds.
+
+    In bytes: `total` of all files, `before` of the finished ones, `arrived` over the network since the start.
+    """
 
     def __init__(self, total):
-        self.total, self.before, self.arrived = total, 0, 0     # bytes: of all files, of those that are done, new ones
+        self.total, self.before, self.arrived = total, 0, 0
         self.began = self.shown = time.monotonic()
 
     def show(self, name, held, new):

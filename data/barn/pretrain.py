@@ -91,7 +91,7 @@ def main(argv):
     print(f"{sum(w.numel() for w in gpt.parameters()):,} parameters, {sum(len(y) for _, y in rows):,} tokens")
     train(gpt, rows, held_out, args.lr, args.batch_size)
 
-    config = {**families.llama(SIZE), "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0,
+    config = {**families.llama_config(SIZE), "bos_token_id": None, "eos_token_id": END, "pad_token_id": 0,
               "torch_dtype": "float32"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>",
                 "model_max_length": SIZE.max_position_embeddings, "chat_template": TEMPLATE}
