@@ -1,0 +1,61 @@
+"""Where a judge is: the server that the environment names, or a checkpoint that is served here."""
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from data.judges import JudgeError
+
+ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", re.IGNORECASE)
+
+
+def on_this_machine(url):
+    host = ADDRESS.match(url)[1]
+    return host in ("localhost", "[::1]") or host.startswith("127.")
+
+
+def remote(replay=False):
+    """base_url, key, headers and url of the server that the environment names."""
+    env, azure = os.environ, os.environ.get("AZURE_OPENAI_ENDPOINT", "").rstrip("/")
+    azure = azure if not (env.get("OPENAI_BASE_URL") or env.get("OPENAI_API_BASE")) else ""
+    base_url = azure or env.get("OPENAI_BASE_URL") or env.get("OPENAI_API_BASE") or "https://api.openai.com/v1"
+    base_url, name = base_url.rstrip("/"), "AZURE_OPENAI_API_KEY" if azure else "OPENAI_API_KEY"
+    key = env.get(name, "").strip()
+    if not ADDRESS.fullmatch(base_url):             # not shown: URLs have been seen with passwords in them
+        raise JudgeError(f"{'AZURE_OPENAI_ENDPOINT' if azure else 'OPENAI_BASE_URL'} must look like "
+                         "https://host/v1 or http://localhost:8000/v1")
+    if not key and not replay and not on_this_machine(base_url):
+        raise JudgeError(f"{name} is not set, and {base_url} is not on this machine: export it (any word will do "
+                         "for a server without keys)")
+    if not re.fullmatch(r"[!-~]*", key):            # requests would show it in its own error
+        raise JudgeError(f"{name} holds a space or another character that no key has")
+    if azure:
+        version = env.get("OPENAI_API_VERSION", "2024-10-21")
+        return {"base_url": base_url, "key": key, "headers": {"api-key": key} if key else {},
+                "url": lambda model: f"{base_url}/openai/deployments/{model}/chat/completions?api-version={version}"}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    for header, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
+        headers |= {header: env[variable]} if env.get(variable) else {}
+    return {"base_url": base_url, "key": key, "headers": headers}
+
+
+@contextlib.contextmanager
+def served(judge):
+    """Serve the checkpoint of "serve:PATH" from a process of its own; yields the base URL."""
+    command = [sys.executable, str(Path(__file__).parents[2] / "serve.py"), judge[6:], "--port", "0", "--name", judge]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(filter(None, (re.search(r"http://\S+/v1", line) for line in server.stdout)), None)
+            if not url:
+                raise JudgeError(f"serve.py could not serve {judge[6:]}")
+            yield url[0]
+        finally:
+            server.terminate()
+
+
+def fingerprint(path):
+    """What a checkpoint's answers are filed under: other weights in the same place are another judge."""
+    files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []
+    return "serve:" + ",".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
