@@ -150,6 +150,8 @@ def second_request(one, judge, logprobs):
     if one.cause == "no verdict" and one.share == 1:
         return once_more(one.body, without_thought(one.said)[0], one.form)
     (body,) = requests_of([[one]], judge, logprobs)
+    if one.cause == "no verdict":
+        return once_more(body, "", one.form)
     return {**body, "max_tokens": max(MOST_ROOM, body["max_tokens"])} if one.cause == "cut off" else body
 
 

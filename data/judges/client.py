@@ -68,7 +68,8 @@ class Judge:
         self.jitter = random.Random()   # the global generator belongs to the training around us
         self.cache = Cache(Path(cache))
         self.gate = threading.Condition()
-        self.limit, self.flying, self.streak = workers, 0, 0    # calls allowed at a time, under way, good in a row
+        self.limit, self.flying, self.streak = min(workers, 4), 0, 0    # calls allowed at a time, under way, good ones
+        self.crowded = False            # whether the server ever had too many at a time
         self.terms = {}                 # {model: {what its server refuses: what is sent instead, or None}}
         self.thinkers = {line["model"] for line in self.cache.answers.values() if line.get("thinks")}   # need room
         self.calls, self.cost = 0, 0.0  # that were sent, and $ that the answers came to as far as is known
@@ -199,7 +200,7 @@ class Judge:
                 slow = timeout and self.answered - answered < self.limit
                 late += slow
             finally:
-                self._leave(status, slow)
+                self._leave(status, slow, time.monotonic() - began)
             if 200 <= status < 300:
                 try:
                     if not self._store(key, body, sent, data, time.monotonic() - began, before):
@@ -234,18 +235,19 @@ class Judge:
             self.calls, self.flying = self.calls + 1, self.flying + 1
             return True
 
-    def _leave(self, status, slow):
-        """Half as many calls at a time when that is too much for the server, one more after twenty good ones.
+    def _leave(self, status, slow, seconds):
+        """Half as many calls at a time when that is too much for the server; one more after each good one at first,
+        after twenty once there have been too many, and none while a reply takes half of the time that it may take.
 
         `slow`: a call timed out, and meanwhile not even as many were answered as may be under way.
         """
         with self.gate:
             self.flying, self.contacted = self.flying - 1, self.contacted or status > 0
             if status in (429, 503) or slow:
-                self.limit, self.streak = max(1, self.limit / 2), 0
+                self.limit, self.streak, self.crowded = max(1, self.limit / 2), 0, True
             elif 200 <= status < 300:
                 self.streak, self.answered = self.streak + 1, self.answered + 1
-                if self.streak % 20 == 0:
+                if seconds < self.timeout / 2 and self.streak % (20 if self.crowded else 1) == 0:
                     self.limit = min(self.workers, self.limit + 1)
             self.gate.notify()
 

@@ -98,8 +98,11 @@ FORMS = {                               # of verdicts, as a judge is told that d
 
 
 def once_more(body, reply, form):
-    """The request that goes on from a reply to `body` without a verdict on its one pair: the form is said again."""
-    again = f"I read no verdict in that. Which output is better? Reply with exactly {FORMS[form]} and nothing else."
+    """A request about one pair with its form said again: after a `reply` to it that had none, or before any ("")."""
+    exactly = f"Reply with exactly {FORMS[form]} and nothing else."
+    *before, last = body["messages"]
+    if not reply:
+        return {**body, "messages": [*before, {**last, "content": f"{last['content']}\n\n{exactly}"}]}
     said = SPECIAL.sub(lambda match: match[0] + " ", reply.strip()[:2000])
-    return {**body, "messages": [*body["messages"], {"role": "assistant", "content": said},
-                                 {"role": "user", "content": again}]}
+    return {**body, "messages": [*body["messages"], {"role": "assistant", "content": said}, {
+        "role": "user", "content": f"I read no verdict in that. Which output is better? {exactly}"}]}
