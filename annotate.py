@@ -30,12 +30,13 @@ from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
 from data.judges.answers import complete
-from data.judges.client import MOST_ROOM, NO_MESSAGE, Judge, room, shorten
+from data.judges.client import MOST_ROOM, NO_MESSAGE, Judge, shorten
 from data.judges.person import PERSON, Person
 from data.judges.pools import read_pool
-from data.judges.prices import dollars, price_of, prices
-from data.judges.prompts import FORMS, Annotator, once_more, paper_pool, pairwise, request_body, single, template
-from data.judges.servers import fingerprint, remote, served
+from data.judges.prices import dollars, forecast, price_of, prices
+from data.judges.prompts import (FORMS, Annotator, once_more, paper_pool, pairwise, prompts_shown, request_body, single,
+                                 template)
+from data.judges.servers import at_home, extra_of, fingerprint, remote, served
 from data.judges.verdicts import content, verdicts, without_thought
 from data.sets import read_records
 from stats.agreement import judge_report
@@ -282,7 +283,7 @@ def unusable(lost, judge, failed, asked):
     """JudgeError if too many verdicts are unusable: which annotator wanted which form, and what came."""
     if failed > judge.max_unusable * asked:
         one = lost[0]
-        came = shorten(one.said if one.said is not None else one.answer.get("fault", ""))
+        came = shorten(one.said or one.answer.get("fault") or one.cause)
         raise JudgeError(f"{failed} of {asked} verdicts are unusable, for example {came!r} ({one.cause}), where "
                          f"{one.annotator.name} wants {FORMS[one.form]}; at most {judge.max_unusable:.0%} may be "
                          f"(--max_unusable). Every answer is kept in {judge.cache.path}; --ask_again unusable asks a "
@@ -316,71 +317,17 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
         yield found
 
 
-def extra_of(body="", effort="", max_tokens=0):
-    """What goes into every request, and so into its name in the cache: of --judge_body and the flags beside it."""
-    try:
-        extra = json.loads(body or "{}")
-        wrong = extra.keys() & {"model", "messages", "stream", "n", "max_tokens", "logprobs", "top_logprobs"}
-    except (ValueError, AttributeError):
-        raise InputError(f"--judge_body {body}: a JSON object, as in '{{\"service_tier\": \"flex\"}}'") from None
-    if wrong or max_tokens < 0:
-        raise InputError(f"--judge_body cannot set {min(wrong)}" if wrong else "--max_tokens is not negative")
-    flags = {"reasoning_effort": effort, "max_tokens": max_tokens}
-    return extra | {name: value for name, value in flags.items() if value}
-
-
-def at_home(pairs):
-    """The judge of those who name none: "barn", which knows the texts of the offline world only."""
-    from data.barn.world import parse           # real judges do without the offline world
-    strange = next((pair["instruction"] for pair in pairs if not parse(question(pair))), None)
-    if strange is not None:
-        raise InputError(f"who judges? --judge MODEL (barn knows its own world only, not {shorten(strange, 60)!r})")
-    return "barn"
-
-
-def prompts_shown(annotators, pairs, name=""):
-    """The filled prompt of an annotator or a prompt file with this name, or one of each prompt."""
-    chosen = {one.prompt: one for one in reversed(annotators) if name in ("", one.name, one.prompt)}
-    if not chosen or not pairs:
-        raise InputError(f"--show_prompt {name}: choose {', '.join(one.name for one in annotators)}")
-    texts = question(pairs[0]), pairs[0]["output_1"], pairs[0]["output_2"]
-    return "\n".join(f"\n==== {one.name} ({prompt}) ====" + "".join(
-        f"\n\n-- {message['role']}:\n{message['content']}" for message in request_body(one, [texts])["messages"])
-        for prompt, one in chosen.items())
-
-
-# ---- money ---------------------------------------------------------------------------------------------
-
 def estimate(questions, judge, logprobs):
-    """What asking would take, as text. About: four characters make a token, and each reply is as long as it may be. At
-    most: a byte makes a token, and each pair is asked about twice, by itself at last, with a whole thought each time.
-    """
+    """What asking would take, as text."""
     if isinstance(judge, Person):
         return judge.estimate(questions)
     groups = batches(questions)
     bodies = requests_of(groups, judge, logprobs)
     new = [(group, body) for group, body in zip(groups, bodies) if not judge.cache.get(judge.name(body))]
     alone = requests_of([[one] for group, _ in new for one in group], judge, logprobs)
-    prompt, about, most = 0, 0.0, 0.0
-    for body in {judge.name(body): body for _, body in new}.values():
-        usage = {"prompt_tokens": prompt_bytes(body) // 4, "completion_tokens": body["max_tokens"]}
-        prompt += usage["prompt_tokens"]
-        about += cost_of(usage, judge, body)
-    for body in [body for _, body in new for _ in range(2)] + alone:
-        usage = {"prompt_tokens": prompt_bytes(body) + 1000, "completion_tokens": max(room(body), MOST_ROOM)}
-        most += cost_of(usage, judge, body)
-    price = f"about ${about:.2f}, at most ${most:.2f}: asked twice, with a long thought"
+    first = {judge.name(body): body for _, body in new}.values()
     return (f"{len(questions)} questions in {len(bodies)} requests, {len(bodies) - len(new)} of them in the cache; "
-            f"the others {prompt:,} tokens of prompt, {'price unknown (--price)' if math.isnan(about) else price}")
-
-
-def prompt_bytes(body):
-    return sum(len(message["content"].encode()) for message in body["messages"])
-
-
-def cost_of(usage, judge, body):
-    price = judge.price(body["model"])
-    return dollars(usage, price) if price else math.nan
+            f"the others {forecast(first, 2 * [*first, *alone], MOST_ROOM, judge.price)}")
 
 
 # ---- the command ---------------------------------------------------------------------------------------
@@ -464,8 +411,9 @@ def main(argv):
     pairs = read_pairs(args.pairs, args.reference, args.samples)[:args.limit or None]
     args.judge = args.judge or at_home(pairs)
     annotators = pool(args.judge, args.pool)
+    texts = [(question(pair), pair["output_1"], pair["output_2"]) for pair in pairs[:1]]
     if args.show_prompt:
-        return print(prompts_shown(annotators, pairs, args.show_prompt))
+        return print(prompts_shown(annotators, texts, args.show_prompt))
     price = price_of(args.price)
     if args.max_cost is not None and not all(price(annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
@@ -480,8 +428,9 @@ def main(argv):
                 more, asked = plan(pairs, annotators, seed, args.flip, args.both_orders)
                 records, questions = records + more, questions + asked
             coins = sum(record["scored_by"] == "coin" for record in records)
-            print(f"{len(records)} labels, {coins} of them coins; {estimate(questions, judge, args.logprobs)}")
-            return print(prompts_shown(annotators, pairs))
+            shown = "" if isinstance(judge, Person) else prompts_shown(annotators, texts)
+            asked = estimate(questions, judge, args.logprobs)
+            return print("\n".join(filter(None, (f"{len(records)} labels, {coins} of them coins; {asked}", shown))))
         probe(judge, annotators, pairs, args.logprobs, seed=args.seed, flip=args.flip, both_orders=args.both_orders)
         records = [record for seed in range(args.seed, args.seed + args.seeds)
                    for record in annotate(pairs, annotators, judge, seed, args.flip, args.both_orders, args.logprobs,

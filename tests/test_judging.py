@@ -338,7 +338,7 @@ def test_annotating_from_the_command_line(files, server, tmp_path):
     argv = (path, "--judge", "gpt-4o-mini", "--pool", "p_eval", "--out", out)
     dry = annotating(*argv, "--dry-run")
     assert (dry.code, server.requests) == (0, []) and "60 labels, 0 of them coins; 60 questions in " in dry.out
-    assert "tokens of prompt" in dry.out and "about $0.00, at most $1." in dry.out and not out.exists()
+    assert "tokens of prompt" in dry.out and "about $0.00, at most $" in dry.out and not out.exists()
     done = annotating(*argv)
     assert done.code == 0, done.err
     records = json.loads(out.read_text())

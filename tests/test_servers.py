@@ -131,8 +131,11 @@ def no_system_role(body, nth):
     return reply(body, verdict(body))
 
 
-def one_at_a_time(body, nth, lock=threading.Lock()):
-    with lock:
+ALONE = threading.Lock()
+
+
+def one_at_a_time(body, nth):
+    with ALONE:
         return reply(body, verdict(body))
 
 
@@ -155,7 +158,7 @@ def test_a_server_of_today(server, judge, rule, kind):
         return answer
 
     server.rule, pairs = counted, make_pairs(200)
-    one, order = judge(effort="none", workers=8, backoff=1e-3), {"flip": POOLS[kind]}
+    one, order = judge(brief="none", workers=8, backoff=1e-3), {"flip": POOLS[kind]}
     probe(one, pool("m", kind), pairs, **order)
     records = annotate.annotate(pairs, pool("m", kind), one, **order)
     judged = [record for record in records if record["scored_by"] in ("text", "logprobs")]
@@ -164,5 +167,5 @@ def test_a_server_of_today(server, judge, rule, kind):
     assert one.tokens == billed and max(asked.values()) <= 2
     assert sum(times == 2 for times in asked.values()) <= 5     # of the first request only
     before = len(server.requests)
-    again = judge(effort="none")
+    again = judge(brief="none")
     assert annotate.annotate(pairs, pool("m", kind), again, **order) == records and len(server.requests) == before

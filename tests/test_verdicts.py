@@ -23,7 +23,8 @@ def other(text):
 
 ONE = ["Output (a)", " output (A)\n", "**Output (a)**.", "(a)", "a", "A.", '"Output (a)"', "`Output (a)`",
        "> Output (a)", "```\nOutput (a)\n```", "### Output a", "OUTPUT (A)", "Output (a)!!", "Option (a)", "[[A]]",
-       r"\boxed{a}", r"$\boxed{\text{a}}$", "Answer: Output (a)", "The better output is Output (a)", "Output (a) is better",
+       r"\boxed{a}", r"$\boxed{\text{a}}$", "Answer: Output (a)", "The better output is Output (a)",
+       "Output (a) is better",
        "The better one: Output (a)", "I prefer Output (a).", "The winner is [[A]]", "Verdict: **a**",
        "Output (a)\nIt is friendlier.", "Output (a)\n\nThe text is not long, but good.", "It is right.\n\nOutput (a)",
        "Output (a) because it is right", "Output (a), since it is right.", "Output (a) - it answers the question.",

@@ -1,6 +1,7 @@
 """What a judge costs: the tokens that a server counts, and the prices of models in prices.json."""
 import datetime
 import json
+import math
 import re
 from pathlib import Path
 
@@ -41,3 +42,26 @@ def price_of(said=""):
     dated = re.compile(r"-(\d{4}-\d\d-\d\d|\d{8}|latest)$")
     found = {name: tuple(price) for name, price in listed.items() if name != "shutdown"}
     return lambda model: found.get(model) or found.get(dated.sub("", model))
+
+
+def forecast(requests, most, room, price):
+    """What these requests would cost, as text.
+
+    About: four characters make a token, and each reply is as long as it may be. At most: all of `most` are sent, with
+    what second questions add to them; a byte makes a token, and each reply has `room`.
+    """
+    prompt, about, bound = 0, 0.0, 0.0
+    for body in requests:
+        tokens_asked = sum(len(message["content"]) for message in body["messages"]) // 4
+        prompt += tokens_asked
+        about += cost(price(body["model"]), tokens_asked, body["max_tokens"])
+    for body in most:
+        size = sum(len(message["content"].encode()) for message in body["messages"])
+        bound += cost(price(body["model"]), size + 10_000, max(room, body["max_tokens"]))
+    money = f"about ${about:.2f}, at most ${bound:.2f} (all asked twice, with long thoughts)"
+    return f"{prompt:,} tokens of prompt, {money if bound == bound else 'price unknown (--price)'}"
+
+
+def cost(price, prompt, answer):
+    """$ of so many tokens, NaN if the price is unknown."""
+    return (prompt * price[0] + answer * price[1]) / 1e6 if price else math.nan

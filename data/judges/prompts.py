@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import InputError
+
 HERE = Path(__file__).parent
 
 
@@ -106,3 +108,16 @@ def once_more(body, reply, form):
     said = SPECIAL.sub(lambda match: match[0] + " ", reply.strip()[:2000])
     return {**body, "messages": [*body["messages"], {"role": "assistant", "content": said}, {
         "role": "user", "content": f"I read no verdict in that. Which output is better? {exactly}"}]}
+
+
+def prompts_shown(annotators, pairs, name=""):
+    """The filled prompt of the annotator or the prompt file of this name, or one of each prompt, to be read."""
+    chosen = {one.prompt: one for one in reversed(annotators) if name in ("", one.name, one.prompt)}
+    if not chosen:
+        raise InputError(f"--show_prompt {name}: choose {', '.join(one.name for one in annotators)}")
+    lines = []
+    for one in chosen.values():
+        lines += ["", f"==== {one.name} ({one.prompt}) ===="]
+        for message in request_body(one, pairs)["messages"]:
+            lines += ["", f"-- {message['role']}:", message["content"]]
+    return "\n".join(lines)

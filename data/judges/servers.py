@@ -1,11 +1,14 @@
 """Where a judge is: the server that the environment names, or a checkpoint that is served here."""
 import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from data import InputError
+from data.alpaca_eval import question
 from data.judges import JudgeError
 
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", re.IGNORECASE)
@@ -59,3 +62,25 @@ def fingerprint(path):
     """What a checkpoint's answers are filed under: other weights in the same place are another judge."""
     files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []
     return "serve:" + ",".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def extra_of(body="", effort="", max_tokens=0):
+    """What goes into every request, and so into its name in the cache: of --judge_body and the flags beside it."""
+    try:
+        extra = json.loads(body or "{}")
+        wrong = extra.keys() & {"model", "messages", "stream", "n", "max_tokens", "logprobs", "top_logprobs"}
+    except (ValueError, AttributeError):
+        raise InputError(f"--judge_body {body}: a JSON object, as in '{{\"service_tier\": \"flex\"}}'") from None
+    if wrong or max_tokens < 0:
+        raise InputError(f"--judge_body cannot set {min(wrong)}" if wrong else "--max_tokens is not negative")
+    flags = {"reasoning_effort": effort, "max_tokens": max_tokens}
+    return extra | {name: value for name, value in flags.items() if value}
+
+
+def at_home(pairs):
+    """The judge of those who name none: "barn", which knows the texts of the offline world only."""
+    from data.barn.world import parse           # real judges do without the offline world
+    strange = next((pair["instruction"] for pair in pairs if not parse(question(pair))), None)
+    if strange is not None:
+        raise InputError(f"who judges? --judge MODEL (barn knows its own world only, not {strange!r:.60})")
+    return "barn"
