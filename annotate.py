@@ -16,7 +16,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import math
 import random
 import statistics
 import time
@@ -36,7 +35,7 @@ from data.judges.pools import read_pool
 from data.judges.prices import dollars, forecast, price_of, prices
 from data.judges.prompts import (FORMS, Annotator, once_more, paper_pool, pairwise, prompts_shown, request_body, single,
                                  template)
-from data.judges.servers import at_home, extra_of, fingerprint, remote, served
+from data.judges.servers import add_flags, at_home, fingerprint, options, remote, served
 from data.judges.verdicts import content, verdicts, without_thought
 from data.sets import read_records
 from stats.agreement import judge_report
@@ -355,14 +354,7 @@ def parse(argv):
         "pairs, or each with one other")
     add("--complete", default="", metavar="MODEL", help="have the instructions answered by this model, or serve:PATH")
     add("--limit", type=int, default=0, help="annotate only the first so many pairs (0: all)")
-    add("--workers", type=int, default=8, help="requests under way at a time, at most")
-    add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
-    add("--timeout", type=float, default=120, metavar="S", help="seconds that one reply may take")
-    add("--max_tokens", type=int, default=0, metavar="N", help="longest reply (default: what the annotator needs)")
-    add("--reasoning_effort", default="", metavar="none|low|...", help="how long a model thinks (default: its "
-        "own; for a single letter not at all)")
-    add("--judge_body", default="", metavar="JSON", help="goes into every request: '{\"service_tier\": \"flex\"}'")
-    add("--ask_again", choices=["unusable"], help="ask anew for verdicts that were unusable when they came")
+    add_flags(add)
     add("--max_calls", type=int, help="stop before another call")
     add("--max_cost", type=float, metavar="$", help="stop when so much is spent")
     add("--price", default="", metavar="IN,OUT", help="$ per million tokens of prompt and completion")
@@ -375,13 +367,12 @@ def parse(argv):
     if args.flip and person:
         raise InputError("--flip would change nothing: a person's labels are not flipped")
     args.flip = POOLS.get(args.pool, 0.0) if args.flip is None and not person else args.flip or 0.0
-    args.extra = extra_of(args.judge_body, args.reasoning_effort, args.max_tokens)
-    if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
-        raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
-    if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
-        raise InputError("--seeds and --workers are positive, --limit, --max_calls and --max_cost not negative")
-    if not 0 < args.timeout < math.inf:
-        raise InputError("--timeout is a number of seconds")
+    if not 0 <= args.flip <= .5:
+        raise InputError("--flip lies between 0 and 0.5")
+    if args.seeds < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
+        raise InputError("--seeds is positive, --limit, --max_calls and --max_cost are not negative")
+    args.options = {**options(args), "replay": args.dry_run or args.replay, "max_calls": args.max_calls,
+                    "max_cost": args.max_cost, "price": price_of(args.price)}
     return args
 
 
@@ -397,8 +388,7 @@ def answer(args):
         raise InputError(f"--complete {args.complete}: that is a judge; name a model, or serve:PATH")
     records = read_records(args.pairs, ("instruction",))[:args.limit or None]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", args.workers, replay=args.replay,
-                 price=price_of(args.price), max_calls=args.max_calls, max_cost=args.max_cost) as judge:
+    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         judge.knock()
         write(args.out, complete(records, args.complete, judge))
         print(f"{len(records)} answers are in {args.out}; {judge.calls} calls, {judge.spent()}")
@@ -414,14 +404,10 @@ def main(argv):
     texts = [(question(pair), pair["output_1"], pair["output_2"]) for pair in pairs[:1]]
     if args.show_prompt:
         return print(prompts_shown(annotators, texts, args.show_prompt))
-    price = price_of(args.price)
-    if args.max_cost is not None and not all(price(annotator.model) for annotator in annotators):
+    if args.max_cost is not None and not all(args.options["price"](annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    offline = args.dry_run or args.replay
-    with connect(args.judge, args.cache or args.out.parent / "judge.jsonl", args.workers, args.max_unusable,
-                 replay=offline, price=price, max_calls=args.max_calls, max_cost=args.max_cost, extra=args.extra,
-                 timeout=args.timeout, ask_again=bool(args.ask_again)) as judge:
+    with connect(args.judge, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         if args.dry_run:
             records, questions = [], []
             for seed in range(args.seed, args.seed + args.seeds):

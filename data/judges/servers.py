@@ -1,6 +1,7 @@
 """Where a judge is: the server that the environment names, or a checkpoint that is served here."""
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -84,3 +85,26 @@ def at_home(pairs):
     if strange is not None:
         raise InputError(f"who judges? --judge MODEL (barn knows its own world only, not {strange!r:.60})")
     return "barn"
+
+
+def add_flags(add):
+    """The flags that are about how a judge is asked, for a command's parser."""
+    add("--workers", type=int, default=8, help="requests to the judge at the same time, at most")
+    add("--max_unusable", type=float, default=.02, help="stop if a larger share of the verdicts is unusable")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds that one reply may take")
+    add("--max_tokens", type=int, default=0, metavar="N", help="longest reply (default: what the annotator needs)")
+    add("--reasoning_effort", default="", metavar="none|low|...", help="how long a model thinks (default: its own; "
+        "for a single letter not at all)")
+    add("--judge_body", default="", metavar="JSON", help="goes into every request: '{\"service_tier\": \"flex\"}'")
+    add("--ask_again", default="", metavar="unusable", help="ask anew for verdicts that were unusable when they came")
+
+
+def options(args):
+    """What these flags, or the fields of the same names, mean to `annotate.connect`."""
+    if args.workers < 1 or not 0 <= args.max_unusable <= 1 or not 0 < args.timeout < math.inf:
+        raise InputError("--workers is positive, --max_unusable between 0 and 1, --timeout a number of seconds")
+    if args.ask_again not in ("", "unusable"):
+        raise InputError(f"--ask_again {args.ask_again}: only what was unusable is asked again: --ask_again unusable")
+    extra = extra_of(args.judge_body, args.reasoning_effort, args.max_tokens)
+    return {"workers": args.workers, "max_unusable": args.max_unusable, "timeout": args.timeout, "extra": extra,
+            "ask_again": bool(args.ask_again)}
