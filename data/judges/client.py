@@ -236,9 +236,10 @@ class Judge:
             return True
 
     def _leave(self, status, slow, seconds):
-        """Half as many calls at a time when that is too much for the server; one more after each good one at first,
-        after twenty once there have been too many, and none while a reply takes half of the time that it may take.
+        """Half as many calls at a time when that is too much for the server, one more after twenty good ones.
 
+        Before it was ever too much: after as many good ones as there are calls at a time, twice as many if a reply took
+        less than a quarter of the time that it may take, one more if less than half, else no more.
         `slow`: a call timed out, and meanwhile not even as many were answered as may be under way.
         """
         with self.gate:
@@ -247,8 +248,10 @@ class Judge:
                 self.limit, self.streak, self.crowded = max(1, self.limit / 2), 0, True
             elif 200 <= status < 300:
                 self.streak, self.answered = self.streak + 1, self.answered + 1
-                if seconds < self.timeout / 2 and self.streak % (20 if self.crowded else 1) == 0:
-                    self.limit = min(self.workers, self.limit + 1)
+                if self.streak >= (20 if self.crowded else self.limit):
+                    quick = seconds < self.timeout / 4 and not self.crowded
+                    more = self.limit if quick else int(seconds < self.timeout / 2)
+                    self.limit, self.streak = min(self.workers, self.limit + more), 0
             self.gate.notify()
 
     def _exchange(self, method, url, payload=None, timeout=None):
