@@ -325,11 +325,11 @@ def test_no_rest_is_no_reason_to_hurry(judge):
 def test_how_many_calls_at_a_time(judge):
     one = judge(workers=8, timeout=120)
     assert one.limit == 4
-    for _ in range(9):                                  # each is answered when half of the time is over
+    for _ in range(8):                                  # each is answered when half of the time is over
         one.flying += 1
         one._leave(200, False, seconds=96)
     assert one.limit == 4
-    for _ in range(3):
+    for _ in range(4):
         one.flying += 1
         one._leave(200, False, seconds=50)
     assert one.limit == 5

@@ -69,7 +69,7 @@ class Judge:
         self.cache = Cache(Path(cache))
         self.gate = threading.Condition()
         self.limit, self.flying, self.streak = min(workers, 4), 0, 0    # calls allowed at a time, under way, good ones
-        self.crowded = False            # whether the server ever had too many at a time
+        self.slowest, self.crowded = 0, False                   # seconds, of these; were there ever too many at a time?
         self.terms = {}                 # {model: {what its server refuses: what is sent instead, or None}}
         self.thinkers = {line["model"] for line in self.cache.answers.values() if line.get("thinks")}   # need room
         self.calls, self.cost = 0, 0.0  # that were sent, and $ that the answers came to as far as is known
@@ -238,7 +238,7 @@ class Judge:
     def _leave(self, status, slow, seconds):
         """Half as many calls at a time when that is too much for the server, one more after twenty good ones.
 
-        Before it was ever too much: after as many good ones as there are calls at a time, twice as many if a reply took
+        Before it was ever too much: after as many good ones as there are calls at a time, twice as many if each took
         less than a quarter of the time that it may take, one more if less than half, else no more.
         `slow`: a call timed out, and meanwhile not even as many were answered as may be under way.
         """
@@ -248,10 +248,11 @@ class Judge:
                 self.limit, self.streak, self.crowded = max(1, self.limit / 2), 0, True
             elif 200 <= status < 300:
                 self.streak, self.answered = self.streak + 1, self.answered + 1
+                self.slowest = max(self.slowest, seconds)
                 if self.streak >= (20 if self.crowded else self.limit):
-                    quick = seconds < self.timeout / 4 and not self.crowded
-                    more = self.limit if quick else int(seconds < self.timeout / 2)
-                    self.limit, self.streak = min(self.workers, self.limit + more), 0
+                    quick = self.slowest < self.timeout / 4 and not self.crowded
+                    more = self.limit if quick else int(self.slowest < self.timeout / 2)
+                    self.limit, self.streak, self.slowest = min(self.workers, self.limit + more), 0, 0
             self.gate.notify()
 
     def _exchange(self, method, url, payload=None, timeout=None):
