@@ -5,21 +5,19 @@
     python annotate.py INSTRUCTIONS.json --complete MODEL --out OUTPUTS.json            answers instead of labels
 
 A pool of annotators stands for a crowd, and labels flipped on purpose for its disagreement (AlpacaFarm, arXiv
-2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge.
+2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge
+that sees five pairs at a time, p_pairwise one that says one letter, with the log-probabilities of its token.
 The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn" and
 "barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a page.
 How they are asked is in data/judges/.
 """
 import argparse
 import contextlib
+import datetime
+import itertools
 import json
-import math
-import os
 import random
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -31,16 +29,22 @@ from data import InputError, run, underscored
 from data.alpaca_eval import question, read_pairs
 from data.judges import JudgeError
 from data.judges.answers import complete
-from data.judges.client import ADDRESS, NO_MESSAGE, Judge, dollars, on_this_machine, shorten
+from data.judges.client import MOST_ROOM, NO_MESSAGE, Judge, shorten
 from data.judges.person import PERSON, Person
 from data.judges.pools import read_pool
-from data.judges.prompts import Annotator, paper_pool, request_body, single, verdicts
+from data.judges.prices import dollars, forecast, price_of, prices
+from data.judges.prompts import (FORMS, Annotator, once_more, paper_pool, pairwise, prompts_shown, request_body, single,
+                                 template)
+from data.judges.servers import add_flags, at_home, fingerprint, options, remote, served
+from data.judges.verdicts import content, verdicts, without_thought
 from data.sets import read_records
 from stats.agreement import judge_report
 from stats.tables import number, table
 
 CROWDS = {"barn": ("barn-sim", 13), "barn-human": ("barn-human", 16)}   # the offline world's, as many as in the paper
-POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0}                  # name: share of labels that are flipped
+POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0, "p_pairwise": 0.0}   # name: share of labels that are flipped
+EARLY = 15                                              # pairs, asked twice: without any verdict the judge is given up
+SOON = 60                                               # days before a model's shutdown in which that is said
 
 
 def pool(judge, kind="p_eval"):
@@ -63,12 +67,12 @@ def crowd(judge, kind):
     """The annotators of a pool that is not a file."""
     if judge in CROWDS:
         prefix, size = CROWDS[judge]
-        names = [f"{prefix}-{i:02d}" for i in range(1 if kind == "p_single" else size)]
+        names = [f"{prefix}-{i:02d}" for i in range(size if kind in ("p_ann", "p_eval") else 1)]
         return [Annotator(name, name) for name in names]
     models = judge.split(",")
     if len(models) not in (1, 3) or not all(models):
         raise InputError(f"--judge {judge}: one model, or three (big,mid,small)")
-    return single(models[0]) if kind == "p_single" else paper_pool(models)
+    return {"p_single": single(models[0]), "p_pairwise": pairwise(models[0])}.get(kind) or paper_pool(models)
 
 
 # ---- pairs -> preferences ------------------------------------------------------------------------------
@@ -85,7 +89,17 @@ class Question:
         self.record, self.annotator, self.switched, self.salt = record, annotator, switched, salt
         first, second = ("output_2", "output_1") if switched else ("output_1", "output_2")
         self.texts = question(record), record[first], record[second]
-        self.answer, self.share, self.preference, self.cause = {}, 1, None, ""      # share: pairs in its request
+        self.body, self.answer, self.preference, self.cause = {}, {}, None, ""      # the latest
+        self.share, self.replies = 1, []                # pairs in its request; (line, pairs in its request) of all
+
+    @property
+    def form(self):
+        return template(self.annotator.prompt)["verdict"]
+
+    @property
+    def said(self):
+        """The latest reply as text, None if there is none."""
+        return content(self.answer["choice"]["message"]) if "choice" in self.answer else None
 
 
 def plan(pairs, annotators, seed=0, flip=0.0, both_orders=False):
@@ -118,24 +132,75 @@ def batches(questions):
     return full + list(waiting.values())
 
 
-def requests_of(groups, logprobs, longer=1):
-    """The request for each group of questions, with room for an answer so many times longer than usual."""
-    return [request_body(group[0].annotator, [one.texts for one in group], longer * group[0].annotator.max_tokens,
-                         logprobs) for group in groups]
+def requests_of(groups, judge, logprobs=False):
+    """The request for each group of questions. Log-probabilities say something of a single letter only, for which a
+    model need not think long."""
+    bodies = []
+    for group in groups:
+        letter = group[0].form == "letter"
+        body = request_body(group[0].annotator, [one.texts for one in group],
+                            logprobs=letter and (logprobs or group[0].annotator.logprobs))
+        effort = {"reasoning_effort": judge.brief} if letter and judge.brief else {}
+        bodies.append({**body, **effort, **judge.extra})
+    return bodies
 
 
-def ask(groups, judge, logprobs, longer=1):
-    """Ask the judge about groups of questions, and file in each what came of it."""
+def second_request(one, judge, logprobs):
+    """The request for a pair that has got no verdict: the form said again, more room, or the pair without company."""
+    if one.cause == "no verdict" and one.share == 1:
+        return once_more(one.body, without_thought(one.said)[0], one.form)
+    (body,) = requests_of([[one]], judge, logprobs)
+    if one.cause == "no verdict":
+        return once_more(body, "", one.form)
+    return {**body, "max_tokens": max(MOST_ROOM, body["max_tokens"])} if one.cause == "cut off" else body
+
+
+def ask(groups, judge, bodies, total):
+    """Ask the judge about groups of questions in these requests, and file in each question what came of it."""
+    for group, body, line in zip(groups, bodies, judge.complete(bodies, total)):
+        found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"), line.get("usage"))
+        for one, (preference, cause) in zip(group, found):
+            one.body, one.answer, one.share, one.cause = body, line, len(group), cause
+            one.replies.append((line, len(group)))
+            one.preference = 3 - preference if preference and one.switched else preference
+
+
+def settle(groups, judge, logprobs, total):
+    """Ask about groups of the `total` questions, and once more about each without a verdict; the hits in the cache."""
     if isinstance(judge, Person):
         # In both orders: each pair in the drawn one first, and in the other after all of them.
-        return judge.answer(sorted((one for group in groups for one in group), key=lambda one: one.switched != draw(
+        judge.answer(sorted((one for group in groups for one in group), key=lambda one: one.switched != draw(
             "is_switched_outputs", one.salt, [False, True])))
-    for group, line in zip(groups, judge.complete(requests_of(groups, logprobs, longer))):
-        found = verdicts(group[0].annotator, line.get("choice"), len(group), line.get("cause"))
-        for one, (preference, cause) in zip(group, found):
-            one.answer, one.share = line, len(group)
-            one.preference = 3 - preference if preference and one.switched else preference
-            one.cause = cause
+        return judge.hits
+    ask(groups, judge, requests_of(groups, judge, logprobs), total)
+    hits, twice = judge.hits, ("no verdict", "cut off", NO_MESSAGE)
+    failed = [[one] for group in groups for one in group if one.cause in twice or one.cause and one.share > 1]
+    if failed:
+        ask(failed, judge, [second_request(one, judge, logprobs) for (one,) in failed], total)
+    failed = [[one] for group in groups for one in group if one.cause]
+    if failed and judge.ask_again:
+        bodies = [one.body for (one,) in failed]
+        judge.cache.forget(map(judge.name, bodies))
+        ask(failed, judge, bodies, total)
+    return hits
+
+
+def probe(judge, annotators, pairs, logprobs=False, **order):
+    """Ask each model of a pool the first real questions for it, before an hour of work or a bill depends on it.
+
+    What it answers is kept, so `annotate` with the same `order` (seed, flip, both_orders) does not ask again.
+    JudgeError if it is not there, or cannot answer in form. Says which model is shut down soon.
+    """
+    listed = judge.knock()
+    if isinstance(judge, Person) or judge.endpoint == "barn" or judge.replay:
+        return
+    shutdown, (_, questions) = {**prices()["shutdown"], **listed}, plan(pairs, annotators, **order)
+    for model, group in {group[0].annotator.model: group for group in reversed(batches(questions))}.items():
+        if (day := shutdown.get(model)) and (day - datetime.date.today()).days < SOON:
+            print(f"judge: {model} is shut down on {day}", flush=True)
+        settle([group], judge, logprobs, len(group))
+        if all(one.cause for one in group):
+            unusable(group, judge, len(group), len(group))
 
 
 def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logprobs=False, costs=False):
@@ -154,26 +219,29 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
       price_per_example, time_per_example  with `costs`: $ (None: unknown) and seconds; not the same in every run
     A fraction `flip` of the labels is wrong on purpose: 2 * flip of them are coins, tossed instead of asking, so they
     cost nothing. Pairs with one instruction share their draws, unless each has a "seed" string too. A pair without a
-    verdict is asked about once more if it had company, was cut off or got garbage: alone, with room for a longer
-    answer. JudgeError if more than judge.max_unusable of those asked have no usable verdict.
+    verdict is asked about once more: alone if it had company, with room for a longer answer if that was cut off, else
+    with the form said again. JudgeError if more than judge.max_unusable of those asked have no usable verdict, or none
+    of the first EARLY.
     """
     records, questions = plan(pairs, annotators, seed, 0 if isinstance(judge, Person) else flip, both_orders)
     for record in records:
         record |= {"judge": judge.title, "pool": annotators[0].pool, "effort": judge.effort, "date": None}
     groups = batches(questions)
-    ask(groups, judge, logprobs)
-    hits = judge.hits
-    failed = [one for one in questions if one.cause in ("cut off", NO_MESSAGE) or one.cause and one.share > 1]
-    if failed:
-        ask([[one] for one in failed], judge, logprobs, longer=2)
+    early = 1 + sum(total < EARLY for total in itertools.accumulate(map(len, groups)))
+    early = len(groups) if isinstance(judge, Person) else early
+    hits = settle(groups[:early], judge, logprobs, len(questions))
+    failed = [one for group in groups[:early] for one in group if one.cause]
+    if len(groups) > early and len(failed) == sum(map(len, groups[:early])):
+        unusable(failed, judge, len(failed), len(failed))
+    hits += settle(groups[early:], judge, logprobs, len(questions))
 
     by_record = {}
     for one in questions:
         by_record.setdefault(id(one.record), []).append(one)
-    unusable = Counter()
+    lost = Counter()
     for said in by_record.values():
         record, causes = said[0].record, [one.cause for one in said if one.cause]
-        texts = [one.answer.get("choice", {}).get("message", {}).get("content") for one in said]
+        texts = [one.said for one in said]
         record["raw_completion"] = texts if both_orders else texts[0]
         if "time" in said[0].answer:
             record["date"] = time.strftime("%Y-%m-%d", time.gmtime(said[0].answer["time"]))
@@ -184,31 +252,41 @@ def annotate(pairs, annotators, judge, seed=0, flip=0.0, both_orders=False, logp
         if both_orders:
             record["preference_by_order"] = [one.preference for one in said]
         if costs:
-            paid = [dollars(one.answer.get("usage"), judge.price(one.annotator.model)) for one in said]
-            record["price_per_example"] = None if None in paid else sum(
-                each / one.share for each, one in zip(paid, said))
-            record["time_per_example"] = sum(one.answer.get("seconds", 0) / one.share for one in said)
-        unusable.update(causes[:1])
-    report(records, questions, judge, len(groups), hits, unusable)
+            replies = [reply for one in said for reply in one.replies]
+            paid = [(dollars(usage, judge.price(said[0].annotator.model)), share) for line, share in replies
+                    for usage in (*line.get("before", ()), line.get("usage"))]
+            known = all(each is not None for each, share in paid)
+            record["price_per_example"] = sum(each / share for each, share in paid) if known else None
+            record["time_per_example"] = sum(line.get("seconds", 0) / share for line, share in replies)
+        lost.update(causes[:1])
+    report(records, questions, judge, len(groups), hits, lost)
     return records
 
 
-def report(records, questions, judge, requests, hits, unusable):
+def report(records, questions, judge, requests, hits, lost):
     """Say what was asked and what came of it; JudgeError if too little did."""
     asked = sum(record["scored_by"] not in ("coin", "equal") for record in records)
     kinds = Counter(record["scored_by"] for record in records)
-    failed = sum(unusable.values())
-    causes = ", ".join(f"{n} {cause}" for cause, n in unusable.most_common())
+    failed = sum(lost.values())
+    causes = ", ".join(f"{n} {cause}" for cause, n in lost.most_common())
     print(f"judge: {asked} asked{f' in {requests} requests' if requests != asked else ''} ({hits} from the cache), "
           f"{asked - failed} usable, {failed} unusable{f' ({causes})' if causes else ''}, {kinds['coin']} coins, "
           f"{kinds['equal']} identical{f', {soft} by log-probabilities' if (soft := kinds['logprobs']) else ''}",
           flush=True)
+    if any("logprobs" in one.body for one in questions) and not soft:
+        print("judge: no log-probabilities of a letter came: these are verdicts by text", flush=True)
+    unusable([one for one in questions if one.cause], judge, failed, asked)
+
+
+def unusable(lost, judge, failed, asked):
+    """JudgeError if too many verdicts are unusable: which annotator wanted which form, and what came."""
     if failed > judge.max_unusable * asked:
-        bad = next(one for one in questions if one.cause)
-        said = (bad.answer.get("choice") or {}).get("message", {}).get("content")
-        example = shorten(said or judge.fault)
-        raise JudgeError(f"{failed} of {asked} verdicts are unusable, for example {example!r}; "
-                         f"at most {judge.max_unusable:.0%} may be. Every answer is kept in {judge.cache.path}")
+        one = lost[0]
+        came = shorten(one.said or one.answer.get("fault") or one.cause)
+        raise JudgeError(f"{failed} of {asked} verdicts are unusable, for example {came!r} ({one.cause}), where "
+                         f"{one.annotator.name} wants {FORMS[one.form]}; at most {judge.max_unusable:.0%} may be "
+                         f"(--max_unusable). Every answer is kept in {judge.cache.path}; --ask_again unusable asks a "
+                         "judge that is well again for these")
 
 
 # ---- finding the judge ---------------------------------------------------------------------------------
@@ -231,92 +309,24 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
         elif judge.startswith("serve:"):
             where = {"base_url": stack.enter_context(served(judge)), "endpoint": fingerprint(judge[6:])}
         else:
-            where = remote(options.get("replay"))
+            where = remote(options.get("replay")) | {"brief": "none"}
         found = stack.enter_context(contextlib.closing(
             Judge(cache=cache, workers=workers, max_unusable=max_unusable, **where, **options)))
         found.title = judge
         yield found
 
 
-def remote(replay=False):
-    """base_url, key, headers and url of the server that the environment names."""
-    env, azure = os.environ, os.environ.get("AZURE_OPENAI_ENDPOINT", "").rstrip("/")
-    azure = azure if not (env.get("OPENAI_BASE_URL") or env.get("OPENAI_API_BASE")) else ""
-    base_url = azure or env.get("OPENAI_BASE_URL") or env.get("OPENAI_API_BASE") or "https://api.openai.com/v1"
-    base_url, name = base_url.rstrip("/"), "AZURE_OPENAI_API_KEY" if azure else "OPENAI_API_KEY"
-    key = env.get(name, "").strip()
-    if not ADDRESS.fullmatch(base_url):             # not shown: URLs have been seen with passwords in them
-        raise JudgeError(f"{'AZURE_OPENAI_ENDPOINT' if azure else 'OPENAI_BASE_URL'} must look like "
-                         "https://host/v1 or http://localhost:8000/v1")
-    if not key and not replay and not on_this_machine(base_url):
-        raise JudgeError(f"{name} is not set, and {base_url} is not on this machine: export it (any word will do "
-                         "for a server without keys)")
-    if not re.fullmatch(r"[!-~]*", key):            # requests would show it in its own error
-        raise JudgeError(f"{name} holds a space or another character that no key has")
-    if azure:
-        version = env.get("OPENAI_API_VERSION", "2024-10-21")
-        return {"base_url": base_url, "key": key, "headers": {"api-key": key} if key else {},
-                "url": lambda model: f"{base_url}/openai/deployments/{model}/chat/completions?api-version={version}"}
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    for header, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
-        headers |= {header: env[variable]} if env.get(variable) else {}
-    return {"base_url": base_url, "key": key, "headers": headers}
-
-
-@contextlib.contextmanager
-def served(judge):
-    """Serve the checkpoint of "serve:PATH" from a process of its own; yields the base URL."""
-    command = [sys.executable, str(Path(__file__).parent / "serve.py"), judge[6:], "--port", "0", "--name", judge]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = next(filter(None, (re.search(r"http://\S+/v1", line) for line in server.stdout)), None)
-            if not url:
-                raise JudgeError(f"serve.py could not serve {judge[6:]}")
-            yield url[0]
-        finally:
-            server.terminate()
-
-
-def fingerprint(path):
-    """What a checkpoint's answers are filed under: other weights in the same place are another judge."""
-    files = sorted(Path(path).rglob("*.safetensors")) if Path(path).is_dir() else []
-    return "serve:" + ",".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-
-
-# ---- money ---------------------------------------------------------------------------------------------
-
-def price_of(said=""):
-    """A function from a model's name to its price, ($ per million prompt tokens, completion tokens), None if unknown.
-
-    `said` is --price, "2.5,10" for all models; else a model costs what the longest name in
-    data/judges/prices.json costs that it begins with.
-    """
-    if said:
-        prices = [float(x) for x in said.split(",") if re.fullmatch(r"\d+(\.\d+)?", x)]
-        if len(prices) != 2:
-            raise InputError(f"--price {said}: $ per million tokens of prompt and of completion, as in 2.5,10")
-        return lambda model: tuple(prices)
-    listed = json.loads((Path(__file__).parent / "data" / "judges" / "prices.json").read_text(encoding="utf-8"))
-    names = sorted((name for name in listed if name != "about"), key=len, reverse=True)
-    return lambda model: next((tuple(listed[name]) for name in names if model.startswith(name)), None)
-
-
 def estimate(questions, judge, logprobs):
-    """What asking would take, as text: about four characters make a token, and no answer is longer than allowed."""
+    """What asking would take, as text."""
     if isinstance(judge, Person):
         return judge.estimate(questions)
-    bodies = requests_of(batches(questions), logprobs)
-    missing = {key: body for body in bodies if not judge.cache.get(key := judge.name(body))}.values()
-    said, cost = Counter(), 0.0
-    for body in missing:
-        usage = {"prompt_tokens": sum(len(message["content"]) for message in body["messages"]) // 4,
-                 "completion_tokens": body["max_tokens"]}
-        said.update(usage)
-        known = judge.price(body["model"])
-        cost = math.nan if known is None else cost + dollars(usage, known)
-    return (f"{len(questions)} questions in {len(bodies)} requests, {len(bodies) - len(missing)} of them in the cache; "
-            f"the others about {said['prompt_tokens']:,} tokens of prompt and at most {said['completion_tokens']:,} of "
-            f"answers, {'price unknown (--price)' if math.isnan(cost) else f'at most ${cost:.2f}'}")
+    groups = batches(questions)
+    bodies = requests_of(groups, judge, logprobs)
+    new = [(group, body) for group, body in zip(groups, bodies) if not judge.cache.get(judge.name(body))]
+    alone = requests_of([[one] for group, _ in new for one in group], judge, logprobs)
+    first = {judge.name(body): body for _, body in new}.values()
+    return (f"{len(questions)} questions in {len(bodies)} requests, {len(bodies) - len(new)} of them in the cache; "
+            f"the others {forecast(first, 2 * [*first, *alone], MOST_ROOM, judge.price)}")
 
 
 # ---- the command ---------------------------------------------------------------------------------------
@@ -328,39 +338,41 @@ def parse(argv):
     add("pairs", help="pairs {instruction, output_1, output_2}, lists of outputs, or outputs with --reference; .json, "
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
-    add("--judge", default="", metavar="MODEL", help="barn (default), barn-human, serve:PATH, a model, or "
-        "big,mid,small; me: a page asks you")
+    add("--judge", default="", metavar="MODEL", help="a model, big,mid,small, serve:PATH, or for texts of the "
+        "offline world barn (default), barn-human; me: a page asks you")
     add("--judge_models", default="", metavar="BIG,MID,SMALL", help="the same as --judge")
-    add("--pool", default="p_ann", help="p_ann: with flips, p_eval: without, p_single: one greedy judge; or a file of "
-        "your own annotators (.json)")
+    add("--pool", default="p_ann", help="p_ann: thirteen with flips, p_eval: without, p_single: one that sees five "
+        "pairs at a time, p_pairwise: one letter a pair; or a file of your own annotators (.json)")
     add("--flip", type=float, help="share of labels flipped (default: the pool's)")
     add("--out", type=Path, default=Path("annotated.json"), help="where the annotations go")
     add("--cache", type=Path, help="file of all answers (default: judge.jsonl beside --out)")
     add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
-    add("--logprobs", action="store_true", help="fractions by log-probabilities, where the server gives them")
+    add("--logprobs", action="store_true", help="fractions by the log-probabilities of a single letter")
     add("--seed", type=int, default=0, help="of annotators, orders and flips")
     add("--seeds", type=int, default=1, help="label each pair so many times, by other annotators")
     add("--samples", choices=["all", "derangement"], default="all", help="of several outputs to one instruction: all "
         "pairs, or each with one other")
     add("--complete", default="", metavar="MODEL", help="have the instructions answered by this model, or serve:PATH")
     add("--limit", type=int, default=0, help="annotate only the first so many pairs (0: all)")
-    add("--workers", type=int, default=8, help="requests under way at a time, at most")
-    add("--max_unusable", type=float, default=.02, help="share of unusable verdicts that is put up with")
+    add_flags(add)
     add("--max_calls", type=int, help="stop before another call")
     add("--max_cost", type=float, metavar="$", help="stop when so much is spent")
     add("--price", default="", metavar="IN,OUT", help="$ per million tokens of prompt and completion")
     add("--dry_run", action="store_true", help="say what would be asked and what it costs, and ask nothing")
+    add("--show_prompt", default="", metavar="NAME", help="print what this annotator is asked about the first pair")
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
     args = parser.parse_args(underscored(argv))
-    args.judge = args.judge_models or args.judge or ("barn" if args.pool in POOLS else args.pool)
+    args.judge = args.judge_models or args.judge or ("" if args.pool in POOLS else args.pool)
     person = PERSON.fullmatch(args.judge)
     if args.flip and person:
         raise InputError("--flip would change nothing: a person's labels are not flipped")
     args.flip = POOLS.get(args.pool, 0.0) if args.flip is None and not person else args.flip or 0.0
-    if not (0 <= args.flip <= .5 and 0 <= args.max_unusable <= 1):
-        raise InputError("--flip lies between 0 and 0.5, --max_unusable between 0 and 1")
-    if min(args.seeds, args.workers) < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
-        raise InputError("--seeds and --workers are positive, --limit, --max_calls and --max_cost not negative")
+    if not 0 <= args.flip <= .5:
+        raise InputError("--flip lies between 0 and 0.5")
+    if args.seeds < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
+        raise InputError("--seeds is positive, --limit, --max_calls and --max_cost are not negative")
+    args.options = {**options(args), "replay": args.dry_run or args.replay, "max_calls": args.max_calls,
+                    "max_cost": args.max_cost, "price": price_of(args.price)}
     return args
 
 
@@ -376,8 +388,7 @@ def answer(args):
         raise InputError(f"--complete {args.complete}: that is a judge; name a model, or serve:PATH")
     records = read_records(args.pairs, ("instruction",))[:args.limit or None]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", args.workers, replay=args.replay,
-                 price=price_of(args.price), max_calls=args.max_calls, max_cost=args.max_cost) as judge:
+    with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         judge.knock()
         write(args.out, complete(records, args.complete, judge))
         print(f"{len(records)} answers are in {args.out}; {judge.calls} calls, {judge.spent()}")
@@ -388,22 +399,25 @@ def main(argv):
     if args.complete:
         return answer(args)
     pairs = read_pairs(args.pairs, args.reference, args.samples)[:args.limit or None]
+    args.judge = args.judge or at_home(pairs)
     annotators = pool(args.judge, args.pool)
-    price = price_of(args.price)
-    if args.max_cost is not None and not all(price(annotator.model) for annotator in annotators):
+    texts = [(question(pair), pair["output_1"], pair["output_2"]) for pair in pairs[:1]]
+    if args.show_prompt:
+        return print(prompts_shown(annotators, texts, args.show_prompt))
+    if args.max_cost is not None and not all(args.options["price"](annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    offline = args.dry_run or args.replay
-    with connect(args.judge, args.cache or args.out.parent / "judge.jsonl", args.workers, args.max_unusable,
-                 replay=offline, price=price, max_calls=args.max_calls, max_cost=args.max_cost) as judge:
+    with connect(args.judge, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         if args.dry_run:
             records, questions = [], []
             for seed in range(args.seed, args.seed + args.seeds):
                 more, asked = plan(pairs, annotators, seed, args.flip, args.both_orders)
                 records, questions = records + more, questions + asked
             coins = sum(record["scored_by"] == "coin" for record in records)
-            return print(f"{len(records)} labels, {coins} of them coins; {estimate(questions, judge, args.logprobs)}")
-        judge.knock()
+            shown = "" if isinstance(judge, Person) else prompts_shown(annotators, texts)
+            asked = estimate(questions, judge, args.logprobs)
+            return print("\n".join(filter(None, (f"{len(records)} labels, {coins} of them coins; {asked}", shown))))
+        probe(judge, annotators, pairs, args.logprobs, seed=args.seed, flip=args.flip, both_orders=args.both_orders)
         records = [record for seed in range(args.seed, args.seed + args.seeds)
                    for record in annotate(pairs, annotators, judge, seed, args.flip, args.both_orders, args.logprobs,
                                           costs=True)]

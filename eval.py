@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotate import POOLS, annotate, connect, draw, pool, price_of
+from annotate import POOLS, add_flags, annotate, connect, draw, options, pool, price_of, probe
 from data import InputError, did_you_mean, run, run_folders, sets, underscored
 from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_judges,
                               read_labels, read_length_control, read_outputs)
@@ -231,8 +231,11 @@ def reference_outputs(args):
 def judged(args, outputs, reference):
     """{name: annotations} of {name: outputs}, each written to a folder of its own."""
     models, annotators = {}, pool(args.judge, args.pool)
-    max_unusable = 1 if args.attack else args.max_unusable          # a judge that loses its head: that is a result, too
-    with connect(args.judge, args.out / "judge.jsonl", args.workers, max_unusable) as judge:
+    if args.attack:
+        args.options["max_unusable"] = 1                # a judge that loses its head: that is a result, too
+    with connect(args.judge, args.out / "judge.jsonl", **args.options) as judge:
+        pairs = paired(matched(next(iter(outputs.values())), reference), reference)
+        probe(judge, annotators, pairs, seed=args.seed, both_orders=args.both_orders)
         for name, records in outputs.items():
             models[name] = evaluate(records, reference, annotators, judge, args.seed, args.both_orders)
             folder = args.out / folder_of(name)
@@ -263,7 +266,8 @@ def labelled_anew(args, records):
     keep = ("instruction", "input", "output_1", "output_2", "generator_2")
     pairs = [{key: record[key] for key in keep if key in record} for record in labels_of(records)[0].values()]
     pairs = pairs[:args.limit or None]
-    with connect(args.judge, args.out / "judge.jsonl", args.workers, args.max_unusable, price=price_of()) as judge:
+    with connect(args.judge, args.out / "judge.jsonl", price=price_of(), **args.options) as judge:
+        probe(judge, pool(args.judge, args.pool), pairs)
         return [record for seed in range(args.seeds)
                 for record in annotate(pairs, pool(args.judge, args.pool), judge, seed, costs=True)]
 
@@ -352,8 +356,8 @@ def parse(argv):
         "with annotations: all instructions in their order, to know which are missing")
     add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, serve:PATH, a model at "
         "OPENAI_BASE_URL, or me: a page asks you (default: barn)")
-    add("--pool", default="p_eval", help="p_eval: thirteen annotators; p_single: one greedy one; or a file of your own "
-        "annotators (.json)")
+    add("--pool", default="p_eval", help="p_eval: thirteen annotators; p_single: one greedy one; p_pairwise: one that "
+        "says one letter, with its log-probabilities; or a file of your own annotators (.json)")
     add("--judge_report", nargs="+", metavar="FILE", help="labels of pairs, several for each; a row for each judge: "
         "labels that name the same judge, pool and effort (else the file's one annotator) are of one judge, whichever "
         "file they are in; with --judge: its own labels of these pairs")
@@ -375,8 +379,7 @@ def parse(argv):
     add("--resamples", type=int, default=1000, help="bootstrap resamples of the instructions")
     add("--seed", type=int, default=0, help="seed of orders, annotators, resamples, and of what --show draws")
     add("--limit", type=int, default=0, help="judge only so many instructions, 0 for all (default: 0)")
-    add("--workers", type=int, default=8, help="requests to the judge at the same time")
-    add("--max_unusable", type=float, default=.02, help="stop if a larger share of the verdicts is unusable")
+    add_flags(add)
     add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
 
     args, unknown = parser.parse_known_args(underscored(argv))
@@ -391,26 +394,28 @@ def parse(argv):
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {*MODES, "out"}
     if stray := sorted(given - set(MODES[mode].split())):
         raise InputError(f"--{stray[0]} would change nothing here: it does not go with {mode}")
-    if min(args.seeds, args.workers, args.n) < 1 or min(args.limit, args.seed) < 0:
-        raise InputError("--seeds, --workers and --n are positive, --limit and --seed are not negative")
+    if min(args.seeds, args.n) < 1 or min(args.limit, args.seed) < 0:
+        raise InputError("--seeds and --n are positive, --limit and --seed are not negative")
     if not 2 <= args.resamples <= 10 ** 5:
         raise InputError("--resamples lies between 2 and 100000")
     if args.pool not in POOLS:                          # a file, which names models
         args.judge = args.judge or args.pool
     if args.pool == "p_ann":
         raise InputError("--pool p_ann flips labels, to learn from: choose p_eval, p_single, or a file of annotators")
-    if not 0 <= args.max_unusable <= 1 or not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
-        raise InputError("--max_unusable lies between 0 and 1, --lc_C between 1e-6 and 1e6")
+    if not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
+        raise InputError("--lc_C lies between 1e-6 and 1e6")
+    args.options = options(args)
     return args
 
 
+ASKING = "workers max_unusable timeout max_tokens reasoning_effort judge_body ask_again"
 NUMBERS = "reference baseline lc lc_data lc_C resamples seed"
 MODES = {                                               # what is done, and the flags that go with it
     "annotations": f"{NUMBERS} any_reference",
     "show": "n seed any_reference",
-    "outputs": f"{NUMBERS} judge pool both_orders limit workers max_unusable",
-    "attack": "reference judge pool both_orders limit workers resamples seed",
-    "judge_report": "judge pool human second seeds limit workers max_unusable",
+    "outputs": f"{NUMBERS} judge pool both_orders limit {ASKING}",
+    "attack": f"reference judge pool both_orders limit resamples seed {ASKING.replace('max_unusable ', '')}",
+    "judge_report": f"judge pool human second seeds limit {ASKING}",
     "rankings": ""}
 
 

@@ -14,7 +14,7 @@ SHOWN = re.compile(r"<<<(\w+) instruction\n(.*)\n\1>>>\n\n<<<\1 output \(a\)\n(.
 
 def shown(body):
     """(instruction, text shown as (a), text shown as (b)) of a request."""
-    return SHOWN.search(body["messages"][-1]["content"]).groups()[1:]
+    return SHOWN.search("\n".join(message["content"] for message in body["messages"])).groups()[1:]
 
 
 def longer(body, nth):

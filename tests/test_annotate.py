@@ -73,21 +73,6 @@ def test_input_belongs_to_the_instruction_and_a_seed_parts_pairs_that_share_one(
     assert seeded[3]["is_switched"] == draw("is_switched_outputs", "Translate.\n\nThe hen.0-3", [False, True])
 
 
-@pytest.mark.parametrize("reply", ["Output (a)", " output (A)\n", "**Output (a)**.", "(a)", "a",
-                                   '"Output (a)"', "`Output (a)`", "> Output (a)", "```\nOutput (a)\n```",
-                                   "### Output a"])
-def test_verdicts_in_any_dress(reply):
-    assert prompts.letters(reply) == {1: "a"}
-    assert prompts.letters(reply.replace("(a)", "(b)").replace("(A)", "(B)").replace("a", "b")) == {1: "b"}
-
-
-@pytest.mark.parametrize("reply", ["", "both", "neither", "Output (a) or Output (b)", "Output (c)", "ab", "1",
-                                   "Output (a) is better", "I think Output (b)", "Output",
-                                   "Output (a)\nOutput (b)", "Output (a)?"])
-def test_no_verdict_is_guessed(reply):
-    assert prompts.letters(reply) == {}
-
-
 # ---- draws ---------------------------------------------------------------------------------------------
 
 SNIPPET = """
@@ -309,8 +294,7 @@ GARBAGE = {
     "not JSON": b"hello", "HTML": b"<html>busy</html>", "empty": b"", "cut": completion("Output (a)")[:-20],
     "not UTF-8": b'{"choices": [{"message": {"content": "\xff"}}]}', "a list": b"[1, 2]", "a number": b"3",
     "an error": {"error": {"message": "overloaded"}}, "no choices": {"choices": []},
-    "no message": {"choices": [{}]}, "null": {"choices": [{"message": {"content": None}}]},
-    "NaN": b'{"choices": [{"message": {"content": NaN}}]}',
+    "no message": {"choices": [{}]}, "a string for a message": {"choices": [{"message": "Output (a)"}]},
     "parts": {"choices": [{"message": {"content": ["Output (a)"]}}]},
     "choices of another kind": {"choices": "Output (a)"},
     "half a surrogate pair": b'{"choices": [{"message": {"content": "\\ud800"}}]}',
@@ -320,14 +304,14 @@ GARBAGE = {
 
 def test_garbage_is_asked_again_and_then_unusable_but_costs_no_other_pair(server, judge, capsys):
     pairs = make_pairs(2 * len(GARBAGE))
-    bad = dict(zip((pair["instruction"] for pair in pairs), GARBAGE.values()))
+    bad = dict(zip((pair["instruction"] for pair in pairs[::2]), GARBAGE.values()))
     server.rule = lambda body, nth: bad[shown(body)[0]] if shown(body)[0] in bad else longer(body, nth)
     records = ask(pairs, judge(max_unusable=0.5))
     assert preferences(records) == [None if r["instruction"] in bad else prefer_longer(r) for r in records]
     asked = Counter(shown(body)[0] for body in server.requests)
     assert all(asked[pair["instruction"]] == (8 if pair["instruction"] in bad else 1) for pair in pairs)
     assert f"{len(GARBAGE)} usable, {len(GARBAGE)} unusable" in capsys.readouterr().out
-    with pytest.raises(JudgeError, match="17 of 34 verdicts are unusable, for example 'HTTP 200, no message"):
+    with pytest.raises(JudgeError, match="16 of 32 verdicts are unusable, for example 'HTTP 200, no message"):
         ask(pairs, judge())
 
 
@@ -338,7 +322,7 @@ def test_too_many_unusable_verdicts_are_an_error_that_shows_one(server, judge):
     with pytest.raises(JudgeError, match="3 of 100 verdicts are unusable.*'Both are fine.'.*2%"):
         ask(pairs, judge())
     records = ask(pairs, judge(max_unusable=0.03))      # all of them were kept, the unusable ones too
-    assert len(server.requests) == 100 and preferences(records).count(None) == 3
+    assert len(server.requests) == 103 and preferences(records).count(None) == 3
 
 
 def close(handler):

@@ -17,7 +17,8 @@ from data.barn.judge import TASTES, prefers_first, serve
 from data.barn.reward import WEIGHTS, features, true_reward
 from data.barn.world import (CLEAN, KINDS, MIXED, PLAIN, SIZES, demonstrate, draw_instruction, parse,
                              pretraining_texts, splits)
-from data.judges.prompts import Annotator, request_body, verdicts
+from data.judges.prompts import Annotator, request_body
+from data.judges.verdicts import verdicts
 
 ROOT = Path(__file__).parents[1]
 DEFECTS, VIRTUES = ("wrong", "count", "repeat", "ramble", "rude", "cut"), ("opening", "detail", "closing")

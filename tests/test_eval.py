@@ -16,7 +16,8 @@ from annotate import draw
 from data import InputError
 from data.alpaca_eval import read_annotations, read_column
 from data.attacks import ATTACKS
-from data.judges.prompts import Annotator, logprob_preference
+from data.judges.prompts import Annotator
+from data.judges.verdicts import logprob_preference
 from eval import evaluate, folder_of, report
 from stats.tables import COLUMNS, details, leaderboard
 from stats.winrate import compare, paired_difference, resample, win_rate
@@ -32,12 +33,13 @@ class Prefers:
 
     def __init__(self, choose):
         self.choose, self.hits, self.max_unusable, self.fault = choose, 0, 0.5, ""
-        self.title = self.effort = ""
-        self.cache = SimpleNamespace(path="no file")
+        self.title = self.effort = self.brief = ""
+        self.cache, self.extra, self.ask_again = SimpleNamespace(path="no file"), {}, False
 
-    def complete(self, bodies):
+    def complete(self, bodies, total):
         shown = r"<<<(\w+) output \(a\)\n(.*)\n\1>>>\n\n<<<\1 output \(b\)\n(.*)\n\1>>>"
-        matches = (re.search(shown, body["messages"][-1]["content"], re.DOTALL) for body in bodies)
+        texts = ("\n".join(message["content"] for message in body["messages"]) for body in bodies)
+        matches = (re.search(shown, text, re.DOTALL) for text in texts)
         return [{"choice": {"message": {"content": self.choose(match[2], match[3])}}} for match in matches]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement        # pytest needs it
 
-from data.judges.prompts import VERDICTS, paper_pool, single, template
+from data.judges.prompts import paper_pool, single, template
+from data.judges.verdicts import READERS
 from rlhf import config, methods
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +306,6 @@ def test_every_judge_s_prompt_has_a_place_for_all_that_it_compares():
     assert names == {annotator.prompt for annotator in paper_pool(["m"])} | {"pairwise", single("m")[0].prompt}
     for name in names:
         form = template(name)
-        assert form["verdict"] in VERDICTS and form["messages"][-1]["content"].count("{pairs}") == 1
+        assert form["verdict"] in READERS and form["messages"][-1]["content"].count("{pairs}") == 1
         assert all(f"{{{place}}}" in form["pair"] for place in ("instruction", "output_1", "output_2", "fence"))
         assert ("{n}" in form["pair"]) == (form["verdict"] != "letter")

@@ -1,13 +1,17 @@
 """The file of everything a judge ever answered: append-only, one line an answer, shared by processes.
 
-A line is {"key", "model", "choice", "usage", "seconds", "dropped", "time"}: the choice of the reply as it came, so that
-a better parser reads old answers for free; `dropped` names the parameters that the server had refused.
+A line is {"key", "model", "choice", "usage", "before", "seconds", "thinks", "dropped", "time", "request"}: the choice
+of the reply as it came, so that a better parser reads old answers for free; the request as it was sent, where `dropped`
+names what the server had refused; `before` holds the usages of earlier replies to it, cut off or empty; `thinks` says
+that the model needs room for a thought. Of several lines with one key the last counts.
 """
 import contextlib
 import json
 import os
 import threading
 import time
+
+from data.judges.verdicts import content
 
 try:
     import fcntl
@@ -55,7 +59,8 @@ class Cache:
         for line in data.splitlines():
             try:
                 entry = json.loads(line)
-                entry["choice"]["message"]["content"].encode()
+                content(entry["choice"]["message"]).encode()
+                entry.pop("request", None)              # for people; it need not be in memory
                 self.answers[entry["key"]] = entry
             except GARBAGE:
                 self.damaged += 1
@@ -67,15 +72,20 @@ class Cache:
                 self._read()
         return self.answers.get(key)
 
-    def put(self, key, **answer):
+    def put(self, key, request, **answer):
         """File an answer before it is used."""
         entry = {"key": key, **answer, "time": time.time()}
-        line = json.dumps(entry).encode() + b"\n"
+        line = json.dumps({**entry, "request": request}).encode() + b"\n"
         with self.alone():
             self._read()
             self.file.write(line)
             self.end += len(line)
             self.answers[key] = entry
+
+    def forget(self, keys):
+        """Ask for these again: another answer will be filed below the one that is there."""
+        for key in keys:
+            self.answers.pop(key, None)
 
     def close(self):
         with self.lock:

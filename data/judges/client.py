@@ -1,9 +1,10 @@
 """The judge behind HTTP: one client for every server that speaks OpenAI's chat completions.
 
-Faults are told apart by one table (`_outcome`): worth another try, hopeless for this request, hopeless for all, or a
-parameter that this server does not know. Every answer is in the cache before it is used; an end by error, budget or
-Ctrl-C keeps what arrived, and the same command goes on from there.
+Replies are told apart by one table (`_outcome`): an answer, worth another try, hopeless for this request, hopeless for
+all, or a request that has to be put in another way for this server. Every answer is counted, paid for and in the cache
+before it is used; an end by error, budget or Ctrl-C keeps what arrived, and the same command goes on from there.
 """
+import datetime
 import email.utils
 import hashlib
 import itertools
@@ -16,19 +17,27 @@ import time
 from pathlib import Path
 
 import requests
-from requests.packages.urllib3.exceptions import HTTPError
+from requests.packages.urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from data.judges import JudgeError
 from data.judges.cache import GARBAGE, Cache
+from data.judges.prices import dollars, tokens
+from data.judges.servers import on_this_machine
+from data.judges.verdicts import content, cut_off, without_thought
 
 MAX_BYTES = 4 << 20     # of one reply: what is longer is cut, and no JSON any more
 MAX_RETRY_AFTER = 120   # seconds: who asks for more has a daily limit
 MAX_GARBAGE = 4         # times in a row that a request is answered, but not by a chat completion
 NO_MESSAGE = "no message in the reply"
 BROKE = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing")     # a 429 no waiting cures
-TOO_LONG = re.compile("context_length|context length|too long|too many tokens", re.IGNORECASE)
+TOO_LONG = re.compile(r"context_length|context length|too long|too many tokens"
+                      r"|max\w*_tokens\W.{0,40}(?:large|high|at most)", re.IGNORECASE)
 FILTERED = re.compile("content_filter|content_policy|content management policy", re.IGNORECASE)
-OPTIONAL = ("max_tokens", "temperature", "logprobs", "top_logprobs")        # what a server may do without
+OPTIONAL = {name: re.compile(spelled, re.IGNORECASE) for name, spelled in {     # what a server may do without
+    "max_tokens": r"max[\s_-]?tokens", "temperature": "temperature", "logprobs": r"log[\s_-]?prob",
+    "reasoning_effort": "reasoning|thinking|effort",
+    "system": r"\bsystem\b.{0,20}(?:role|messag|prompt)|roles?\b.{0,20}\bsystem\b|roles must alternate"}.items()}
+ROOM, MOST_ROOM, TWENTY = 4000, 16000, 20       # tokens for a thought: twenty times the usual, between these
 
 
 class Judge:
@@ -39,16 +48,18 @@ class Judge:
     bounds one call, and `patience` the time in which no call at all is answered. `headers` carry the key, which is
     `key`, too, so that it can be kept out of every message. `replay` answers from the file alone. `max_calls` and
     `max_cost` ($, by `price`: a model's $ per million tokens of prompt and completion) end it before it gets dearer.
+    `extra` goes into every request, `brief` is the reasoning_effort of prompts that want a single letter.
     """
 
     def __init__(self, base_url, cache, endpoint="", key="", headers=(), workers=8, max_unusable=0.02, timeout=120.0,
                  patience=600.0, backoff=0.5, url=None, replay=False, max_calls=None, max_cost=None,
-                 price=lambda model: None):
+                 price=lambda model: None, extra=(), brief="", ask_again=False):
         self.base_url, self.endpoint, self.key = base_url, endpoint or base_url, key
         self.url = url or (lambda model: base_url + "/chat/completions")
         self.workers, self.max_unusable, self.replay = workers, max_unusable, replay
         self.timeout, self.patience, self.backoff = timeout, patience, backoff
         self.max_calls, self.max_cost, self.price = max_calls, max_cost, price
+        self.extra, self.brief, self.ask_again = dict(extra), brief, ask_again
         self.session = requests.Session()
         self.headers = {"Content-Type": "application/json", **dict(headers)}
         self.session.mount(base_url, requests.adapters.HTTPAdapter(pool_maxsize=workers))
@@ -57,24 +68,34 @@ class Judge:
         self.jitter = random.Random()   # the global generator belongs to the training around us
         self.cache = Cache(Path(cache))
         self.gate = threading.Condition()
-        self.limit, self.flying, self.streak = workers, 0, 0    # calls allowed at a time, under way, good in a row
-        self.dropped = {}               # {parameter this server refuses: its other name, or None}
+        self.limit, self.flying, self.streak = min(workers, 4), 0, 0    # calls allowed at a time, under way, good ones
+        self.slowest, self.crowded = 0, False                   # seconds, of these; were there ever too many at a time?
+        self.terms = {}                 # {model: {what its server refuses: what is sent instead, or None}}
+        self.thinkers = {line["model"] for line in self.cache.answers.values() if line.get("thinks")}   # need room
         self.calls, self.cost = 0, 0.0  # that were sent, and $ that the answers came to as far as is known
         self.tokens, self.unpriced, self.uncounted = [0, 0], 0, 0   # of prompts and answers; answers without
+        self.answered = 0               # replies of status 200
         self.hits = 0                   # how many of the last complete() came from the cache
         self.contacted = False          # whether any reply ever came, of whatever status
         self.heard = 0.0                # when the latest answer came
         self.fault = ""                 # the latest thing that went wrong, for messages
-        self.title = self.effort = ""   # what it is called, and how long it may think, for the records
+        self.title, self.effort = "", self.extra.get("reasoning_effort", "")    # for the records
 
     def knock(self):
-        """JudgeError if nothing answers at the address; whatever answers will do, and costs nothing."""
+        """JudgeError if nothing answers at the address, which costs nothing; else {model: date of its shutdown}, as
+        far as the server lists them."""
         if self.replay:
-            return
+            return {}
         try:
-            self.session.get(self.base_url, timeout=10, allow_redirects=False, **self.settings).close()
-        except requests.RequestException as error:
+            data = self._exchange("GET", f"{self.base_url}/models", timeout=10)[2]
+            listed = {model["id"]: model["shutdown_date"] for model in json.loads(data)["data"]
+                      if model.get("shutdown_date")}
+            return {name: datetime.date.fromtimestamp(when) if isinstance(when, int) else
+                    datetime.date.fromisoformat(when[:10]) for name, when in listed.items()}
+        except requests.ConnectionError as error:
             raise self._absent(type(error).__name__) from None
+        except (requests.RequestException, HTTPError, OSError, *GARBAGE):
+            return {}                   # it is there; a busy one, or one that keeps no list
 
     def _absent(self, fault):
         return JudgeError(f"no judge answers at {self.base_url} ({fault}): is it running? "
@@ -88,20 +109,20 @@ class Judge:
         """The key of a request in the cache."""
         return hashlib.sha256(json.dumps([self.endpoint, body], sort_keys=True).encode()).hexdigest()
 
-    def complete(self, bodies):
-        """For each of `bodies` the line of the cache with its answer, or {"cause": why there is none}.
+    def complete(self, bodies, total=0):
+        """For each of `bodies` the line of the cache with its answer, or {"cause": why there is none, "fault": ...}.
 
-        Equal bodies are asked once, stored ones never.
+        Equal bodies are asked once, stored ones never. `total`: how many questions the whole work has, if that is more.
         """
         keys = [self.name(body) for body in bodies]
         missing = {key: body for key, body in zip(keys, bodies) if not self.cache.get(key)}
         self.hits = sum(key not in missing for key in keys)
-        causes = dict.fromkeys(missing, "no answer")
+        causes = dict.fromkeys(missing, ("no answer", ""))
         if self.replay:
-            causes = dict.fromkeys(missing, "not in the cache")
+            causes = dict.fromkeys(missing, ("not in the cache", ""))
         elif missing:
-            self._ask_all(missing, causes, self.max_unusable * len(bodies))
-        return [self.cache.get(key) or {"cause": causes[key]} for key in keys]
+            self._ask_all(missing, causes, self.max_unusable * max(total, len(bodies)))
+        return [self.cache.get(key) or dict(zip(("cause", "fault"), causes[key])) for key in keys]
 
     def _ask_all(self, missing, causes, bearable):
         items = list(missing.items())
@@ -149,7 +170,7 @@ class Judge:
     def spent(self):
         """What the new answers took, as text."""
         prompt, answers = self.tokens
-        if not (prompt or self.uncounted or self.cost):
+        if not (prompt or answers or self.uncounted or self.cost):
             return "free"
         return (f"{prompt:,} + {answers:,} tokens{f' and {self.uncounted} answers unknown' if self.uncounted else ''}, "
                 + (f"${self.cost:.2f}" if not self.unpriced else "price unknown"))
@@ -157,40 +178,48 @@ class Judge:
     # ---- one request -----------------------------------------------------------------------------------
 
     def _ask(self, key, body, stop):
-        """Ask until the answer is stored; else the cause, once this request is seen to be hopeless."""
-        garbage, failed, began = 0, 0, math.inf
+        """Ask until the answer is stored; else (cause, fault), once this request is seen to be hopeless."""
+        garbage, failed, late, began, before, share = 0, 0, 0, math.inf, [], 1
         for tries in itertools.count():
             # While others are answered the server is well, and this request was unlucky: no reason to wait long.
             failed = min(failed, 2) if self.heard > began else failed
             wait = min(60, self.backoff * 2 ** min(failed, 30)) * self.jitter.uniform(0.5, 1)
-            sent = self._adapted(body)
+            sent = self._adapted(body, share)
             if not self._enter(stop):
-                return "no answer"
-            failed, began, status = failed + 1, time.monotonic(), 0
+                return "no answer", self.fault
+            failed, began, status, slow, answered = failed + 1, time.monotonic(), 0, False, self.answered
             try:
-                status, headers, data = self._post(self.url(body["model"]), json.dumps(sent).encode())
+                status, headers, data = self._exchange("POST", self.url(body["model"]), json.dumps(sent).encode(),
+                                                       min(self.timeout * 2 ** late, max(self.timeout, self.patience)))
+                self._bill(body["model"], data)
             except (requests.RequestException, HTTPError) as error:
-                self.fault = type(error).__name__   # its text is three lines of urllib3
-                if not self.contacted and tries == 4:
-                    raise self._absent(self.fault) from None
+                timeout = isinstance(error, (requests.Timeout, ReadTimeoutError))
+                self.fault = f"{type(error).__name__}, --timeout {self.timeout:g}" if timeout else type(error).__name__
+                if tries == 4 and not self.contacted and isinstance(error, requests.ConnectionError):
+                    raise self._absent(type(error).__name__) from None
+                slow = timeout and self.answered - answered < self.limit
+                late += slow
             finally:
-                self._leave(status)
+                self._leave(status, slow, time.monotonic() - began)
             if 200 <= status < 300:
                 try:
-                    return self._store(key, body, sent, data, time.monotonic() - began)
+                    if not self._store(key, body, sent, data, time.monotonic() - began, before):
+                        return None
+                    wait = 0
                 except GARBAGE:
                     self.fault = f"HTTP {status}, no message: {shorten(data.decode(errors='replace'))}"
                     garbage += 1
                     if garbage == MAX_GARBAGE:
-                        return NO_MESSAGE
-            else:
+                        return NO_MESSAGE, self.fault
+            elif status:
                 garbage = 0
-            if status >= 300:
                 wait, cause = self._outcome(status, headers, data, sent, wait)
+                if cause == "too long" and limit_of(sent) > ROOM // 8:
+                    share, cause = share / 2, ""            # less room for the thought may fit
                 if cause:
-                    return cause
+                    return cause, self.fault
             if stop.wait(wait):
-                return "no answer"
+                return "no answer", self.fault
 
     def _enter(self, stop):
         """Wait until another call may be under way; False if there will be none."""
@@ -206,23 +235,32 @@ class Judge:
             self.calls, self.flying = self.calls + 1, self.flying + 1
             return True
 
-    def _leave(self, status):
-        """Half as many calls at a time when the server says that it is too much, one more after twenty good ones."""
+    def _leave(self, status, slow, seconds):
+        """Half as many calls at a time when that is too much for the server, one more after twenty good ones.
+
+        Before it was ever too much: after as many good ones as there are calls at a time, twice as many if each took
+        less than a quarter of the time that it may take, one more if less than half, else no more.
+        `slow`: a call timed out, and meanwhile not even as many were answered as may be under way.
+        """
         with self.gate:
             self.flying, self.contacted = self.flying - 1, self.contacted or status > 0
-            if status in (429, 503):
-                self.limit, self.streak = max(1, self.limit / 2), 0
+            if status in (429, 503) or slow:
+                self.limit, self.streak, self.crowded = max(1, self.limit / 2), 0, True
             elif 200 <= status < 300:
-                self.streak += 1
-                if self.streak % 20 == 0:
-                    self.limit = min(self.workers, self.limit + 1)
+                self.streak, self.answered = self.streak + 1, self.answered + 1
+                self.slowest = max(self.slowest, seconds)
+                if self.streak >= (20 if self.crowded else self.limit):
+                    quick = self.slowest < self.timeout / 4 and not self.crowded
+                    more = self.limit if quick else int(self.slowest < self.timeout / 2)
+                    self.limit, self.streak, self.slowest = min(self.workers, self.limit + more), 0, 0
             self.gate.notify()
 
-    def _post(self, url, payload):
-        """One exchange -> (status, headers, body)."""
-        deadline = time.monotonic() + self.timeout
-        request = requests.Request("POST", url, headers=self.headers, data=payload).prepare()    # knows no netrc
-        with self.session.send(request, timeout=(min(10, self.timeout), self.timeout), allow_redirects=False,
+    def _exchange(self, method, url, payload=None, timeout=None):
+        """One exchange -> (status, headers, body); an error that comes with status 200 has the status it speaks of."""
+        timeout = timeout or self.timeout
+        deadline = time.monotonic() + timeout
+        request = requests.Request(method, url, headers=self.headers, data=payload).prepare()    # knows no netrc
+        with self.session.send(request, timeout=(min(10, timeout), timeout), allow_redirects=False,
                                **self.settings) as response:
             data = b""
             # A socket's timeout starts anew with each byte; read1 returns what there is, so a clock can look.
@@ -233,18 +271,25 @@ class Judge:
                     raise requests.Timeout
         if len(self.key) >= 8:  # a server may echo it; a shorter one is no secret, and may be a common word
             data = data.replace(self.key.encode(), b"***")
-        return response.status_code, response.headers, data
+        status = response.status_code
+        return complaint(data)[2] or status if status < 300 and b'"error"' in data else status, response.headers, data
 
     def _outcome(self, status, headers, data, sent, wait):
-        """What an error means: (seconds until the next try, ""), or (_, cause) for this request; JudgeError for all.
+        """What a reply means: (seconds until the next try, ""), or (_, cause) for this request; JudgeError for all.
 
+        200 with a message         an answer (`_store`); what it says is for verdicts.py
+        200, cut off or thinking   filed and paid; again with room for a thought, and so for this model from now on
+        200, empty                 filed and paid; again at once, one time
+        200 with an error's code   as that code
+        200 with anything else     again, four times in a row at most
         408, 409, 425, 429, 5xx    again, after Retry-After if that is bearable
+        no reply in time           again, and fewer calls at a time if the server cannot keep up
         429 out of quota           the end
-        400, 422 of a parameter    again without it, or by its other name, from now on
-        400 too long, filtered     hopeless, this request
+        4xx of a parameter         again without it, or by its other name, from now on
+        400 too long, filtered     hopeless, this request; with less room if there was room for a thought
         3xx, other 4xx             the end: the key is not sent elsewhere, nor anything after a refusal
         """
-        message, code = complaint(data)
+        message, code, _ = complaint(data)
         self.fault = f"HTTP {status}: {shorten(message)}"
         if status < 400:
             raise JudgeError(f"{self.base_url} redirects to {headers.get('Location')}, where the key is not sent: "
@@ -254,69 +299,97 @@ class Judge:
                 return 0, "refusal"
             if status == 413 or TOO_LONG.search(code + message):
                 return 0, "too long"
-            if self._drop(code + message, sent):
-                return 0, ""
+        refused = status in (400, 403, 422) or status == 500 and "role" in message     # llama.cpp's template errors
+        if refused and self._adapt(f"{code} {message}", sent):
+            self.fault = ""
+            return 0, ""
         if status == 429 and BROKE.search(code):
             raise JudgeError(f"the judge is out of quota ({self.fault}); earlier answers are kept")
         if status < 500 and status not in (408, 409, 425, 429):
-            raise JudgeError(f"the judge at {self.base_url} refuses: {self.fault}")
+            hint = "" if status != 404 or "/v1" in self.base_url else " (most addresses end in /v1)"
+            raise JudgeError(f"the judge at {self.base_url} refuses {sent['model']}: {self.fault}{hint}")
         rest = retry_after(headers)
         if rest is not None and rest > MAX_RETRY_AFTER:
             raise JudgeError(f"the judge wants {rest:.0f} s of rest ({self.fault}); earlier answers are kept")
-        return wait if rest is None else rest, ""
+        return max(rest or wait, min(wait, 1)), ""
 
-    def _drop(self, complaint, sent):
-        """Do without a parameter that the server complains about, from now on; False if it names none."""
+    def _adapt(self, complaint, sent):
+        """Do without what the server complains about, for this model from now on; False if it names nothing sent."""
+        there = {*sent, sent["messages"][0]["role"]} - (self.extra.keys() - {"max_tokens"})
         with self.gate:
-            named = [name for name in OPTIONAL if re.search(rf"\b{name}\b", complaint) and name in sent]
-            for name in named:
-                if name not in self.dropped:
-                    self.dropped[name] = "max_completion_tokens" if name == "max_tokens" else None
-                    instead = self.dropped[name] or "nothing"
-                    print(f"judge: the server refuses {name}; {instead} is sent instead", flush=True)
-            return bool(named)
+            terms = self.terms.setdefault(sent["model"], {})
+            names = [name for name, spelled in OPTIONAL.items() if name in there and spelled.search(complaint)]
+            for name in names:
+                instead = {"max_tokens": "max_completion_tokens", "system": "the first user message"}.get(name)
+                top = sent.get("top_logprobs", 0) if name == "logprobs" else 0
+                fewer = [int(n) for n in re.findall(r"\b\d{1,2}\b", complaint) if 1 < int(n) < top]
+                if fewer or top > 5 and "top" in complaint:
+                    name, instead = "top_logprobs", max(fewer, default=5)
+                if terms.get(name, terms) != instead:
+                    terms[name] = instead
+                    print(f"judge: {sent['model']} refuses {name}; {instead or 'nothing'} is sent instead", flush=True)
+            return bool(names)
 
-    def _adapted(self, body):
-        """The request as this server takes it."""
-        sent = dict(body)
-        for name, other in list(self.dropped.items()):
-            value = sent.pop(name, None)
-            if other and value is not None:
-                sent[other] = value
+    def _adapted(self, body, share):
+        """The request as this server takes it, with `share` of the room for an answer."""
+        sent, terms = dict(body), dict(self.terms.get(body["model"], ()))
+        sent["max_tokens"] = int(max(body["max_tokens"], room(body) * (body["model"] in self.thinkers)) * share)
+        if "system" in terms and body["messages"][0]["role"] == "system":
+            system, user, *others = body["messages"]
+            sent["messages"] = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+        for name in sent.keys() & terms.keys():
+            value = sent.pop(name)
+            if name == "top_logprobs":
+                sent[name] = terms[name]
+            elif terms[name]:
+                sent[terms[name]] = value
         if "logprobs" not in sent:
             sent.pop("top_logprobs", None)
         return sent
 
-    def _store(self, key, body, sent, data, seconds):
-        """File one reply; raises one of GARBAGE if it is none."""
-        reply = json.loads(data)
-        choice, usage = reply["choices"][0], reply.get("usage")
-        message = choice["message"]
-        refused = message.get("refusal") or choice.get("finish_reason") == "content_filter"
-        if message.get("content") is None and refused:
-            message["content"] = ""
-        message["content"].encode()     # no string, or half a surrogate pair: out
-        json.dumps(choice, allow_nan=False)
-        self.cache.put(key, model=body["model"], choice=choice, usage=usage, seconds=seconds,
-                       dropped=[name for name in body if name not in sent])
-        counted, cost = tokens(usage), dollars(usage, self.price(body["model"]))
+    def _bill(self, model, data):
+        """Count what the server counts: every reply with a usage, whatever else is in it."""
+        try:
+            usage = json.loads(data)["usage"]
+        except GARBAGE:
+            return
         with self.gate:
-            self.heard = time.monotonic()
-            self.cost += cost or 0
-            self.tokens = [n + more for n, more in zip(self.tokens, counted or (0, 0))]
-            self.uncounted, self.unpriced = self.uncounted + (counted is None), self.unpriced + (cost is None)
+            self.cost += dollars(usage, self.price(model)) or 0
+            self.tokens = [n + more for n, more in zip(self.tokens, tokens(usage) or (0, 0))]
+
+    def _store(self, key, body, sent, data, seconds, before):
+        """File one reply, and say whether it is to be asked for again; raises one of GARBAGE if it is none.
+
+        `before` are the usages of earlier replies to this request, to which this one's is added.
+        """
+        reply = json.loads(data, parse_constant=lambda name: None)          # NaN, Infinity
+        choice, usage, model = reply["choices"][0], reply.get("usage"), body["model"]
+        said, cut = content(choice["message"]), cut_off(choice, usage)
+        said.encode()           # no string, or half a surrogate pair: out
+        refused = choice["message"].get("refusal") or choice.get("finish_reason") == "content_filter"
+        with self.gate:
+            self.heard, self.fault = time.monotonic(), ""
+            self.uncounted += tokens(usage) is None
+            self.unpriced += dollars(usage, self.price(model)) is None
+            short = body["max_tokens"] < ROOM // 4 or not without_thought(said)[0].strip()     # no long answer, but cut
+            more = cut and short and limit_of(sent) < min(room(body), MOST_ROOM) and not before
+            if more and model not in self.thinkers:
+                self.thinkers.add(model)
+                print(f"judge: {model} was cut off at {limit_of(sent)} tokens; {room(body)} from now on", flush=True)
+        self.cache.put(key, model=model, choice=choice, usage=usage, before=list(before), seconds=seconds, request=sent,
+                       thinks=model in self.thinkers, dropped=[name for name in body if name not in sent])
+        before.append(usage)
+        return more or not (said.strip() or cut or refused) and len(before) == 1
 
 
-def tokens(usage):
-    """(prompt, completion) tokens of a reply's usage, None where the server does not say."""
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    return None if any(type(count) is not int or count < 0 for count in counts) else tuple(counts)
+def room(body):
+    """Tokens that a model gets which thinks before it answers."""
+    return max(body["max_tokens"], ROOM, min(TWENTY * body["max_tokens"], MOST_ROOM))
 
 
-def dollars(usage, price):
-    """What a reply cost at `price` ($ per million tokens of prompt and completion); None if that is not known."""
-    counted = tokens(usage)
-    return sum(n * each for n, each in zip(counted, price)) / 1e6 if counted and price else None
+def limit_of(sent):
+    """The longest answer that a request allows."""
+    return sent.get("max_tokens") or sent["max_completion_tokens"]
 
 
 def retry_after(headers):
@@ -332,24 +405,20 @@ def retry_after(headers):
 
 
 def complaint(data):
-    """(message, code, type and parameter) of an error reply in OpenAI's form; of any other, its text and no code."""
+    """(message, code with type and parameter, status or None) of an error reply in any of the forms that there are."""
     try:
-        error = json.loads(data)["error"]
+        reply = json.loads(data)
+        error = reply.get("error") or (reply.get("choices") or [{}])[0].get("error") or reply
         if isinstance(error, str):
-            return error, ""
-        return str(error.get("message") or error), " ".join(str(error.get(key)) for key in ("code", "type", "param"))
+            return error, "", None
+        code = " ".join(str(error.get(key)) for key in ("code", "type", "param"))
+        status = str(error.get("code"))
+        return (str(error.get("message") or error.get("detail") or error), code,
+                int(status) if re.fullmatch("[45][0-9][0-9]", status) else None)
     except GARBAGE:
-        return data.decode(errors="replace"), ""
+        return data.decode(errors="replace"), "", None
 
 
 def shorten(text, limit=200):
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", re.IGNORECASE)
-
-
-def on_this_machine(url):
-    host = ADDRESS.match(url)[1]
-    return host in ("localhost", "[::1]") or host.startswith("127.")

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from data import InputError
-from data.judges.prompts import HERE, VERDICTS, Annotator, joined, template
+from data.judges.prompts import FORMS, HERE, Annotator, joined, template
 from data.sets import read_records
 
 
@@ -33,7 +33,7 @@ ANNOTATOR = {"name": ("a text", is_text), "model": ("a text", is_text), "prompt"
              "temperature": ("a number from 0 to 2", lambda value: type(value) in (int, float) and 0 <= value <= 2)}
 PROMPT = {"messages": ("a list of messages", lambda value: isinstance(value, list) and value),
           "pair": ("a text or a list of lines", is_lines),
-          "verdict": (f"one of {', '.join(VERDICTS)}", lambda value: is_text(value) and value in VERDICTS)}
+          "verdict": (f"one of {', '.join(FORMS)}", lambda value: is_text(value) and value in FORMS)}
 MESSAGE = {"role": ("system, user or assistant", lambda value: value in ("system", "user", "assistant")),
            "content": ("a text or a list of lines", is_lines)}
 

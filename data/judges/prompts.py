@@ -1,18 +1,18 @@
-"""Annotators: pairs -> a chat completion -> verdicts.
+"""Annotators: pairs -> a chat completion.
 
 An annotator is a model with a prompt, a temperature and a number of pairs that it sees at a time. Its prompt is a file
 in data/judges/: "messages" with a place {pairs}, the form of one "pair", and the form of its "verdict"; a list of
 strings is lines. Texts go in in one pass, fenced: nothing in an answer can become a placeholder, a message or its end.
 """
-import ast
 import functools
 import hashlib
 import itertools
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from data import InputError
 
 HERE = Path(__file__).parent
 
@@ -27,6 +27,7 @@ class Annotator:
     temperature: float = 0.0
     max_tokens: int = 16
     pool: str = ""                      # what it belongs to, for the records
+    logprobs: bool = False              # ask for the token log-probabilities of its letter
 
 
 def paper_pool(models):
@@ -39,6 +40,11 @@ def paper_pool(models):
 def single(model):
     """AlpacaFarm's p_sim^GPT-4: one judge, greedy, with a batch of five and criteria spelled out."""
     return [Annotator(model, model, "criteria", 5, 0.0, 60)]
+
+
+def pairwise(model):
+    """AlpacaEval 2's judge: one pair, one letter, as sure of it as the log-probabilities of its token say."""
+    return [Annotator(model, model, logprobs=True)]
 
 
 # ---- prompts -------------------------------------------------------------------------------------------
@@ -88,99 +94,30 @@ def request_body(annotator, pairs, max_tokens=0, logprobs=False):
     return {**body, "logprobs": True, "top_logprobs": 20} if logprobs else body
 
 
-# ---- verdicts ------------------------------------------------------------------------------------------
-
-MARKS = r"[\s*_`'\"#>.:-]*"             # what a letter may be dressed in, besides "Output" and brackets
-LETTER = re.compile(rf"{MARKS}(?:(?:the\ better\ one|better)\W+)?(?:output\s*)?{MARKS}\(?([ab])\)?{MARKS}",
-                    re.IGNORECASE | re.VERBOSE)
-NUMBERED = re.compile(r"[\s*_`'\"#>-]*(?:pair\s*)?(\d+)[\s*_`.:)-]+(?:output\s*)?\(?([ab])\)?[\s*_`'\",.]*",
-                      re.IGNORECASE)
-REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|i am sorry|sorry,|i can(?:no|['’])t\b|i(?: a|['’])m unable)", re.IGNORECASE)
-BARE = re.compile(r"\W*([ab])\W*", re.IGNORECASE)
-MAX_LINE, MAX_LITERAL = 300, 2048       # characters that the patterns, and that ast, may look at
+FORMS = {                               # of verdicts, as a judge is told that did not keep to it
+    "letter": "`Output (a)` or `Output (b)`", "numbered": "`1: Output (a)` or `1: Output (b)`",
+    "json": '`[{"pair": 1, "better": "a"}]` or `[{"pair": 1, "better": "b"}]`'}
 
 
-def letters(reply):
-    """{pair's number: "a" or "b"} of a reply in one letter, in any dress of case, quotes and markdown."""
-    match = LETTER.fullmatch(reply) if len(reply) <= MAX_LINE else None
-    return {1: match[1].lower()} if match else {}
+def once_more(body, reply, form):
+    """A request about one pair with its form said again: after a `reply` to it that had none, or before any ("")."""
+    exactly = f"Reply with exactly {FORMS[form]} and nothing else."
+    *before, last = body["messages"]
+    if not reply:
+        return {**body, "messages": [*before, {**last, "content": f"{last['content']}\n\n{exactly}"}]}
+    said = SPECIAL.sub(lambda match: match[0] + " ", reply.strip()[:2000])
+    return {**body, "messages": [*body["messages"], {"role": "assistant", "content": said}, {
+        "role": "user", "content": f"I read no verdict in that. Which output is better? {exactly}"}]}
 
 
-def numbered(reply):
-    """{pair's number: letter} of the lines "3: Output (a)"; other lines may say why. Two for a pair are none."""
-    found = {}
-    lines = (line for line in reply.splitlines() if len(line) <= MAX_LINE)
-    for match in filter(None, map(NUMBERED.fullmatch, lines)):
-        found.setdefault(int(match[1]), set()).add(match[2].lower())
-    return {n: said.pop() for n, said in found.items() if len(said) == 1}
-
-
-def objects(reply):
-    """{pair's number: letter} of a JSON list of {"pair", "better"}, or of a single one; what comes before may think."""
-    starts = itertools.islice(re.finditer(r"\[\s*\{|\{", reply), 100)
-    for start in (match.start() for match in starts):
-        text = re.sub(r"\s*```\s*$", "", reply[start:].strip())
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
-            try:
-                document = ast.literal_eval(text) if len(text) <= MAX_LITERAL else None
-            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-                document = None
-        if document is not None:
-            break
-    else:
-        return letters(reply)
-    found = {}
-    for n, item in enumerate(document if isinstance(document, list) else [document], 1):
-        if isinstance(item, dict) and isinstance(item.get("better"), str):
-            found.setdefault(item.get("pair", n), []).extend(letters(item["better"]).values())
-    return {n: said[0] for n, said in found.items() if isinstance(n, int) and len(said) == 1}
-
-
-VERDICTS = {"letter": letters, "numbered": numbered, "json": objects}
-
-
-def verdicts(annotator, choice, number, cause=""):
-    """What a judge said of `number` pairs, from one of the `choices` of its reply: [(preference or None, cause)].
-
-    1: the text shown first, 2: the second; fractions if the choice has log-probabilities of the deciding token, which
-    goes for single letters only. The cause says why there is none: "refusal", "cut off", "no verdict"; or the one
-    given, if there is no choice at all.
-    """
-    if choice is None:
-        return number * [(None, cause)]
-    message = choice["message"]
-    reply = message["content"]
-    found = VERDICTS[template(annotator.prompt)["verdict"]](reply)
-    if not found and number == 1:       # a batch of one may be answered like any single pair
-        found = letters(reply)
-    cause = ("refusal" if message.get("refusal") or choice.get("finish_reason") == "content_filter"
-             or REFUSAL.match(reply) else "cut off" if choice.get("finish_reason") == "length" else "no verdict")
-    soft = letter_preference(choice) if number == 1 and found.keys() == {1} else None
-    return [(soft or 1 + "ab".index(found[n]), "") if n in found else (None, cause) for n in range(1, number + 1)]
-
-
-def letter_preference(choice):
-    """2 - P(a) at the token that decides between a and b, from the log-probabilities of a choice; None without them.
-
-    The last token that is nothing but the letter counts, with all its dresses (" a", "(A") together.
-    """
-    for token in reversed((choice.get("logprobs") or {}).get("content") or []):
-        if BARE.fullmatch(token["token"]):
-            mass = {"a": 0.0, "b": 0.0}
-            for top in token.get("top_logprobs") or []:
-                if match := BARE.fullmatch(top["token"]):
-                    mass[match[1].lower()] += math.exp(top["logprob"])
-            return 2 - mass["a"] / sum(mass.values()) if any(mass.values()) else None
-    return None
-
-
-def logprob_preference(logprobs, first="m", second="M"):
-    """A preference in [1, 2] from {token: log-probability} of a verdict in one token: 2 - P(first) / P(either).
-
-    AlpacaEval 2's logprob_parser; `first` is the token for the answer shown first. A token that is not among the top
-    ones counts as impossible; None if neither is there.
-    """
-    one, two = (math.exp(logprobs.get(token, -math.inf)) for token in (first, second))
-    return 2 - one / (one + two) if one + two else None
+def prompts_shown(annotators, pairs, name=""):
+    """The filled prompt of the annotator or the prompt file of this name, or one of each prompt, to be read."""
+    chosen = {one.prompt: one for one in reversed(annotators) if name in ("", one.name, one.prompt)}
+    if not chosen:
+        raise InputError(f"--show_prompt {name}: choose {', '.join(one.name for one in annotators)}")
+    lines = []
+    for one in chosen.values():
+        lines += ["", f"==== {one.name} ({one.prompt}) ===="]
+        for message in request_body(one, pairs)["messages"]:
+            lines += ["", f"-- {message['role']}:", message["content"]]
+    return "\n".join(lines)
