@@ -1,9 +1,10 @@
-"""[kit] A stage is what made it: when a finished one is reused, when it is refused, and how it is run again.
+"""[kit] Stages: when a finished one is reused, when it is refused, and how it is run again.
 
-What makes a stage: its settings, the stages it needed, the content of its data and of its base model, and the source of
-its method. All of it is in config.json, and `id` stands for it. A stage that is run again is made in a folder beside
-the old one (dpo.new). Then the old one is renamed (.dpo.old), the new one takes its place, and the old one is deleted,
-so that a kill leaves one of the two whole. One process at a time works on a stage.
+A stage is reused only if everything that made it is the same: its settings, the stages it needed, the content of its
+data and of its base model, and the source code of its method. All of this is in its config.json; `id` is a hash of it.
+A stage that is run again is made in a folder beside the old one (dpo.new). When it is finished, the old folder is
+renamed (.dpo.old), the new one gets its name, and the old one is deleted, so that a kill at any moment leaves one of
+the two complete. A lock lets one process at a time work on a stage.
 """
 import ast
 import contextlib
@@ -31,8 +32,8 @@ try:
 except ImportError:                     # Windows
     fcntl = None
 
-LOGS = {"config.json", "metrics.jsonl", "samples.jsonl"}            # the files of a stage that nobody will miss
-SEEN = {}                               # {file: hash of its source when this process first looked}
+LOGS = {"config.json", "metrics.jsonl", "samples.jsonl"}            # an unfinished stage with only these is overwritten
+SEEN = {}                               # {file: hash of its source when this process first read it}
 
 
 # -- what makes a stage --------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def digest(document):
 
 
 def records_of(cfg):
-    """Hashes of a run's records. Of the eval split the answers do not count, as they are judged anew every time."""
+    """Hashes of a run's records. Of the eval split only the questions count, since answers are judged in every run."""
     splits = cfg.splits()
     asked = [[record["instruction"], record["input"]] for record in splits.pop("eval")]
     return {"data": digest(splits), "eval_data": digest(asked)}
@@ -63,14 +64,14 @@ def files_of(folder):
 
 
 def base_of(cfg):
-    """A hash of the model that a run starts from. A folder of the hub's is named after its commit, which says all."""
+    """A hash of the model that a run starts from. The name of a folder from the hub is its commit, which is enough."""
     folders = [cfg.checkpoint, cfg.adapter] if cfg.adapter else [cfg.checkpoint]
     return digest([folder.name if config.in_cache(folder) else files_of(folder.absolute()) for folder in folders])
 
 
 def canonical(node):
-    """A syntax tree as lists, without docstrings, and without the empty fields that differ between Python's versions.
-    Comments are in no syntax tree."""
+    """A syntax tree as nested lists, without docstrings and without empty fields, which differ between versions of
+    Python. A syntax tree has no comments."""
     if isinstance(node, list):
         return [canonical(each) for each in node]
     if not isinstance(node, ast.AST):
@@ -83,14 +84,14 @@ def canonical(node):
 
 
 @lru_cache(None)
-def understood(source):
-    """(hash of a source text without comments and docstrings, what it imports)."""
+def hash_and_imports(source):
+    """(hash of a source text without comments and docstrings, the modules that it imports)."""
     tree = ast.parse(source)
     return digest(canonical(tree)), list(imported(tree))
 
 
 def imported(tree):
-    """The modules that a file may import, anywhere in it; some are names in a module instead."""
+    """The modules that a file imports, anywhere in it. Of `from a import b` both a and a.b, as b may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -107,9 +108,9 @@ def sources(method):
         path = FOLDER.parent / file
         if file in found or not (file == "model.py" or file.startswith("rlhf/")) or not path.exists():
             continue
-        found[file], further = understood(path.read_text(encoding="utf-8"))
+        found[file], further = hash_and_imports(path.read_text(encoding="utf-8"))
         if SEEN.setdefault(path, found[file]) != found[file]:
-            raise InputError(f"{file} has changed since it was loaded: start Python anew, or the old one would run")
+            raise InputError(f"{file} has changed since Python loaded it: restart Python to run the new code")
         left += further
     return dict(sorted(found.items()))
 
@@ -126,9 +127,9 @@ class Stage:
     def __post_init__(self):
         self.method, self.name = self.module.__name__.rpartition(".")[2], self.cfg.stage
         self.folder = Path(self.cfg.out) / self.name
-        asked = set() if self.cfg.asks_judge else {"judge", "pool"}         # nobody is asked: who would be is no matter
-        ours = asdict(self.cfg)
-        self.settings = {key: ours[key] for key in ours if key not in config.ELSEWHERE | asked}
+        unused = set() if self.cfg.asks_judge else {"judge", "pool"}
+        settings = asdict(self.cfg)
+        self.settings = {key: settings[key] for key in settings if key not in config.ELSEWHERE | unused}
         reads = {what: digest(content) for what, content in self.cfg.reads().items()}
         self.contents = {**self.contents, "model": base_of(self.cfg), **reads}
         self.made = {"method": self.method, "needs": self.needs, "contents": self.contents,
@@ -141,20 +142,20 @@ class Stage:
         return f"--{dotted}{'' if value else 'no_'}{key}" if isinstance(value, bool) else f"--{dotted}{key} {value}"
 
 
-# -- what lies in its folder ---------------------------------------------------------------------------------------
+# -- what is in its folder -----------------------------------------------------------------------------------------
 
 class Found(NamedTuple):
-    """What a stage has left in its folder."""
+    """The state of a stage's folder."""
     there: dict                         # its config.json
     finished: bool
-    damage: str                         # a sentence about the first file that cannot be used
+    damage: str                         # a sentence about the first missing or damaged file, or ""
 
 
 def find(folder):
-    """What is Found in a folder, None if nothing is; InputError if it is no stage's."""
+    """The Found of a folder; None if there is nothing in it. InputError if the folder is not one of a stage."""
     finished = (folder / "result.json").exists()
     if not (folder / "config.json").exists() and not finished and only_logs(folder):
-        return None                     # there is no folder, or a kill came before anything was written
+        return None                     # no folder, or one from before a kill that has nothing in it
     try:
         there, result = read_json(folder / "config.json"), read_json(folder / "result.json")
     except InputError as error:
@@ -162,12 +163,13 @@ def find(folder):
     if not there and finished:
         return Found({}, finished, f"{folder / 'config.json'} is missing")
     if not {"id", "needs"} <= there.keys():
-        raise InputError(f"{folder} holds something else than a stage of a run: choose another --out")
+        raise InputError(f"{folder} is not a stage of a run: choose another --out")
     return Found(there, finished, damaged(folder, result.get("files")) if finished else unreadable(folder))
 
 
 def damaged(folder, sizes):
-    """A sentence about the first file that is not as it was when the stage was finished; logs may be."""
+    """A sentence about the first file that is missing or has another size than when the stage was finished. Logs may
+    change."""
     for name, size in (sizes or {}).items():
         if name in LOGS - {"config.json"}:
             continue
@@ -179,7 +181,7 @@ def damaged(folder, sizes):
 
 
 def unreadable(folder):
-    """A sentence about the first file of an unfinished stage that is no JSON."""
+    """A sentence about the first .json file of an unfinished stage that is not JSON."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +191,7 @@ def unreadable(folder):
 
 
 def files_in(folder):
-    """{path below the folder: bytes}; hidden files are what a kill has left half written."""
+    """{path below the folder: bytes}, without hidden files, which may be half written."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")}
 
@@ -204,15 +206,15 @@ def write_json(path, document):
 
 class Difference(NamedTuple):
     text: str
-    flag: str = ""                      # that would undo it
-    short: str = ""                     # what is different here, in a word
-    need: str = ""                      # the method whose stage is another one
+    flag: str = ""                      # a flag that would make it the same
+    short: str = ""                     # the difference in a word, for the name of a variant
+    need: str = ""                      # the needed method whose stage is another one now
 
 
 def differences(stage, there):
     """[Difference] between what made the stage whose config.json is `there` and what would make it now."""
     if "sources" not in there:
-        return [Difference("it was made by an older farm.py, which did not note what it was made of")]
+        return [Difference("it was made by an older farm.py that did not record its source code")]
     cfg, files = stage.cfg, stage.made["sources"]
     changed = {key: value for key, value in stage.settings.items() if there.get(key) != value}
     found = [Difference(f"{key} is {there.get(key)!r} there and {value!r} here",
@@ -228,12 +230,12 @@ def differences(stage, there):
     edited = [file for file in {**files, **there["sources"]} if files.get(file) != there["sources"].get(file)]
     if edited:
         found.append(Difference(f"{', '.join(edited)} {'has' if len(edited) == 1 else 'have'} changed since"))
-    return found + [Difference(f"its {need} is another one by now", need=need)
+    return found + [Difference(f"its {need} has been made again since", need=need)
                     for need, id in stage.needs.items() if there["needs"].get(need) != id]
 
 
 def refusal(stage, what, different):
-    """InputError: how a stage differs from what is asked for, and the ways out."""
+    """The InputError that says how a finished stage differs from the one that is wanted, and what to do about it."""
     flags = [each.flag for each in different]
     short = next((each.short for each in different if each.short), "2")
     beside = re.sub(r"[^\w.-]+", "_", f"{stage.name}_{short}", flags=re.ASCII)[:40]
@@ -243,13 +245,14 @@ def refusal(stage, what, different):
     return InputError(f"{what} ({said}): give {', '.join(ways)}, or another --out")
 
 
-# -- what is to be done --------------------------------------------------------------------------------------------
+# -- which stages have to run --------------------------------------------------------------------------------------
 
 class Again:
-    """What --rerun names, remembered in the run folder: after an interruption the same command goes on from there."""
+    """The stages that --rerun names. They are written to the run folder, so that after an interruption the same command
+    continues instead of starting all of them again."""
 
     def __init__(self, out, ids):
-        """ids: {method: id} of the stages that were named."""
+        """ids: {method: id} of the stages that are named."""
         self.file, self.ids = Path(out) / ".rerun", ids
         try:
             before = read_json(self.file)
@@ -257,10 +260,10 @@ class Again:
             before = {}
         same = before.get("ids") == ids
         self.began = self.file.stat().st_mtime_ns if same else math.inf
-        self.anew = set(before["anew"] if same else ids)        # methods: those that were named, and what they change
+        self.anew = set(before["anew"] if same else ids)        # methods that run again: named, or built on a named one
 
     def asks(self, stage):
-        """Whether a stage was named, and has not been finished since this command began."""
+        """Whether a stage is named and has not yet been finished by this command."""
         result = stage.folder / "result.json"
         return stage.method in self.ids and not (result.exists() and result.stat().st_mtime_ns > self.began)
 
@@ -275,13 +278,13 @@ class Again:
 
 
 def place(stage, again):
-    """The folder in which a stage has to run, None if it is finished as it would be now; InputError if another one is
-    in its folder, or what is left of one."""
+    """The folder in which a stage has to run; None if it can be reused. InputError if its folder holds a stage that was
+    made otherwise, or the remains of one."""
     found = find(stage.folder)
     if found is None:
         return stage.folder
     different = differences(stage, found.there) if found.there else []
-    rebuilt = different and all(each.need in again.anew for each in different)       # on a stage that is made anew
+    rebuilt = different and all(each.need in again.anew for each in different)       # what it needs runs again
     if rebuilt or again.asks(stage) and (found.finished or found.damage or different):
         again.anew.add(stage.method)
         return beside(stage)
@@ -290,7 +293,7 @@ def place(stage, again):
     if not different:
         return None if found.finished else stage.folder
     if found.finished:
-        raise refusal(stage, f"{stage.folder} is finished, and made otherwise", different)
+        raise refusal(stage, f"{stage.folder} is finished and was made otherwise", different)
     if only_logs(stage.folder):
         return stage.folder
     raise refusal(stage, f"{stage.folder} is left from an interrupted run with other settings", different)
@@ -304,18 +307,18 @@ def beside(stage):
         different = differences(stage, found.there) if found.there else []
         if found.damage or different:
             said = found.damage or "; ".join(each.text for each in different)
-            raise InputError(f"{new} is left from an interrupted --rerun and cannot be gone on with ({said}): "
-                             "give what it was run with, or delete that folder")
+            raise InputError(f"{new} is left from an interrupted --rerun and cannot be continued ({said}): "
+                             "give the settings that it was run with, or delete that folder")
     return new
 
 
 def neighbours(folder):
-    """The folders of a stage that is made again, and of the old one for the moment in which they change places."""
+    """(folder of a stage while it is made again, folder of the old one while the two are exchanged)."""
     return folder.with_name(f"{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def settle(folder):
-    """Complete the exchange of an old stage for a new one, if there is a new one that is finished."""
+    """Put a finished new stage into the place of the old one, if there is one."""
     new, old = neighbours(folder)
     if (new / "result.json").exists():
         if folder.exists():
@@ -325,7 +328,7 @@ def settle(folder):
         shutil.rmtree(old)
 
 
-def usual(stage):
+def not_default(stage):
     """The settings of a stage that are not the defaults, as text."""
     cfg = stage.cfg
     given = {key: getattr(cfg, key) for key in ("model", "data", "preset", "lora_rank")}
@@ -335,12 +338,12 @@ def usual(stage):
 
 
 def run(stage, again, step):
-    """Run a stage where it has to, or say that it is reused; `step` is as in "stage 2 of 3"."""
+    """Run a stage if it has to run, else print that it is reused. step: "stage 2 of 3"."""
     with alone(stage.folder):
         settle(stage.folder)
         folder = place(stage, again)
         if folder is None:
-            changed = usual(stage)
+            changed = not_default(stage)
             print(cut(f"{stage.name}: reused" + f" ({changed})" * bool(changed), width()), flush=True)
             return
         print(f"{step}: {stage.name}{' again, beside the old one' * (folder != stage.folder)}")
@@ -351,7 +354,7 @@ def run(stage, again, step):
 
 
 def make(stage, folder):
-    """Run a stage in this folder; result.json is written last."""
+    """Run a stage in this folder. result.json is written last: it marks a finished stage."""
     cfg = stage.cfg
     left = find(folder)
     if left and differences(stage, left.there):
@@ -373,13 +376,13 @@ def make(stage, folder):
 
 def finished(out):
     """([folder of each finished stage of a run], [a sentence about each that cannot be used])."""
-    for old in Path(out).glob(".*.old"):                # a kill came while two folders changed places
+    for old in Path(out).glob(".*.old"):                # a kill came during an exchange
         folder = old.with_name(old.name[1:-len(".old")])
         with alone(folder):
             settle(folder)
     whole, broken = [], []
     for result in sorted(Path(out).glob("*/result.json")):
-        if result.parent.suffix == ".new":              # being made, or finished by a process that was killed then
+        if result.parent.suffix == ".new":              # not yet exchanged
             continue
         try:
             damage = find(result.parent).damage
@@ -396,7 +399,7 @@ def finished(out):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Wait until no other process works on the stage in `folder`, and keep others away from it in a with block."""
+    """Lock the stage in `folder` for a with block; waits while another process has the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "a+b", buffering=0) as file:
         if not locked(file):
@@ -406,11 +409,11 @@ def alone(folder):
                 time.sleep(.2)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
-        yield                           # closing the file gives the lock back, and so does a kill
+        yield                           # closing the file unlocks it, and so does the end of the process
 
 
 def locked(file):
-    """Try to lock an open file against other processes: whether it worked."""
+    """Try to lock an open file. False if another process has locked it."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

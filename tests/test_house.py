@@ -230,6 +230,19 @@ def test_the_commands_and_files_that_the_readme_names_exist():
     assert not re.findall(r"@[A-Z]+@", text), "a placeholder is left"
 
 
+def test_the_lines_and_the_tests_that_the_readme_names_are_there():
+    """Counts of lines may be off by five, so that not every edit is one of README, too."""
+    text = (ROOT / "README.md").read_text()
+    counts = re.findall(r"`((?:rlhf/)?\w+\.py)` (?:\| |\()(\d+)(?: \||\))", text)
+    assert {f"rlhf/{name}.py" for name in methods()} <= {path for path, _ in counts} and ("model.py" in dict(counts))
+    for path, said in counts:
+        assert abs(len((ROOT / path).read_text().splitlines()) - int(said)) <= 5, path
+    named = re.findall(r"`tests/(test_\w+\.py)::(\w+)`", text)
+    assert len(named) >= 10
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), test
+
+
 def requirements(name):
     lines = (ROOT / name).read_text().splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
