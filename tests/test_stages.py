@@ -177,7 +177,7 @@ def test_an_edit_that_changes_what_is_computed_is_seen_and_no_other(tmp_path, mo
     after = stages.sources("mine")
     assert {file for file in before if before[file] != after[file]} == changed
     (tmp_path / "rlhf" / "kit.py").write_text("half = 0")
-    with pytest.raises(InputError, match="rlhf/kit.py has changed since it was loaded"):     # a notebook runs the old
+    with pytest.raises(InputError, match="rlhf/kit.py has changed since Python loaded it"):     # a notebook runs the old
         stages.sources("mine")
 
 
