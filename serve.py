@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.stream(request, {**head, "object": kind + ".chunk" * request.chat})
             else:
                 list(self.news(request))                # to the end
-                choices = [each.choice("message", each.content, each.explained, each.finish, role="assistant")
+                choices = [each.choice("message", each.content, each.entries, each.finish, role="assistant")
                            for each in request.answers]
                 self.reply(200, {**head, "choices": choices, "usage": usage(request)})
         finally:

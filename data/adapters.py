@@ -1,7 +1,7 @@
 """PEFT folders: writes and reads LoRA adapters, and merges them into the checkpoint that they were trained on.
 
-Plain LoRA only: W + scale B A for some weights W of a base model that stays unchanged. An adapter folder that uses other
-options of PEFT (DoRA, modules_to_save, ...) is refused, and the error names the options.
+Plain LoRA only: W + scale B A for some weights W of a base model that stays unchanged. An adapter folder that uses
+other options of PEFT (DoRA, modules_to_save, ...) is refused, and the error names the options.
 """
 import itertools
 import json
@@ -78,17 +78,17 @@ def load_adapter(folder):
 
 
 def lora_scale(config):
-    """The factor of B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+    """The factor of B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732)."""
     rank = config["r"]
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 @torch.no_grad()
 def merge(folder, adapter, base):
-    """Merge the PEFT folder `adapter` into the checkpoint folder `base`, and write the result as the folder `folder`.
+    """Merge the PEFT folder `adapter` into the checkpoint folder `base`, and write the result to `folder`.
 
-    W + scale B A is computed in fp32 and rounded once to the dtype of W. All other tensors and files are copied from the
-    base byte for byte. One tensor of the base is in memory at a time. WeightsError if the two do not fit each other, or
+    W + scale B A is computed in fp32 and rounded once to the dtype of W. All other tensors are copied from the base,
+    byte for byte. One tensor of the base is in memory at a time. WeightsError if the two do not fit each other, or
     if a merged weight is not finite in its dtype.
     """
     folder, base = Path(folder), Path(base)

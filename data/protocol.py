@@ -1,4 +1,7 @@
-"""OpenAI's protocol: what a request asks for, checked, and how the tokens of its answers become text and choices."""
+"""OpenAI's protocol for serve.py: checks the requests, and turns the tokens of answers into text and `choices`.
+
+Source: OpenAI's API reference, chat completions and completions (platform.openai.com/docs/api-reference).
+"""
 import json
 import queue
 import re
@@ -10,15 +13,16 @@ from types import SimpleNamespace
 import torch
 from tokenizers.decoders import ByteLevel
 
-TOP = 20                                # alternatives to a token
-PART = "\ufffd"                         # what a character is decoded to while bytes of it are missing
+TOP = 20                                # most alternatives to a token in `top_logprobs`
+PART = "\ufffd"                         # the decoder's output for a character of which only some bytes are there yet
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Parameters that are not supported, and the values with which they change nothing; other values are refused.
 NEUTRAL = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "echo": False,
            "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}}
 
 
 class Refused(Exception):
-    """A request that is not answered, as OpenAI says it."""
+    """A request is refused. `status` is the HTTP status, `document` the JSON body, in the form of OpenAI's errors."""
 
     def __init__(self, status, message, code="invalid_value", param=None):
         self.status, kind = status, "invalid_request_error" if status < 500 else "server_error"
@@ -26,6 +30,7 @@ class Refused(Exception):
 
 
 def number(body, name, default, least, most, kind=int):
+    """The number body[name], or the default if it is absent or null; Refused unless it is from `least` to `most`."""
     value = default if body.get(name) is None else body[name]
     if value is not default and (type(value) not in (int, kind) or not least <= value <= most):
         raise Refused(400, f"{name} is a {'whole ' if kind is int else ''}number from {least} to {most}", param=name)
@@ -33,6 +38,7 @@ def number(body, name, default, least, most, kind=int):
 
 
 def typed(body, name, kind, default):
+    """body[name], or the default if it is absent or null; Refused unless its type is `kind`."""
     value = default if body.get(name) is None else body[name]
     if type(value) is not kind:
         raise Refused(400, f"{name} has to be a {kind.__name__}", "invalid_type", name)
@@ -40,7 +46,8 @@ def typed(body, name, kind, default):
 
 
 def messages(body):
-    """[{role, content}] with contents that are strings."""
+    """The messages of a request as [{role, content}]; parts of a content are joined to one string. Refused if one of
+    them is malformed or not a text."""
     found = []
     for message in typed(body, "messages", list, None) or [None]:
         try:
@@ -54,21 +61,28 @@ def messages(body):
 
 
 def tokens(text, body, chat):
-    """The ids of the prompt: by the checkpoint's template, or the last question in the form of training."""
+    """Token ids of the prompt. Without a chat template, the system messages and the last user message become one
+    instruction in AlpacaFarm's prompt format, as in training; earlier turns are dropped."""
     said = messages(body) if chat else typed(body, "prompt", str, "")
     try:
         if not chat:
             return text.plain(said)
         if text.template:
             return text.encode(text.chat(said))
-        told, asked = ([each["content"] for each in said if each["role"] == role] for role in ("system", "user"))
-        return text.encode(text.render("\n\n".join([*told, *asked[-1:]])))
-    except Exception as error:                          # half a surrogate; or a template, which may fail in any way
-        raise Refused(400, f"this makes no prompt ({type(error).__name__}: {error})") from None
+        system = [message["content"] for message in said if message["role"] == "system"]
+        user = [message["content"] for message in said if message["role"] == "user"]
+        return text.encode(text.render("\n\n".join([*system, *user[-1:]])))
+    except Exception as error:                          # half of a surrogate pair, or a template that fails
+        raise Refused(400, f"no prompt can be made of this ({type(error).__name__}: {error})") from None
 
 
 def read_request(body, chat, model):
-    """What a body asks for, checked, with all that a Writer wants to know of a request."""
+    """Check the JSON body (bytes) of a request, and return what rlhf/writer.py needs to answer it.
+
+    The result has the prompt's token ids, the sampling settings, u (n, length), the uniform random numbers with which
+    the tokens of the n answers are drawn, and a queue of events. chat: chat completions, otherwise completions. model:
+    the server. Raises Refused for anything that is malformed or not supported.
+    """
     try:
         body = typed({"body": json.loads(body)}, "body", dict, None)
     except (ValueError, RecursionError):
@@ -94,7 +108,7 @@ def read_request(body, chat, model):
     stream = typed(body, "stream", bool, False)
     request = SimpleNamespace(
         chat=chat, prompt=prompt, temperature=number(body, "temperature", 1, 0, 2, float), stops=stops,
-        u=torch.rand(number(body, "n", 1, 1, 128), min(longest, room), generator=dice),  # as rollout.sample draws them
+        u=torch.rand(number(body, "n", 1, 1, 128), min(longest, room), generator=dice),  # drawn as in sampler.sample
         logprobs=logprobs, top=top or 0, live=stream or bool(stops), stream=stream,
         counts=typed(typed(body, "stream_options", dict, {}), "include_usage", bool, False), events=queue.Queue())
     request.answers = [Answer(request, i, model) for i in range(len(request.u))]
@@ -102,31 +116,38 @@ def read_request(body, chat, model):
 
 
 class Answer:
-    """One answer: what the writer has to know of it, and its tokens as they become text.
+    """One answer of a request: its tokens, its text, and how much of the text the client has got.
 
-    `sent` is how much of its text has been handed out: what may yet turn out to be part of a character or of a stop
-    string, or whitespace at the end of a chat answer, is held back.
+    The text may end in a part of a character, in a part of a stop string, or, in a chat, in whitespace that may turn
+    out to be the end of the answer. Such an end is held back until more tokens arrive. `sent` is the length of the text
+    that was not held back, `content` the text that was sent.
     """
 
     def __init__(self, request, index, model):
         self.request, self.index, self.text, self.spell = request, index, model.text, model.spell
         self.told, self.dropped, self.finish, self.count = 0, False, None, 0
-        # text goes on behind the prompt's end, as some tokenizers drop the space before a text's first word
+        # A completion is decoded together with the end of its prompt, as some tokenizers drop the space before the
+        # first word of a text. `before` and `begin` are how many characters and tokens belong to the prompt.
         self.ids = [] if request.chat else request.prompt[-8:]
         self.before, self.begin = 0, len(self.ids)
         self.before = len(self.decode(self.begin).rstrip(PART))
-        self.sent, self.content, self.explained = 0, "", []
+        self.sent, self.content, self.entries = 0, "", []
 
     def decode(self, end):
+        """The text of the answer's tokens up to ids[end]."""
         return self.text.tokenizer.decode(self.ids[:end], skip_special_tokens=True)[self.before:]
 
-    def take(self, ids, explained, ended):
-        """Read what was written since -> (text, its tokens' log-probs) to hand out."""
+    def take(self, ids, logps, ended):
+        """Add new tokens to the answer; returns (new text for the client, new log-prob entries).
+
+        ids: the new token ids. logps: for each of them its log-prob and the best alternatives, as in entry().
+        ended: whether the writer has finished this answer.
+        """
         eos, stops = bool(ended and ids[-1] in self.text.stops), self.request.stops
         old = len(self.ids)
         self.ids += ids[:-1] if eos else ids
         raw = self.decode(len(self.ids))
-        if any(stop in raw for stop in stops):          # back to the first token with which there was one
+        if any(stop in raw for stop in stops):          # drop all tokens behind the one that completed a stop string
             end = next(i for i in range(old + 1, len(self.ids) + 1) if any(stop in self.decode(i) for stop in stops))
             del self.ids[end:]
             raw = self.decode(end)
@@ -135,37 +156,44 @@ class Answer:
         elif ended:
             self.finish = "stop" if eos else "length"
         self.count = len(self.ids) - self.begin + eos
-        entries = [self.entry(*each) for each in zip(self.ids[old:], explained)]
-        self.explained += entries
-        return self.certain(raw), entries
+        entries = [self.entry(id, logp) for id, logp in zip(self.ids[old:], logps)]
+        self.entries += entries
+        return self.unsent(raw), entries
 
-    def certain(self, raw):
-        """What of the text can be handed out now."""
+    def unsent(self, raw):
+        """The part of the text `raw` that has not been sent yet and that later tokens cannot change."""
         end = len(raw)
         if not self.finish:
             end = len(raw.rstrip(PART))
-            end -= max((k for stop in self.request.stops for k in range(1, len(stop))
-                        if raw.endswith(stop[:k], 0, end)), default=0)
-        if self.request.chat:                           # no whitespace around it: so does Text.decode()
+            begun = [k for stop in self.request.stops for k in range(1, len(stop)) if raw.endswith(stop[:k], 0, end)]
+            end -= max(begun, default=0)
+        if self.request.chat:                           # chat answers have no whitespace around them, as in Text.decode
             end = len(raw[:end].rstrip())
         text = raw[self.sent:end] if self.content or not self.request.chat else raw[:end].lstrip()
         self.sent, self.content = end, self.content + text
         return text
 
-    def entry(self, id, explained):
-        """A token and its alternatives in OpenAI's form."""
-        logp, *best = explained
-        said = [(self.spell(id), logp) for id, logp in [(id, logp), *zip(*best)][:1 + self.request.top]]
-        said = [{"token": data.decode(errors="backslashreplace"), "logprob": max(logp, -9999.), "bytes": list(data)}
-                for data, logp in said]
-        return {**said[0], "top_logprobs": said[1:]}
+    def entry(self, id, logps):
+        """A token's log-prob and its alternatives in OpenAI's form.
+
+        logps: (its log-prob, ids of the likeliest tokens, their log-probs), as ServingEngine.read() gives them.
+        """
+        logp, *best = logps
+        tokens = [(id, logp), *zip(*best)][:1 + self.request.top]
+        entries = []
+        for id, logp in tokens:
+            data = self.spell(id)
+            entries.append({"token": data.decode(errors="backslashreplace"), "logprob": max(logp, -9999.),
+                            "bytes": list(data)})
+        return {**entries[0], "top_logprobs": entries[1:]}
 
     def choice(self, kind, text, entries, finish, **role):
-        """One of `choices`; kind: a whole "message", or a "delta"."""
+        """An entry of `choices` in OpenAI's form. kind: "message" for a whole answer, "delta" for a piece of a stream.
+        role: role="assistant", for chats where OpenAI sends it."""
         if self.request.chat:
             said, logprobs = {kind: {**role, "content": text}}, {"content": entries, "refusal": None}
         else:
-            best = [{one["token"]: one["logprob"] for one in each["top_logprobs"]} for each in entries]
+            best = [{one["token"]: one["logprob"] for one in entry["top_logprobs"]} for entry in entries]
             said, logprobs = {"text": text}, {"tokens": [each["token"] for each in entries], "top_logprobs": best,
                                               "token_logprobs": [each["logprob"] for each in entries]}
         return {"index": self.index, **said, "logprobs": logprobs if self.request.logprobs else None,
@@ -173,8 +201,12 @@ class Answer:
 
 
 def speller(tokenizer):
-    """A function from a token's id to its bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]       # GPT-2's alphabet for bytes
+    """A function that returns the bytes of a token id. Text.decode() cannot do it for parts of characters.
+
+    Tokenizers write bytes in one of two ways: GPT-2's alphabet, which has a printable character for each byte, or, for
+    single bytes, <0xE2> as SentencePiece does.
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes whose character is printable as it is
     printed = {chr(byte): byte for byte in plain}
     printed |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*plain}))}
 

@@ -1,7 +1,7 @@
 """Data sets as lists of records {instruction, input, output}, in AlpacaFarm's splits.
 
-`barn` is the offline world, `alpaca_farm` the paper's own data from the hub (CC BY-NC 4.0: for research); anything else
-is a file of Alpaca records (.json or .jsonl, gzipped or not).
+There are three sources: `barn` is the offline world; `alpaca_farm` is the paper's own data from the hub (licence
+CC BY-NC 4.0: no commercial use); any other name is a file of Alpaca records (.json or .jsonl, gzipped or not).
 """
 import gzip
 import json
@@ -19,27 +19,21 @@ ALPACA_FARM = "tatsu-lab/alpaca_farm"
 SPLITS = {**{split: f"alpaca_instructions/{split}.json" for split in ("sft", "preference", "unlabeled", "val")},
           "eval": "alpaca_farm_evaluation.json"}
 RELEASED = {"human": "alpaca_human_preference.json", "gpt4": "alpaca_gpt4_preference.json",
-            "noisy": "alpaca_noisy_multi_preference.json"}          # the last is the paper's p_sim^ann
+            "noisy": "alpaca_noisy_multi_preference.json"}          # noisy: the paper's p_sim^ann
 SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFarm's 10k, 10k, 20k, 2k
 
 
 def read_records(path, texts=("instruction", "output")):
-    """The records of a .json (a list) or .jsonl file, .gz or not; InputError names the first one that is unusable.
+    """The records (dicts) of a .json file, which holds a list of them, or of a .jsonl file; either may end in .gz.
 
-    A record is an object with a string under each of the keys `texts`, and under "input" if it has one.
+    A record must have a string under each of the keys `texts`, and under "input" if it has that key. InputError if the
+    file cannot be read, or for the first record that is unusable.
     """
     path = Path(path)
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            if ".jsonl" in path.suffixes:
-                records = []
-                for number, line in enumerate(file, 1):
-                    try:
-                        records += [json.loads(line)] if line.strip() else []
-                    except ValueError as error:
-                        raise ValueError(f"line {number}: {error}") from None
-            else:
-                records = json.load(file)
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            records = read_lines(file) if ".jsonl" in path.suffixes else json.load(file)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (ValueError, EOFError, RecursionError, zlib.error) as error:
@@ -58,11 +52,24 @@ def read_records(path, texts=("instruction", "output")):
     return records
 
 
-def load(data="barn", eval_data="", limit=0):
-    """{split: records} for sft, preference, unlabeled, val, eval; the same in every run.
+def read_lines(file):
+    """The JSON values of an open .jsonl file, one in a line; empty lines are skipped. ValueError names a bad line."""
+    records = []
+    for number, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return records
 
-    The outputs of `eval` are the reference answers: those of the file `eval_data` (AlpacaEval's format) if it is given,
-    else the data's own. `limit` keeps the first so many records of each split (0: all).
+
+def load(data="barn", eval_data="", limit=0):
+    """{split: records} for the splits sft, preference, unlabeled, val and eval; the same in every run.
+
+    data: barn, alpaca_farm, or a file, which is shuffled with a fixed seed and divided by SHARES. The outputs of `eval`
+    are the reference answers of the win rate; eval_data is a file in AlpacaEval's format to use for this split instead.
+    limit: how many records of each split to keep; 0 keeps all. InputError if a file is unusable or a split is empty.
     """
     if data == "barn":
         splits = dict(world.splits())
@@ -89,15 +96,17 @@ def load(data="barn", eval_data="", limit=0):
 
 @lru_cache(None)
 def alpaca_farm(*files):
-    """The folder with these files of the data set, downloaded if they are not there yet."""
+    """The folder with these files of AlpacaFarm's data set; files that are not in the cache are downloaded."""
     return hub.data_files(ALPACA_FARM, files)
 
 
 def preferences(source):
-    """Pairs {instruction, input, output_1, output_2, preference (1 or 2)}: those that AlpacaFarm released under a name
-    in RELEASED, or a file of such pairs, or of TRL's (prompt, chosen, rejected; texts, or messages of one turn).
+    """Preference pairs: [{instruction, input, output_1, output_2, preference}]; preference is 1 or 2.
 
-    Ties and pairs of equal answers teach nothing, and are left out."""
+    source: a name in RELEASED, for pairs that AlpacaFarm released; or a file of such pairs, or of TRL's records
+    {prompt, chosen, rejected}. Pairs without a preference or with two equal answers cannot be learned from: they are
+    left out, and their number is printed. InputError for an unusable record, or if no pair is left.
+    """
     path = alpaca_farm(RELEASED[source]) / RELEASED[source] if source in RELEASED else source
     pairs = []
     for i, record in enumerate(read_records(path, ())):
@@ -106,39 +115,51 @@ def preferences(source):
                 record = from_trl(record)
             except ValueError as error:
                 raise InputError(f"{path}: row {i}: {error}") from None
-        if missing := [key for key in ("instruction", "output_1", "output_2") if not isinstance(record.get(key), str)]:
+        texts = ("instruction", "output_1", "output_2")
+        if missing := [key for key in texts if not isinstance(record.get(key), str)]:
             raise InputError(f"{path}: row {i} has no text under {', '.join(missing)}")
         if type(record.get("preference")) not in (int, float):
             raise InputError(f"{path}: row {i} has no number under 'preference'")
         pairs.append({"input": "", **record})
     if {pair["preference"] for pair in pairs} == {0, 1}:
-        raise InputError(f"{path}: the preferences are 0 and 1; 1 is for output_1, and 2 for output_2")
+        raise InputError(f"{path}: the preferences are 0 and 1, but should be 1 for output_1 and 2 for output_2")
     kept = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
     if not kept:
         raise InputError(f"{path}: no pair of different answers with preference 1 or 2")
     if len(kept) < len(pairs):
-        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are ties or of equal answers, and left out")
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are ties or have two equal answers, and are left out")
     return kept
 
 
 def from_trl(record):
-    """AlpacaFarm's pair of a TRL record; without a prompt, the messages under chosen and rejected begin with it."""
-    asked, chosen = turn(record.get("prompt"), record.get("chosen"))
-    again, rejected = turn(record.get("prompt"), record.get("rejected"))
-    if asked != again:
+    """AlpacaFarm's pair for a TRL record {prompt, chosen, rejected}; ValueError if it is no conversation of one turn.
+
+    Each value is a text or a list of messages {role, content}. Without a prompt, the messages under chosen and rejected
+    begin with it.
+    """
+    instruction, chosen = read_turn(record.get("prompt"), record.get("chosen"))
+    other_instruction, rejected = read_turn(record.get("prompt"), record.get("rejected"))
+    if instruction != other_instruction:
         raise ValueError("chosen and rejected do not answer the same prompt")
-    return {"instruction": asked, "output_1": chosen, "output_2": rejected, "preference": 1}
+    return {"instruction": instruction, "output_1": chosen, "output_2": rejected, "preference": 1}
 
 
-def turn(prompt, answer):
-    """(what the user says, what the assistant says), as texts or as messages; those of the answer may be all."""
-    whole = isinstance(answer, list) and len(answer) > 1
-    messages = [{"role": role, "content": said} if isinstance(said, str) else said
-                for role, given in (("user", None if whole else prompt), ("assistant", answer))
-                for said in ([given] if isinstance(given, str) else given or ())]
+def read_turn(prompt, answer):
+    """(the user's text, the assistant's text). prompt and answer are texts or lists of messages; an answer of two
+    messages holds the prompt as well."""
+    if isinstance(answer, list) and len(answer) > 1:
+        messages = as_messages("assistant", answer)
+    else:
+        messages = [*as_messages("user", prompt), *as_messages("assistant", answer)]
     try:
         if [message["role"] for message in messages] == ["user", "assistant"]:
             return tuple(message["content"] for message in messages)
     except (TypeError, LookupError):
         pass
-    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn, without a system's")
+    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn, without a system message")
+
+
+def as_messages(role, given):
+    """The messages {role, content} for a text, or for a list of texts or messages; none for None."""
+    listed = [given] if isinstance(given, str) else given or ()
+    return [{"role": role, "content": each} if isinstance(each, str) else each for each in listed]

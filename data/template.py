@@ -1,9 +1,10 @@
-"""The chat template of an instruct checkpoint: a program that comes with a download, rendered without trusting it.
+"""Renders the chat template of a checkpoint in a sandbox. A template is a small program in the language jinja2.
 
-It is rendered as transformers renders it, to the byte. The sandbox that both use keeps a template away from Python and
-from files, but not from all memory and time: one line can ask for a string of 3 GB. So a template is first tried out on
-a few chats by a child process with limits, once in the life of a process, and rendered here only if it keeps to them.
-What remains: one that turns greedy on some other chat can cost time and memory, never more.
+The text is the same as that of transformers, byte for byte. A template may come from anywhere. Jinja2's sandbox, which
+transformers uses too, keeps it from calling Python and from opening files, but not from using memory and time: one line
+can ask for a string of 3 GB. Therefore a child process with limits on both first renders a few test chats, once for
+each template, and the template is refused if it breaks a limit there. A template that needs too much only for some
+other chat is not detected; it can cost time and memory, but do no other harm.
 """
 import json
 import re
@@ -16,25 +17,30 @@ from pathlib import Path
 
 from data import InputError
 
-LONGEST = 1 << 16                       # characters of a template; usual ones have a few thousand
-OUTPUT = 1_000_000                      # characters that a template may add to what was said
-SECONDS, MEMORY = 10, 1 << 30           # what the child may take; for usual templates it needs 0.1 s
-SMALL = 1 << 31                         # the largest factor of a product: no number grows without end
+LONGEST = 1 << 16                       # characters of a template; most have a few thousand
+OUTPUT = 1_000_000                      # characters that a template may add to the messages of a chat
+SECONDS, MEMORY = 10, 1 << 30           # limits of the child process, in seconds and bytes; most templates need 0.1 s
+LARGEST_FACTOR = 1 << 31                # of a product: repeated products cannot grow without end
 
-USER, SYSTEM, ASSISTANT = ({"role": role, "content": content} for role, content in (
-    ("user", "List two trees."), ("system", "Be brief."), ("assistant", "Oak and ash.")))
+USER = {"role": "user", "content": "List two trees."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASSISTANT = {"role": "assistant", "content": "Oak and ash."}
 ODD = {"role": "user", "content": " {{ 7 * 7 }} {% raw %} <|end|> \\ \" <b>&amp;</b> \0 é😀\r\n\n "}
-PROBES = [USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [ODD]
-CHILD = "import sys; sys.path = sys.argv[1:]; from data.template import rehearse; rehearse()"
+TEST_CHATS = [USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [ODD]
+CHILD = "import sys; sys.path = sys.argv[1:]; from data.template import render_test_chats; render_test_chats()"
 
 
 @lru_cache(None)
 def renderer(template):
-    """render(messages, **values) -> the text of a chat up to where the answer begins; InputError if it fails."""
+    """A function render(messages, **values) that returns the text of a chat, up to where the answer begins.
+
+    messages: [{"role", "content"}]. values: the template's variables, such as bos_token. InputError if jinja2 is too
+    old, if the template breaks a limit, or, from render(), if it fails for this chat.
+    """
     from importlib.metadata import version
     if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
-        raise InputError(f"a chat template needs jinja2 3.1.6 or later, and here is {version('jinja2')}, from whose "
-                         "sandbox there are known ways out: pip install -U jinja2")
+        raise InputError(f"a chat template needs jinja2 3.1.6 or later, and here is {version('jinja2')}, whose "
+                         "sandbox has known holes: pip install -U jinja2")
     if len(template) > LONGEST:
         raise InputError(f"the chat template has {len(template)} characters, more than {LONGEST}")
     if complaint := trial(template):
@@ -43,14 +49,17 @@ def renderer(template):
 
     def render(messages, **values):
         try:
-            return written(program, messages, values)
-        except Exception as error:                      # it is a program: it can fail in any way
-            raise InputError(f"the chat template fails: {brief(str(error) or type(error).__name__)}") from None
+            return render_limited(program, messages, values)
+        except Exception as error:                      # a template is a program: it can raise anything
+            raise InputError(f"the chat template fails: {one_line(str(error) or type(error).__name__)}") from None
     return render
 
 
-def written(program, messages, values):
-    """What a program writes, no longer than it may; `values` are as in transformers, tools that there are not too."""
+def render_limited(program, messages, values):
+    """The text that a compiled template writes; MemoryError if it adds more than OUTPUT characters to the messages.
+
+    The variables have the same defaults as in transformers: no tools, no documents, and the answer begins at the end.
+    """
     pieces, room = [], OUTPUT + sum(len(str(message)) for message in messages)
     values = {"tools": None, "documents": None, "add_generation_prompt": True, **values}
     for piece in program.generate(messages=messages, **values):
@@ -61,13 +70,17 @@ def written(program, messages, values):
     return "".join(pieces)
 
 
-def brief(message):
-    """A message as a line that a terminal can show: the words may be the template's own."""
-    return " ".join("".join(c if c.isprintable() else " " for c in message[:300]).split())
+def one_line(message):
+    """The message as one printable line of at most 300 characters: it may be a text of the template's author."""
+    printable = "".join(c if c.isprintable() else " " for c in message[:300])
+    return " ".join(printable.split())
 
 
 def environment():
-    """The sandbox of templates with all that transformers offers them; products are of small numbers only."""
+    """A jinja2 sandbox with the functions and tags that transformers gives to templates.
+
+    It is stricter in two points: * takes small numbers only, and ** is not allowed, since either can use up the memory.
+    """
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -75,23 +88,24 @@ def environment():
     from jinja2.utils import Namespace
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])     # these are not computed while compiling either
+        intercepted_binops = frozenset(["*", "**"])     # jinja2 then does not compute them at compile time
 
         def call_binop(self, context, operator, left, right):
-            if operator == "**" or not all(isinstance(x, (int, float)) and abs(x) <= SMALL for x in (left, right)):
-                raise SecurityError("* is for small numbers only, and ** for none")
+            small = all(isinstance(x, (int, float)) and abs(x) <= LARGEST_FACTOR for x in (left, right))
+            if operator == "**" or not small:
+                raise SecurityError("templates can multiply small numbers only, and cannot use **")
             return left * right
 
     class Generation(Extension):
-        """{% generation %} marks what is to be learned from, in templates made for training; here, a plain block."""
+        """The tag {% generation %}, with which some templates mark the tokens to train on; its content is rendered."""
         tags = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    class Notes(Namespace):
-        """A namespace without private names: with those it could pass for something else."""
+    class SafeNamespace(Namespace):
+        """A namespace that refuses private names such as __class__, by which it could pass for another object."""
 
         def __init__(self, /, *args, **names):
             super().__init__()
@@ -104,7 +118,7 @@ def environment():
             super().__setitem__(name, value)
 
     class Dict:
-        """dict, but not the type itself: dict.update(message, ...) would get past the sandbox."""
+        """A stand-in for dict: with the type itself, dict.update(message, ...) would get around the sandbox."""
         fromkeys = staticmethod(dict.fromkeys)
 
         def __call__(self, *args, **names):
@@ -120,8 +134,9 @@ def environment():
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = tojson                  # jinja's own writes < as \u003c
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(), namespace=Notes)
+    sandbox.filters["tojson"] = tojson                  # jinja2's own filter writes < as \u003c
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(),
+                           namespace=SafeNamespace)
     return sandbox
 
 
@@ -129,34 +144,37 @@ def environment():
 
 @lru_cache(None)
 def trial(template):
-    """What speaks against rendering a template, in a sentence; nothing if a child process could with its limits."""
+    """Render the test chats in a child process with limits; returns "" if it succeeds, and otherwise the reason why the
+    template must not be rendered."""
     job = json.dumps([template, SECONDS, MEMORY])
     try:
-        child = subprocess.run(                         # -I and -S: nothing runs there that was not asked for
+        child = subprocess.run(                         # -I and -S: the child imports nothing from its environment
             [sys.executable, "-IS", "-X", "utf8", "-c", CHILD, str(Path(__file__).parents[1]), *sys.path], input=job,
             capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"it needs more than {SECONDS} seconds for a short chat"
     if child.returncode:
         last = child.stderr.strip().rpartition("\n")[2]
-        return f"it ends the process that tries it out, exit code {child.returncode} {brief(last)}".rstrip()
+        return f"it ends the process that tries it out, exit code {child.returncode} {one_line(last)}".rstrip()
     return child.stdout.strip()
 
 
-def rehearse():
-    """In the child: renders the probe chats, and prints what no template may do. Refusing a chat is not that:
-    some know no system role, and some insist on the order of turns."""
+def render_test_chats():
+    """Runs in the child process: renders TEST_CHATS, and prints the reason if the template must not be rendered.
+
+    A template may raise an exception for a test chat: some have no system role, and some want the turns in one order.
+    """
     template, seconds, memory = json.load(sys.stdin)
-    with suppress(ImportError):                         # Windows has the clock alone
+    with suppress(ImportError):                         # on Windows only the timeout of the parent process holds
         import resource
         for kind, most in (("CPU", seconds), ("AS", memory), ("CORE", 0)):
-            with suppress(ValueError):                  # a stricter limit is set already, or the system knows none
+            with suppress(ValueError):                  # a stricter limit is set already, or it cannot be set here
                 resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
     try:
         program = environment().from_string(template)
-        for messages in PROBES:
+        for messages in TEST_CHATS:
             try:
-                written(program, messages, {"bos_token": "<s>", "eos_token": "</s>"})
+                render_limited(program, messages, {"bos_token": "<s>", "eos_token": "</s>"})
             except MemoryError:
                 raise
             except Exception:
@@ -164,4 +182,4 @@ def rehearse():
     except MemoryError as error:
         print(error if error.args else f"it needs more than {memory >> 20} MB for a short chat")
     except Exception as error:                          # it does not compile
-        print(brief(str(error)))
+        print(one_line(str(error)))

@@ -219,7 +219,7 @@ def parse_json(path, data):
 
     try:
         table = json.loads(data.decode(), object_pairs_hook=unique)
-        json.dumps(table, ensure_ascii=False).encode()      # fails for half of a surrogate pair, which json.loads accepts
+        json.dumps(table, ensure_ascii=False).encode()      # fails for half of a surrogate pair, as json.loads does not
         if not isinstance(table, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -233,13 +233,13 @@ def raw_bytes(tensor):
 
 
 def write_whole(path, chunks):
-    """Write the chunks (bytes or arrays) to a file. They go to a temporary file first, which is renamed once its bytes
-    are on the disk, so that a crash leaves the old file as it was."""
+    """Write the chunks (bytes or arrays) to a temporary file, and rename it to `path` once it is safe on the disk: a
+    crash leaves the old file as it was."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temp, "wb") as file:
-            file.writelines(chunks)                 # frees each chunk before the next is made; a for loop would hold two
+            file.writelines(chunks)                 # frees each chunk before it takes the next; a loop would hold two
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -250,7 +250,7 @@ def write_whole(path, chunks):
 # -- Hugging Face folders --------------------------------------------------------------------------------------------
 
 def load_weights(folder):
-    """All tensors of a checkpoint folder as Mapped, from model.safetensors or from the shards that its index names.
+    """All tensors of a checkpoint folder, as Mapped: those of model.safetensors, or of the shards in its index.
 
     Reads and checks the headers of all files, and no tensor. WeightsError if a file or tensor is missing or malformed.
     """
