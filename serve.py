@@ -1,6 +1,6 @@
 """Talk to any checkpoint: an OpenAI-compatible server, or one question.
 
-    python serve.py runs/barn/dpo               starts the server, says its URL
+    python serve.py runs/barn/dpo               starts the server, prints a URL
     python serve.py path/to/llama --port 8000   a Hugging Face folder, a PEFT
                                                 adapter, or barn
     python serve.py runs/barn/dpo --ask "..."   answers one question and ends
@@ -35,44 +35,50 @@ from rlhf.sampler import sample, slots_that_fit
 from rlhf.update import plainly
 from rlhf.writer import ServingEngine, Writer
 
-BODY = 8 << 20                          # bytes of a request
-SLOTS, CONTEXT = 32, 4096               # at most, where the flags do not say
+BODY = 8 << 20                          # the most bytes that a request may have
+SLOTS, CONTEXT = 32, 4096               # the most that are used unless --slots or --context is given
 
 
 def refusal(error):
-    """What a client learns of any exception; one that nobody foresaw is a line on the console, too."""
+    """The Refused to send to the client for any exception. An unexpected one is also printed to standard error."""
     if isinstance(error, Refused):
         return error
-    said = f"{type(error).__name__}: {error}".partition("\n")[0]
-    print(f"serve.py: {said}", file=sys.stderr, flush=True)
-    return Refused(500, said, None)
+    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    print(f"serve.py: {first_line}", file=sys.stderr, flush=True)
+    return Refused(500, first_line, None)
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"                       # keep the connection
-    disable_nagle_algorithm = True                      # a reply is small: do not wait 40 ms for more of it
+    """Answers the HTTP requests of one connection; each connection has a thread."""
+    protocol_version = "HTTP/1.1"                       # keep the connection for more requests
+    disable_nagle_algorithm = True                      # send small replies at once, not after 40 ms
     wbufsize = 1 << 16
-    timeout = 60                                        # seconds that a client may be silent, or deaf
+    timeout = 60                                        # seconds without a byte read or written end the connection
 
-    begun = False                                       # has the stream, which ends with its connection?
+    begun = False                                       # whether a stream has begun; its connection is then closed
 
     def route(self):
+        """Answer a request of any kind; an exception becomes an error in OpenAI's form."""
         try:
             self.answer(urlsplit(self.path).path.rstrip("/"))
-        except OSError:                                 # the client is gone
+        except OSError:                                 # the client has closed the connection
             raise
         except Exception as error:
             refused = refusal(error)
-            self.event(refused.document) if self.begun else self.reply(refused.status, refused.document)
+            if self.begun:
+                self.event(refused.document)
+            else:
+                self.reply(refused.status, refused.document)
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = route
 
     def answer(self, path):
+        """Answer a request to one of the four paths; Refused for any other."""
         model, body = self.server, self.body()
         allowed = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET", "/health": "GET"}
         if path not in allowed:
             raise Refused(404, f"there is no {path or '/'} here, only {', '.join(allowed)}", "unknown_url")
         if self.command != allowed[path]:
-            raise Refused(405, f"{path} wants {allowed[path]}", "method_not_allowed")
+            raise Refused(405, f"{path} is for {allowed[path]} requests", "method_not_allowed")
         if path == "/health":
             self.reply(200, {"status": "ok", "slots": model.writer.engine.slots, "writing": len(model.writer.answers),
                              "waiting": len(model.writer.waiting)})
@@ -83,17 +89,22 @@ class Handler(BaseHTTPRequestHandler):
             self.complete(read_request(body, path == "/v1/chat/completions", model))
 
     def body(self):
-        """The bytes of the request; of too many a part is read, as who is still sending reads no reply."""
+        """The body (bytes) of the request; Refused if it is too long or if its length is not given.
+
+        Up to four times the limit is read, since most clients read the reply only after they have sent the whole body.
+        """
         length = self.headers.get("Content-Length", "0")
-        known = re.fullmatch(r"\d{1,15}", length) and "Transfer-Encoding" not in self.headers
-        data = self.rfile.read(min(int(length), 4 * BODY)) if known else b""
-        if known and len(data) <= BODY:
-            return data
-        self.close_connection = True
-        raise Refused(413, f"the body is longer than {BODY} bytes", "request_too_large") if known else (
-            Refused(411, "Content-Length has to say how long the body is", None))
+        if not re.fullmatch(r"\d{1,15}", length) or "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            raise Refused(411, "Content-Length has to give the length of the body", None)
+        data = self.rfile.read(min(int(length), 4 * BODY))
+        if len(data) > BODY:
+            self.close_connection = True
+            raise Refused(413, f"the body is longer than {BODY} bytes", "request_too_large")
+        return data
 
     def complete(self, request):
+        """Have the writer answer a checked request, and send its answers, in one reply or as a stream."""
         if not self.server.writer.submit(request):
             raise Refused(503, "too many answers are waiting: try again later", "overloaded")
         kind = "chat.completion" if request.chat else "text_completion"
@@ -103,15 +114,17 @@ class Handler(BaseHTTPRequestHandler):
             if request.stream:
                 self.stream(request, {**head, "object": kind + ".chunk" * request.chat})
             else:
-                list(self.news(request))                # to the end
+                for _ in self.news(request):            # wait until all answers are finished
+                    pass
                 choices = [each.choice("message", each.content, each.entries, each.finish, role="assistant")
                            for each in request.answers]
                 self.reply(200, {**head, "choices": choices, "usage": usage(request)})
         finally:
-            for each in request.answers:                # nobody listens any more
+            for each in request.answers:                # tells the writer to stop them if the client has gone
                 each.dropped = True
 
     def stream(self, request, head):
+        """Send the answers as server-sent events while they are written. head: the fields that all events share."""
         head |= {"usage": None} if request.counts else {}
         for answer, text, entries in self.news(request):
             if not self.begun:
@@ -126,10 +139,13 @@ class Handler(BaseHTTPRequestHandler):
         self.event("[DONE]")
 
     def news(self, request):
-        """(answer, its new text, its new log-probs) as they come, until all answers are finished."""
+        """Yield (answer, new text, new log-prob entries) as the writer reports them, until all answers are finished.
+
+        Raises ConnectionResetError if the client closes the connection, and the writer's exception if it fails.
+        """
         while not all(answer.finish for answer in request.answers):
             if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                raise ConnectionResetError              # the client has hung up
+                raise ConnectionResetError              # a closed connection is readable, but has no byte
             try:
                 event = request.events.get(timeout=.2)
             except queue.Empty:
@@ -141,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
                 yield answer, *answer.take(*written)
 
     def head(self, status, **headers):
+        """Send the status line and the headers; Content_Type=... is the header Content-Type."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -149,16 +166,18 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def event(self, data):
+        """Send one server-sent event: a string, or anything else as JSON."""
         self.wfile.write(f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode())
         self.wfile.flush()
 
     def reply(self, status, document):
+        """Send a whole reply with a JSON body."""
         data = json.dumps(document).encode()
         self.head(status, Content_Type="application/json", Content_Length=len(data))
         self.wfile.write(data)
 
     def send_error(self, code, message=None, explain=None):
-        """What the library says of a request that it cannot read."""
+        """Called by http.server for a request that it cannot parse, or whose method has no do_... function."""
         self.close_connection = True
         self.reply(405 if code == 501 else code, Refused(400, message or "not HTTP", None).document)
 
@@ -167,22 +186,27 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def usage(request):
-    asked, said = len(request.prompt), sum(answer.count for answer in request.answers)
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    """OpenAI's token counts: of the prompt, and of all answers to it."""
+    prompt, answers = len(request.prompt), sum(answer.count for answer in request.answers)
+    return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
 
 class Server(ThreadingHTTPServer):
-    """The server, and what its threads know of the model."""
-    request_queue_size = 128                            # callers that ring at the same moment
+    """The HTTP server; serving() adds what the handlers need of the model: its text, names, limits and writer."""
+    request_queue_size = 128                            # connections that may wait to be accepted
 
     def handle_error(self, request, client_address):
-        """A client that is gone is no news."""
+        """Print nothing: the only exceptions that come here are from clients that closed their connection."""
 
 
 @contextmanager
 def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0, name="", device="", dtype="",
             int8=False, graph=True):
-    """Serve a checkpoint for the length of a with block; yields the base URL. port 0: any that is free."""
+    """Serve a checkpoint for the length of a with block; yields the base URL for OpenAI's clients.
+
+    path: see `serve.py --help`, as for the other arguments. port 0 takes any free port; slots, context and
+    max_new_tokens 0 take the defaults. InputError if the port is in use or the checkpoint cannot be loaded.
+    """
     try:
         server = Server((host, port), Handler)
     except OSError as error:
@@ -208,11 +232,12 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
 
 # -- one question ------------------------------------------------------------------------------------------------
 
-FORMS = {"chat": "the checkpoint's chat template", "alpaca": "AlpacaFarm's prompt", "text": "continued as it is"}
+FORMS = {"chat": "in the checkpoint's chat template", "alpaca": "in AlpacaFarm's prompt format",
+         "text": "as a text to continue"}
 
 
 def prompt_ids(text, form, prompt):
-    """Token ids of a prompt in one of FORMS."""
+    """Token ids of a prompt (text) in one of FORMS; InputError if the checkpoint has no such form."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -227,15 +252,19 @@ def prompt_ids(text, form, prompt):
 
 
 def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, device="", dtype="", int8=False):
-    """n answers (strings) of a checkpoint to one prompt. form: one of FORMS; by default chat if the checkpoint has a
-    template, alpaca if it was trained here, else text."""
+    """n answers (strings) of a checkpoint to one prompt.
+
+    form: one of FORMS; by default chat if the checkpoint has a chat template, alpaca if it was trained by this project
+    without one, and otherwise text. temperature 0 takes the likeliest token each time. max_new_tokens 0: the number of
+    the checkpoint's own run. InputError if the prompt is too long for the model.
+    """
     policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
     text = cfg.text()
     trained = policy.role or settings
     ids = prompt_ids(text, form or ("chat" if text.template else "alpaca" if trained else "text"), prompt)
     context = policy.gpt.config.max_position_embeddings
     if not 0 < len(ids) < context:
-        raise InputError(f"the prompt has {len(ids)} tokens, and {path} knows {context} positions")
+        raise InputError(f"the prompt has {len(ids)} tokens, and {path} has room for {context}, with the answer")
     longest = min(context - len(ids), max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
     rows = sample(policy, [ids], text.stops, longest, temperature, seed, n)
     return [text.decode(response) for _, response in rows]
@@ -243,6 +272,7 @@ def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, de
 
 # -- the command -------------------------------------------------------------------------------------------------
 
+# Flags that go with --ask only, and with the server only.
 ONLY = {"ask": ("form", "n", "temperature", "seed"), "serve": ("host", "port", "slots", "context", "name", "graph")}
 
 
@@ -250,36 +280,40 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", help="a Hugging Face folder or name on the hub (org/name@revision), a PEFT folder, a stage of a run as "
-        "in runs/barn/dpo, or barn")
-    add("--max_new_tokens", type=int, default=0, help="longest answer [300, or a run's own; a request may say]")
-    add("--device", default="", help="cpu or cuda [cuda where there is one]")
-    add("--dtype", default="", help="float32, bfloat16 or float16 [what suits the machine]")
-    add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, a little rounding")
+    add("path", help="a Hugging Face folder or name on the hub (org/name@revision), a PEFT folder, a stage of a run "
+        "such as runs/barn/dpo, or barn (the offline world's base model)")
+    add("--max_new_tokens", type=int, default=0,
+        help="most tokens of an answer; a request can set its own [300, or that of the run]")
+    add("--device", default="", help="cpu or cuda [cuda if there is a GPU]")
+    add("--dtype", default="", help="float32, bfloat16 or float16 [float32 on a CPU, else bfloat16 or float16]")
+    add("--int8", action="store_true", help="keep the linear layers in int8: half the memory, slightly less exact")
     group = parser.add_argument_group("one question")
     add = group.add_argument
-    add("--ask", metavar="PROMPT", help="answer this prompt and end; - reads it from standard input")
+    add("--ask", metavar="PROMPT", help="answer this prompt and exit; - reads it from standard input")
     add("--form", choices=FORMS, default="", help="; ".join(f"{form}: {what}" for form, what in FORMS.items())
-        + " [chat if there is a template, alpaca for what was trained here, else text]")
-    add("--n", type=int, default=1, help="answers [1]")
-    add("--temperature", type=float, default=1., help="0: always the likeliest token [1]")
-    add("--seed", type=int, default=0, help="of the random numbers [0]")
+        + " [chat if there is a chat template, alpaca for models of farm.py without one, else text]")
+    add("--n", type=int, default=1, help="number of answers [1]")
+    add("--temperature", type=float, default=1., help="of sampling; 0 always takes the likeliest token [1]")
+    add("--seed", type=int, default=0, help="seed of the random numbers [0]")
     group = parser.add_argument_group("the server")
     add = group.add_argument
-    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there are no keys [127.0.0.1]")
-    add("--port", type=int, default=8000, help="0: any that is free [8000]")
-    add("--slots", type=int, default=0, help=f"answers that are written at a time [as many as fit, at most {SLOTS}]")
-    add("--context", type=int, default=0, help=f"tokens of prompt and answer [what the model knows, at most {CONTEXT}]")
-    add("--name", default="", help="what the model is called [its path]")
-    add("--no_graph", dest="graph", action="store_false", help="on a GPU, do without captured decoding steps")
+    add("--host", default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in, without any key [127.0.0.1]")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes any free one [8000]")
+    add("--slots", type=int, default=0,
+        help=f"answers that are written at the same time [as many as fit, at most {SLOTS}]")
+    add("--context", type=int, default=0,
+        help=f"most tokens of prompt and answer [the model's limit, at most {CONTEXT}]")
+    add("--name", default="", help="name of the model in requests and replies [its path]")
+    add("--no_graph", dest="graph", action="store_false", help="on a GPU, do not capture decoding steps as CUDA graphs")
     args = parser.parse_args(underscored(argv))
     other = "serve" if args.ask is not None else "ask"
     if stray := [name for name in ONLY[other] if getattr(args, name) != parser.get_default(name)]:
         raise InputError(f"--{stray[0]} would change nothing {'with' if other == 'serve' else 'without'} --ask")
     if min(args.slots, args.context, args.max_new_tokens) < 0 or not 0 <= args.port < 1 << 16:
-        raise InputError("--slots, --context and --max_new_tokens are not negative, --port is at most 65535")
+        raise InputError("--slots, --context and --max_new_tokens must be 0 or more, --port from 0 to 65535")
     if args.n < 1 or not all(0 <= number < 1 << 63 for number in (args.max_new_tokens, args.temperature, args.seed)):
-        raise InputError("--n is at least 1; --max_new_tokens, --temperature and --seed are not negative")
+        raise InputError("--n must be 1 or more; --max_new_tokens, --temperature and --seed must be 0 or more")
     return args
 
 
@@ -289,17 +323,18 @@ def main(argv):
     if args.ask is not None:
         question = sys.stdin.read() if args.ask == "-" else args.ask
         with plainly("try fewer --n, a lower --max_new_tokens, --int8"):
-            answers = ask(args.path, question, **{k: v for k, v in given.items() if k not in ("path", *ONLY["serve"])})
+            settings = {name: value for name, value in given.items() if name not in ("path", *ONLY["serve"])}
+            answers = ask(args.path, question, **settings)
         for i, answer in enumerate(answers, 1):
             print(f"[{i}] " * (args.n > 1) + answer)
         return
+    settings = {name: value for name, value in given.items() if name not in ONLY["ask"]}
     try:
-        with (plainly("try fewer --slots, a lower --context, --int8"),
-              serving(**{k: v for k, v in given.items() if k not in ONLY["ask"]}) as url):
-            gc.freeze()                                 # or each search for garbage halts all for a third of a second
+        with plainly("try fewer --slots, a lower --context, --int8"), serving(**settings) as url:
+            gc.freeze()                                 # without it, each garbage collection takes a third of a second
             print(f"OPENAI_BASE_URL={url}", flush=True)
             while True:
-                time.sleep(60)                          # Ctrl-C ends it on Windows too, unlike a wait for an Event
+                time.sleep(60)                          # on Windows, Ctrl-C interrupts a sleep, but not an Event.wait
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -297,7 +297,7 @@ def test_an_answer_ends_where_the_context_does(monkeypatch):
 
 @pytest.mark.parametrize("argv, said", [
     (("nowhere/at all", "x"), "there is no folder nowhere/at all"), (("barn", ""), "0 tokens"),
-    (("barn", "cow " * 300), "knows 256 positions"), (("barn", "x", "--n", 0), "--n is at least 1"),
+    (("barn", "cow " * 300), "has room for 256"), (("barn", "x", "--n", 0), "--n must be 1 or more"),
     (("barn", "x", "--temperature", "nan"), "--temperature"), (("barn", "x", "--seed", 1 << 64), "--seed"),
     (("barn", "\udcff"), "not UTF-8"), (("barn", "x", "--dtype", "float8"), "float8"),
     (("barn", "x", "--port", 0), "--port would change nothing")])
