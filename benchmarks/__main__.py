@@ -3,7 +3,7 @@ from data import run
 
 
 def main(argv):
-    from benchmarks import bench        # torch takes seconds to load, and Ctrl-C may come in them
+    from benchmarks import bench        # torch takes seconds to load; run() handles Ctrl-C meanwhile
     bench.main(argv)
 
 

@@ -1,4 +1,4 @@
-"""How fast, in how much memory, how far from what the hardware could do.
+"""Measures speed and memory, and compares them with the hardware's limits.
 
     python -m benchmarks                       everything, on a tiny model
     python -m benchmarks rollout ppo --preset 7b        at LLaMA-7B's shape
@@ -8,13 +8,15 @@
     python -m benchmarks cpu --against hf trl  ratios that hold on any machine,
                                                in ten minutes
 
-The weights are random, the shapes and lengths are real. A result shows useful
-tokens a second; seconds (median and least of --repeat after a warm-up; on a
-CPU, CPU-seconds of one thread); per cent of the floor; peak memory above the
-weights that are there anyway; and how many times as long other ways take.
-The floor is the time that the arithmetic and the memory traffic of the useful
-tokens would take at the speeds that this machine reaches with one large
-product and one large copy. The last line is everything as one JSON document.
+The weights are random, the shapes and lengths are real. A result shows tokens
+per second, padding not counted; seconds (median and least of --repeat runs
+after a warm-up; on a CPU, CPU seconds of one thread); the floor in per cent of
+the median; the peak of memory above the weights; and how many times as long
+the others in --against take.
+The floor is the time that the arithmetic and the memory traffic for these
+tokens would take at the speeds that this machine reaches in one large matrix
+product and one large copy. The last line of the output is a JSON document with
+all results.
 """
 import argparse
 import json
@@ -35,8 +37,8 @@ import torch
 
 import model
 from benchmarks import flags, peers
-from benchmarks.measure import (at_peak, backward, ceilings, clock, decode_floor, held, pass_flops, processor, reset,
-                                timed)
+from benchmarks.measure import (backward, ceilings, clock, decode_floor, memory_in_use, pass_flops, processor,
+                                reset, seconds_for, timed)
 from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
 from data import Refusal, families
 from data.weights import write_safetensors
@@ -49,7 +51,7 @@ from rlhf.update import plainly
 # -- what is run: models and lengths -------------------------------------------------------------------------------
 
 def random_policy(args):
-    """A model of the wanted shape with random weights, made on the device, and a role for LoRA."""
+    """A Policy with random weights in the shape --preset, made on the device; with --lora_rank it has an adapter."""
     V, D, mlp, L, H, K, tied = SHAPES[args.preset]
     config = model.GPTConfig(V, D, mlp, L, H, K, tie_word_embeddings=tied)
     with torch.device("meta"):
@@ -73,30 +75,42 @@ def random_policy(args):
 
 
 def lengths(n, longest, kind, seed):
-    """n lengths up to `longest`: log-normal, as AlpacaFarm's answers are (SFT: alpaca, after PPO: rlhf), or fixed."""
+    """n random lengths from 1 to `longest`, log-normal with the median and the 90th percentile in LENGTHS[kind].
+
+    AlpacaFarm's answers are log-normal: kind "alpaca" after SFT, "rlhf" after PPO. All are `longest` for "fixed".
+    """
     median, high = LENGTHS[kind]
-    r, sigma = random.Random(seed), math.log(high / median) / 1.2816
-    return [min(longest, max(1, round(longest * median * math.exp(sigma * r.gauss(0, 1))))) for _ in range(n)]
+    sigma = math.log(high / median) / 1.2816            # 1.2816: the 90th percentile of the standard normal
+    r, out = random.Random(seed), []
+    for _ in range(n):
+        length = longest * median * math.exp(sigma * r.gauss(0, 1))
+        out.append(min(longest, max(1, round(length))))
+    return out
 
 
 def texts(args, sizes, seed):
+    """Lists of random token ids with these lengths; 0, which the peers take for EOS, is left out."""
     r, V = random.Random(seed), SHAPES[args.preset][0]
     return [[r.randrange(1, V) for _ in range(size)] for size in sizes]
 
 
 def workload(args, n, kind=None):
-    """n prompts, and for each an answer; `kind` overrides the lengths of both."""
+    """(n prompts, n answers), as token ids; `kind` replaces --prompt_lengths and --lengths."""
     prompts = lengths(n, args.prompt, kind or args.prompt_lengths, 1)
     return texts(args, prompts, 2), texts(args, lengths(n, args.new, kind or args.lengths, 3), 4)
 
 
 def settings(args, cls, **more):
+    """A method's Config with the flags that the benches share."""
     return cls(lora_rank=args.lora_rank, micro_batch_tokens=args.micro_batch_tokens, slots=args.slots,
                graph=args.graph, max_new_tokens=args.new, **more)
 
 
 def line(args, name, tokens, floor, took):
-    """Print and keep one result: ours against the floor, the others against ours."""
+    """Print one result and add it to args.results: our time against the floor, the others' against ours.
+
+    tokens: how many the work has. floor: seconds. took: what timed() returns, with ours under "ours".
+    """
     median, least, peak = took["ours"]
     result = {"bench": name, "preset": args.preset, "lengths": args.lengths, "lora_rank": args.lora_rank,
               "int8": args.int8, "compile": args.compile, "tokens": tokens, "seconds": median, "seconds_min": least,
@@ -113,14 +127,14 @@ def line(args, name, tokens, floor, took):
 
 
 def show(args, name, *numbers):
-    """Print what was run, and below it the numbers."""
+    """Print the name of a bench, and its numbers on the next line."""
     print(f"{name}, {args.preset}\n    {' | '.join(numbers)}", flush=True)
 
 
 # -- the benches ---------------------------------------------------------------------------------------------------
 
 def bench_rollout(args):
-    """Sampling; naive: batches of equal size, each padded and decoded to its longest answer, no graph."""
+    """Sampling. naive: batches of equal size, each padded and decoded to its longest answer, without CUDA graphs."""
     n, (_, answers) = args.n, workload(args, args.rows)
     prompts, caps = workload(args, args.rows // n)[0], [len(answer) for answer in answers]
     repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -142,7 +156,7 @@ def bench_rollout(args):
 
 
 def bench_logprob(args):
-    """Token log-probs and their gradient; naive: all logits at once, log_softmax, autograd."""
+    """Token log-probs and their gradient. naive: all logits at once, log_softmax, autograd."""
     V, D = SHAPES[args.preset][:2]
     N = args.micro_batch_tokens // 2
     h = torch.randn(N, D, device=args.device, dtype=args.dtype, requires_grad=True)
@@ -156,11 +170,11 @@ def bench_logprob(args):
     runs = {"ours": lambda: ChunkedLogProb.apply(h, W, targets, 1., 1024).sum().backward()}
     if "naive" in args.against:
         runs["naive"] = naive
-    line(args, f"logprob {N}x{V}", N, at_peak(args, 2 * 2 * N * D * V), timed(args, runs))
+    line(args, f"logprob {N}x{V}", N, seconds_for(args, 2 * 2 * N * D * V), timed(args, runs))
 
 
 def bench_sft(args):
-    """One optimizer step; naive: every row padded to the cap."""
+    """One optimizer step of SFT. naive: every row padded to the longest prompt and answer allowed."""
     rows = list(zip(*workload(args, args.rows)))
     ours = random_policy(args)
     log, cfg = SimpleNamespace(step=lambda *_: None), settings(args, sft.Config, epochs=1, batch_size=args.rows)
@@ -170,15 +184,15 @@ def bench_sft(args):
         runs["naive"] = lambda: sft.train(ours, padded, cfg, log)
     if "trl" in args.against:
         runs["trl"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank)
-    spoken, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
-    floor = at_peak(args, pass_flops(args, tokens, spoken, *backward(args)))
+    answer_tokens, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
+    floor = seconds_for(args, pass_flops(args, tokens, answer_tokens, *backward(args)))
     line(args, f"sft {args.rows} rows", sum(tokens), floor, timed(args, runs))
 
 
 def bench_dpo(args):
-    """One optimizer step; the reference is cached, as in a run of more than one epoch most of it is, or computed in
-    the step; naive: every row padded to the cap, the prompt and the reference computed each time."""
-    def some_pairs(kind):
+    """One optimizer step of DPO. With --cached the reference's log-probs are computed before, as dpo.run() does.
+    naive: every row padded to the longest allowed, the prompt computed twice, the reference computed in the step."""
+    def random_pairs(kind):
         prompts, chosen = workload(args, args.rows, kind)
         rejected = texts(args, lengths(args.rows, args.new, kind or args.lengths, 5), 6)
         return [((p, c), (p, r)) for p, c, r in zip(prompts, chosen, rejected)]
@@ -188,31 +202,31 @@ def bench_dpo(args):
     updater = update.Updater(ours.trainable(), 1e-5, 1000, fp16=ours.fp16)
 
     def step(pairs, ref_logps, cfg):
-        """What dpo.run does in a step."""
+        """The same as in a step of dpo.run()."""
         for micro in update.micro_batches(range(len(pairs)), pair_lengths(pairs), cfg.micro_batch_tokens):
             logp = dpo.logps(ours, [pairs[i] for i in micro], cfg)                       # (2, b)
             losses, _ = dpo.dpo_loss(logp, ref_logps[:, micro], None, cfg)
             updater.add(losses.sum(), len(micro))
         updater.step()
 
-    pairs = some_pairs(None)
+    pairs = random_pairs(None)
     known = dpo.reference_logps(ref, pairs, cfg)
     runs = {"ours": lambda: step(pairs, known if args.cached else dpo.reference_logps(ref, pairs, cfg), cfg)}
     if "naive" in args.against:
-        plain, padded = settings(args, dpo.Config, shared_prompt=False), some_pairs("fixed")
+        plain, padded = settings(args, dpo.Config, shared_prompt=False), random_pairs("fixed")
         runs["naive"] = lambda: step(padded, dpo.reference_logps(ref, padded, plain), plain)
     if "trl" in args.against:
         triples = [(p, c, r) for (p, c), (_, r) in pairs]
         runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)
     tokens = [t for (p, c), (_, r) in pairs for t in (len(p) + len(c), len(r))]
-    spoken = sum(len(response) for _, response in rows_of(pairs))
-    floor = at_peak(args, pass_flops(args, tokens, spoken, *backward(args)))
+    answer_tokens = sum(len(response) for _, response in rows_of(pairs))
+    floor = seconds_for(args, pass_flops(args, tokens, answer_tokens, *backward(args)))
     name = f"dpo {args.rows} pairs" + ", cached ref" * args.cached + ", prompt twice" * (not args.shared_prompt)
     line(args, name, sum(pair_lengths(pairs)), floor, timed(args, runs))
 
 
 def ppo_roles(args):
-    """Policy, reference, reward model, value function, and the optimizer of two of them."""
+    """(policy, reference, reward model, value model, updater); the updater trains the policy and the value model."""
     ref = random_policy(args)
     reward_model = reward.fresh(ref.copy("reward"))
     reward_model.head.weight.data.normal_(0, .02)
@@ -222,7 +236,8 @@ def ppo_roles(args):
 
 
 def ppo_step(args, roles, prompts, caps, cfg):
-    """What ppo.run does in a step, with answers of prescribed lengths: seconds of rollout and scoring, of updates."""
+    """The same as in a step of ppo.run(), with answers of caps[i] tokens; returns the seconds of rollout and scoring,
+    and those of the updates."""
     ours, ref, reward_model, value, updater = roles
     start = clock(args.device)
     cfg.max_new_tokens = caps
@@ -244,11 +259,11 @@ def ppo_step(args, roles, prompts, caps, cfg):
 
 
 def bench_ppo(args):
-    """A step of PPO with two epochs; naive: prompts and answers padded to the cap, as AlpacaFarm pads them."""
+    """A step of PPO with two epochs. naive: prompts and answers padded to the longest, as in AlpacaFarm."""
     prompts, answers = workload(args, args.rows)
     caps, roles = [len(answer) for answer in answers], ppo_roles(args)
     cfg = settings(args, ppo.Config, batch_size=args.batch or args.rows)
-    parts, warm = [], max(1, args.rows // 16)                 # a step on a big model is too long to be its own warm-up
+    parts, warm = [], max(1, args.rows // 16)                 # a whole step is too long for a warm-up on a big model
     if not args.warmup:
         ppo_step(args, roles, prompts[:warm], caps[:warm], cfg)
     runs = {"ours": lambda: parts.append(ppo_step(args, roles, prompts, caps, cfg))}
@@ -260,21 +275,21 @@ def bench_ppo(args):
         runs |= {"trl": trl, "trl, its garbage collection free": lambda: trl(frozen=True)}
     tokens, (times, head) = [len(p) + c for p, c in zip(prompts, caps)], backward(args)
     flops = pass_flops(args, tokens, 0, 4 + 2 * 2 * times, 0) + pass_flops(args, [], sum(caps), 0, 2 + 2 * head)
-    floor = decode_floor(args, prompts, caps) + at_peak(args, flops)
+    floor = decode_floor(args, prompts, caps) + seconds_for(args, flops)
     line(args, f"ppo {args.rows}x({args.prompt}+{args.new})", sum(tokens), floor, timed(args, runs))
     args.results[-1] |= dict(zip(("rollout_and_scoring_s", "updates_s"), parts[-1]))
 
 
 def bench_memory(args):
-    """Peak of a PPO step with all four roles, on few rows but as long as they get."""
+    """The peak of memory in a PPO step with its four models, on --rows rows, all of the longest length."""
     reset(args.device)
-    empty, roles = held(args.device), ppo_roles(args)
+    empty, roles = memory_in_use(args.device), ppo_roles(args)
     base = sum(w.numel() * w.element_size() for w in roles[0].gpt.weights().values())
     cfg = settings(args, ppo.Config, batch_size=args.rows)
     prompts, _ = workload(args, args.rows, "fixed")
     start = clock(args.device)
     ppo_step(args, roles, prompts, [args.new] * args.rows, cfg)
-    seconds, peak = clock(args.device) - start, held(args.device, peak=True) - empty
+    seconds, peak = clock(args.device) - start, memory_in_use(args.device, peak=True) - empty
     reserved = torch.cuda.max_memory_reserved() if args.device == "cuda" else peak
     args.results.append({"bench": "memory", "preset": args.preset, "lora_rank": args.lora_rank, "int8": args.int8,
                          "rows": args.rows, "slots": args.slots, "micro_batch_tokens": args.micro_batch_tokens,
@@ -286,7 +301,7 @@ def bench_memory(args):
 
 
 def bench_load(args):
-    """Loading a checkpoint in two shards from the page cache, and the peak of memory over its size."""
+    """Loading a checkpoint of two shards from the page cache: GB/s, and the peak of memory over its size."""
     ours = random_policy(args)
     weights = {name: w.cpu() for name, w in ours.gpt.weights().items()}
     bytes = sum(w.numel() * w.element_size() for w in weights.values())
@@ -315,7 +330,8 @@ NO_TIME = "no time was left"
 # -- the command ---------------------------------------------------------------------------------------------------
 
 def installed(other, bench):
-    """Whether this bench can be run against another here; TRL 1.16 and later have no PPO."""
+    """Whether the packages are installed that this bench needs to run against `other`. TRL 1.16 and later have no PPO.
+    """
     package = {"hf": "transformers", "trl": "trl"}.get(other)
     if package is None or not find_spec(package):
         return other == "naive"
@@ -323,7 +339,8 @@ def installed(other, bench):
 
 
 def measure(args, plan):
-    """Run a list of benches; what fails is kept as a result that says so, for the rest is worth having."""
+    """Run a plan [(bench, {flag: value})]. A bench that fails is recorded in args.results with its error, and the next
+    one is run."""
     began = time.perf_counter()
     for name, changes in plan:
         one = argparse.Namespace(**{**vars(args), **changes})
@@ -343,23 +360,24 @@ def measure(args, plan):
 
 
 def failed(args, name, changes, error):
+    """Record the error of a bench in args.results, and print it."""
     args.results.append({"bench": name, **changes, "error": f"{type(error).__name__}: {error}"[:400]})
     print(f"{name}: {error}", file=sys.stderr)
 
 
 def cuda_tests():
-    """The exactness of what only runs on a GPU; the last line of pytest."""
+    """Run the tests of the code that only runs on a GPU; returns the last line of pytest, with the counts."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    print(said.stdout, said.stderr, flush=True)
-    return (said.stdout + said.stderr).strip().splitlines()[-1]
+    tests = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    print(tests.stdout, tests.stderr, flush=True)
+    return (tests.stdout + tests.stderr).strip().splitlines()[-1]
 
 
 def main(argv):
     args = flags.parse(argv, __doc__, BENCHES)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).open("a").close()                # what is wrong with that path shows now
+        Path(args.out).open("a").close()                # fail now, not after the benches, if it cannot be written
     args.dtype, args.results = getattr(torch, args.dtype), []
     cuda = args.device == "cuda"
     if not cuda:
@@ -372,12 +390,12 @@ def main(argv):
     try:
         args.ceilings = document["ceilings"] = ceilings(args)
         for name in args.benches:
-            plan = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}.get(name, [(name, {})])
-            measure(args, plan)
-    finally:                                            # an interruption keeps what was measured before it
+            plans = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}
+            measure(args, plans.get(name, [(name, {})]))
+    finally:                                            # after Ctrl-C too, the results so far are written
         text = json.dumps({**document, "results": args.results})
         if args.out:
             Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
         print(text)
     if failures := [result["bench"] for result in args.results if result.get("error", NO_TIME) != NO_TIME]:
-        raise Refusal(f"failed: {', '.join(failures)}; the document says why, and holds the rest")
+        raise Refusal(f"failed: {', '.join(failures)}; the JSON document has the reasons, and the other results")

@@ -1,4 +1,4 @@
-"""The flags of `python -m benchmarks`, and what is refused of them."""
+"""The flags of `python -m benchmarks`: defines and checks them."""
 import argparse
 import re
 
@@ -12,48 +12,49 @@ PEERS = ["naive", "hf", "trl", "nothing"]
 
 
 def flags(parser, cuda):
-    """All of them, by what they are about; `cuda`: the defaults for a GPU."""
+    """Add all flags to the parser, in three groups. cuda: use the defaults for a GPU."""
     def add(name, default, about, **more):
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
         elif default is not None:
             more["type"] = type(default)
         flag = group.add_argument(f"--{name}", default=default, **more)
-        # Set here, as before Python 3.13 argparse adds a default of its own to the help of a switch.
+        # Not given to add_argument: before Python 3.13, argparse would add the default of a switch a second time.
         flag.help = f"{about} [{'none' if default == '' else default}]"
 
     group = parser.add_argument_group("the model")
-    add("preset", "tiny", "the shape of its weights", choices=list(SHAPES))
-    add("device", "cuda" if cuda else "cpu", "where to run", choices=["cpu", "cuda"])
-    add("dtype", "bfloat16" if cuda else "float32", "of the weights", choices=["float32", "bfloat16", "float16"])
+    add("preset", "tiny", "shape of the model, see benchmarks/plans.py", choices=list(SHAPES))
+    add("device", "cuda" if cuda else "cpu", "where the model runs", choices=["cpu", "cuda"])
+    add("dtype", "bfloat16" if cuda else "float32", "dtype of the weights", choices=["float32", "bfloat16", "float16"])
     add("lora_rank", 16 if cuda else 0, "rank of the adapters on a frozen base; 0 trains all weights")
     add("int8", False, "keep the frozen base in int8")
     add("checkpointing", cuda, "recompute activations in the backward pass")
-    add("graph", True, "on a GPU, replay a captured decoding step")
+    add("graph", True, "on a GPU, capture decoding steps as CUDA graphs")
     add("compile", False, "compile the blocks for training")
     group = parser.add_argument_group("the work")
     add("prompt", 192 if cuda else 32, "longest prompt, in tokens")
     add("new", 300 if cuda else 96, "longest answer, in tokens")
-    add("lengths", "alpaca", "how long answers are", choices=list(LENGTHS))
-    add("prompt_lengths", "fixed", "how long prompts are", choices=list(LENGTHS))
-    add("rows", 128 if cuda else 64, "answers, demonstrations or pairs")
-    add("n", 1, "answers to a prompt")
+    add("lengths", "alpaca", "distribution of the answers' lengths", choices=list(LENGTHS))
+    add("prompt_lengths", "fixed", "distribution of the prompts' lengths", choices=list(LENGTHS))
+    add("rows", 128 if cuda else 64, "number of answers, demonstrations or pairs")
+    add("n", 1, "number of answers to each prompt")
     add("batch", 0, "answers in an optimizer step of PPO; 0: all rows")
-    add("slots", 0, "answers that are sampled at a time; 0: as many as fit")
+    add("slots", 0, "answers that are sampled at the same time; 0: as many as fit")
     add("micro_batch_tokens", 4096, "tokens, padding included, in one forward and backward pass")
-    add("cached", True, "the reference's log-probs of DPO are known")
-    add("shared_prompt", True, "the prompt of a pair is computed once")
+    add("cached", True, "DPO: compute the reference's log-probs before the step")
+    add("shared_prompt", True, "DPO: compute the prompt of a pair once for both answers")
     group = parser.add_argument_group("the measurement")
     group.add_argument("--against", nargs="+", default=["naive"], choices=PEERS, metavar="OTHER",
-                       help=f"what to run beside, if it is installed: {', '.join(PEERS)} [naive]")
-    add("warmup", 1, "runs before the clock counts")
-    add("repeat", 1 if cuda else 5, "runs that count")
-    add("seconds", 500., "start no further part of a list after so long")
-    add("out", "", "a file for the JSON document")
+                       help=f"what to compare with, if installed: {', '.join(PEERS)} [naive]")
+    add("warmup", 1, "runs that are not timed, before the others")
+    add("repeat", 1 if cuda else 5, "runs that are timed")
+    add("seconds", 500., "of a list of benches, start none after so many seconds")
+    add("out", "", "file to write the JSON document to")
 
 
 def parse(argv, about, benches):
-    """The settings; `about`: the text of --help, `benches`: the names that can be given."""
+    """The checked settings of a command line. about: the text above the flags in --help. benches: the names that can be
+    given. InputError for settings that make no sense."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser("python -m benchmarks", usage="%(prog)s [BENCH ...] [--FLAG VALUE ...]",
                                      description=about, allow_abbrev=False,
@@ -69,13 +70,13 @@ def parse(argv, about, benches):
     if args.device == "cpu" and "h200" in args.benches:
         raise InputError("h200 is a list for a GPU: choose cpu, or single benches")
     if args.dtype != "float32" and not args.lora_rank and not {"rollout", "logprob", "load"}.issuperset(args.benches):
-        raise InputError(f"--dtype {args.dtype} would swallow small updates of the weights: give --lora_rank 16")
+        raise InputError(f"--dtype {args.dtype} would round small updates of the weights away: give --lora_rank 16")
     for name, value in vars(args).items():
         least = 0 if name in MAY_BE_ZERO else 1
         if type(value) in (int, float) and not least <= value < 1 << 31:
-            raise InputError(f"--{name} {value} makes no sense: it is a number from {least} up")
+            raise InputError(f"--{name} {value} makes no sense: it must be {least} or more")
     if args.rows % args.n:
         raise InputError(f"--rows {args.rows} is no multiple of --n {args.n}, the answers to each prompt")
     if args.int8 and not args.lora_rank:
-        raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
+        raise InputError("--int8 freezes all weights, so there must be adapters to train: give --lora_rank 16")
     return args

@@ -1,9 +1,9 @@
 """The same work done by Transformers and TRL, for `--against hf` and `--against trl`; nothing else needs this file.
 
-Each function takes our GPT and returns run(), which does the work once: a rollout, or one optimizer step of the peer's
-own trainer on the ids it was given. Models, data and optimizer are ready before, so a caller times the work alone.
-Off in TRL, as we have none of it: text and tokenizing, checkpoints, reports, progress bars. Off on both sides: dropout,
-recomputation. Left on, as users of TRL have no choice: the metrics of every step (entropy, accuracy, mean logits).
+Each function takes our GPT and returns a function run() that does the work once: a rollout, or one optimizer step of
+TRL's trainer on the given token ids. Models, data and optimizer are made before, so that only the work is timed. TRL's
+tokenizing, checkpoints, reports and progress bars are off, since our side does none of these. Dropout and gradient
+checkpointing are off on both sides. TRL's metrics of every step (entropy, accuracy, mean logits) cannot be turned off.
 
 Sources: github.com/huggingface/transformers (models/llama, generation, trainer.py) and github.com/huggingface/trl
 (trl/trainer, trl/experimental/ppo); written against transformers 5.23, and TRL 1.16 or for PPO 1.10.
@@ -19,18 +19,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import families
 
-EOS = 0                                 # ends an answer; a prompt may hold it
+EOS = 0                                 # the token that ends an answer; a prompt may contain it
 
 
 def lora(rank):
-    """Our adapters as PEFT describes them, on all linear layers; None for full fine-tuning."""
+    """PEFT's config of our adapters, which are on all linear layers; None for full fine-tuning (rank 0)."""
     if rank:
         from peft import LoraConfig
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def twin(gpt, lora_rank=0):
-    """A LlamaForCausalLM with a copy of our base, in its precision and place; with a fresh PEFT adapter if asked."""
+    """A LlamaForCausalLM with a copy of our base's weights, in the same dtype and on the same device; with
+    lora_rank, it gets a new PEFT adapter."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     config = LlamaConfig(**families.llama_config(gpt.config), bos_token_id=None, eos_token_id=None)
     with gpt.device:
@@ -43,19 +44,21 @@ def twin(gpt, lora_rank=0):
 
 
 def ends_at(ends, gpt):
-    """For `generate`: row i ends when it is ends[i] tokens long, padding and prompt included, and not before."""
+    """The logits processors of `generate` that make row i end when it has ends[i] tokens, padding and prompt included:
+    EOS is the only token that can be sampled at its end, and cannot be sampled earlier."""
     ends = torch.tensor(ends, device=gpt.device)[:, None]                                # (B, 1)
     more = torch.arange(gpt.config.vocab_size, device=gpt.device) != EOS                 # (V,)
     return [lambda ids, scores: scores.masked_fill_((ends <= ids.shape[1] + 1) == more, -torch.inf)]
 
 
 def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, temperature=1.):
-    """Sampling with `generate`: n answers to each prompt, row i has caps[i] tokens; run() returns the lengths.
+    """Sampling with `generate`: n answers to each prompt, caps[i] tokens in row i; run() returns the lengths.
 
-    Batches of `slots` rows in the given order, padded on the left, each decoded until its longest answer ends; if all
-    caps are equal, nothing has to be forced.
+    The rows are decoded in batches of `slots`, in the given order and padded on the left, each batch until its longest
+    answer ends. If all caps are equal, max_new_tokens ends the answers, and no EOS is forced.
     """
-    llama, size, same, batches = twin(gpt, lora_rank).eval(), max(1, slots // n), len(set(caps)) == 1, []
+    llama, size = twin(gpt, lora_rank).eval(), max(1, slots // n)
+    same, batches = len(set(caps)) == 1, []
     for start in range(0, len(prompts), size):
         rows, new = [torch.tensor(p) for p in prompts[start:start + size]], caps[start * n:(start + size) * n]
         ids = pad_sequence(rows, True, EOS, "left").to(gpt.device)                       # (P, T)
@@ -76,7 +79,10 @@ def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, temperature=1.):
 
 @contextlib.contextmanager
 def settings(gpt, lr):
-    """Common to all trainers: fp32 throughout, or on a low-precision base TRL's default, autocast. Silent inside."""
+    """Yield the arguments that all of TRL's trainers get; nothing is printed inside the with block.
+
+    An fp32 base is trained in fp32; for a base of lower precision TRL's default, autocast, is on.
+    """
     sink = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         yield {"output_dir": folder, "learning_rate": lr, "lr_scheduler_type": "constant", "adam_beta2": .98,
@@ -87,7 +93,7 @@ def settings(gpt, lr):
 
 
 def tokenizer(pad):
-    """TRL wants one for its special ids, though no text passes it."""
+    """A tokenizer with two words, for TRL's trainers: they need its special ids, though no text is tokenized."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({str(i): i for i in (EOS, pad)}, unk_token=str(EOS)))
@@ -95,7 +101,8 @@ def tokenizer(pad):
 
 
 def stepper(trainer, rows):
-    """run() collates a batch and takes a step as Trainer.train does, less callbacks and schedule; returns the loss."""
+    """A function run() that collates the rows and takes one optimizer step, as Trainer.train does, without callbacks
+    and learning-rate schedule; it returns the loss."""
     trainer.create_optimizer()
     model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
@@ -111,12 +118,13 @@ def stepper(trainer, rows):
 
 
 def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False):
-    """TRL's DPOTrainer on pairs [(prompt, chosen, rejected)]; its reference is a copy, or with LoRA the bare base."""
+    """TRL's DPOTrainer on pairs [(prompt, chosen, rejected)] of token ids. The reference is a copy of the model, or
+    with LoRA the base without its adapter."""
     import trl
     from datasets import Dataset
 
     class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):        # would tokenize, and has no switch as SFTTrainer has
+        def _prepare_dataset(self, dataset, *_):        # it would tokenize; only SFTTrainer has a flag against it
             return dataset
 
     data = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair)) for pair in pairs])
@@ -128,7 +136,7 @@ def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False):
 
 
 def sft(gpt, rows, lr, lora_rank=0):
-    """TRL's SFTTrainer on rows [(prompt, response)], learning the response only."""
+    """TRL's SFTTrainer on rows [(prompt, response)] of token ids, with the loss on the response only."""
     import trl
     from datasets import Dataset
     rows = [{"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows]
@@ -140,10 +148,11 @@ def sft(gpt, rows, lr, lora_rank=0):
 
 
 def ppo(gpt, prompts, caps, mini_batch, epochs, lr):
-    """An iteration of TRL's PPOTrainer: caps[i] new tokens in row i, then `epochs` passes; run() returns its metrics.
+    """One iteration of TRL's PPOTrainer: a rollout of caps[i] tokens in row i, and `epochs` passes over it; run()
+    returns TRL's metrics.
 
-    Policy, reference, reward model and value function are four models of one size. TRL 1.16 has no PPO any more.
-    A forced EOS counts as certain when sampled, so with unequal caps the metrics (KL, ratio) are off.
+    Policy, reference, reward model and value function are four models of the same size. TRL 1.16 and later have no PPO.
+    With unequal caps an EOS is forced, and its log-prob when sampled is 0, so that the metrics KL and ratio are wrong.
     """
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
@@ -163,14 +172,14 @@ def ppo(gpt, prompts, caps, mini_batch, epochs, lr):
                          gradient_accumulation_steps=parts, num_ppo_epochs=epochs, response_length=max(caps),
                          local_rollout_forward_batch_size=batch, stop_token=None if same else "eos", temperature=1.,
                          num_sample_generations=0)
-        # whatever equals the padding id is padding to PPO, so that must be an id that is never sampled
+        # PPOTrainer takes every token that equals the padding id for padding, so the id must never be sampled.
         trainer = PPOTrainer(args, tokenizer(gpt.config.vocab_size), policy, ref, reward,
                              Dataset.from_list([{"input_ids": prompt} for prompt in prompts]), value)
-    trainer.accelerator.gradient_accumulation_steps = 1         # TRL sets `parts`, but each mini-batch is a step
+    trainer.accelerator.gradient_accumulation_steps = 1         # TRL sets `parts`; here each mini-batch is a step
 
     def run(frozen=False):
-        """TRL collects garbage twice in a step, looking at every object of every imported library: on a small model
-        most of its time. frozen: these objects are out of sight."""
+        """TRL calls the garbage collector twice in a step. It visits every object of every imported library, which on
+        a small model takes most of the time. frozen: exclude these objects from the collection."""
         if frozen:
             gc.freeze()
         with contextlib.redirect_stdout(io.StringIO()):

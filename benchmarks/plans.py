@@ -1,20 +1,22 @@
-"""What bench.py measures: the shapes of models, how long answers are, and the lists behind `h200` and `cpu`."""
+"""What bench.py measures: shapes of models, lengths of answers, and the benches that `h200` and `cpu` run in turn."""
 
-SHAPES = {  # vocabulary, width, MLP, layers, heads, kv heads, tied head: as in the checkpoints of that size
-    "tiny": (1280, 128, 320, 2, 8, 4, True),            # the offline world's
+# {--preset: (vocabulary, width, width of the MLP, layers, heads, KV heads, whether the head is tied)}
+SHAPES = {
+    "tiny": (1280, 128, 320, 2, 8, 4, True),            # the offline world's model
     "s": (256, 64, 256, 2, 2, 2, False),
     "m": (1024, 256, 768, 4, 4, 4, False),
-    "32k": (32000, 128, 384, 2, 2, 2, False),           # all vocabulary
+    "32k": (32000, 128, 384, 2, 2, 2, False),           # nearly all of its weights are vocabulary
     "0.5b": (151936, 896, 4864, 24, 14, 2, True),       # Qwen2.5
     "1.5b": (151936, 1536, 8960, 28, 12, 2, True),
     "7b": (32000, 4096, 11008, 32, 32, 32, False),      # LLaMA, AlpacaFarm's
     "qwen7b": (152064, 3584, 18944, 28, 28, 4, False),
     "8b": (128256, 4096, 14336, 32, 32, 8, False),      # Llama 3
 }
-LENGTHS = {"fixed": (1., 1.), "alpaca": (.153, .41), "rlhf": (.5, .95)}     # of the cap: median, ninth decile
+# {--lengths: (median, 90th percentile)}, as fractions of the longest answer: AlpacaFarm's after SFT, and after PPO.
+LENGTHS = {"fixed": (1., 1.), "alpaca": (.153, .41), "rlhf": (.5, .95)}
 
 BIG = {"lora_rank": 16, "lengths": "rlhf", "prompt_lengths": "rlhf"}
-H200 = [  # what is worth most comes first: the minutes may be over before the list is
+H200 = [  # (bench, its settings), the most important ones first: --seconds may end before the list does
     ("rollout", {"preset": "7b", "lengths": "fixed", "rows": 128, "slots": 128, "against": ["naive", "hf"]}),
     ("ppo", {**BIG, "preset": "7b", "rows": 512, "batch": 256, "warmup": 0}),
     ("rollout", {"preset": "qwen7b", "lengths": "fixed", "rows": 128, "slots": 128}),

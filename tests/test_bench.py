@@ -141,7 +141,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
     (["--rows", "few"], "invalid int"), (["--rows", "0"], "--rows 0 makes no sense"),
     (["--seconds", "nan"], "--seconds nan makes no sense"), (["--rows", "8", "--n", "3"], "no multiple of --n 3"),
     (["--int8", "--lora_rank", "0"], "give --lora_rank"), (["--row", "8"], "unrecognized arguments: --row"),
-    (["dpo", "--dtype", "float16", "--lora-rank", "0"], "swallow small updates"),
+    (["dpo", "--dtype", "float16", "--lora-rank", "0"], "round small updates"),
     (["h200", "--device", "cpu"], "h200 is a list for a GPU"), (["--out", "."], "directory")])
 def test_bad_flags_are_one_sentence_and_exit_code_2(flags, said):
     refused(command(MAIN, *flags), 2, said)
