@@ -1,5 +1,6 @@
-"""The offline world: a closed, farm-themed English with a known true reward.
+"""The offline world: a small, farm-themed English with a known true reward.
 
-lexicon (what is true on the farm) -> world (instructions, demonstrations, splits) -> reward (the hidden true reward)
--> judge (annotators behind HTTP); pretrain makes the base checkpoint in `base/`.
+Each file builds on the ones before it: lexicon (the words, and the facts about them), world (instructions,
+demonstrations, splits), reward (the true reward, which no learner sees), judge (annotators that are asked over HTTP).
+pretrain makes the base checkpoint in `base/`.
 """

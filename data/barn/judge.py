@@ -1,8 +1,9 @@
-"""The annotators of the offline world: tastes and noise behind an OpenAI-compatible endpoint on a loopback port.
+"""The annotators of the offline world: an OpenAI-compatible server on a loopback port that compares two answers.
 
-Two pools read the same features of an answer. `barn-sim` is the simulator: like-minded annotators with little noise who
-pay for length and for courtesy. `barn-human` stands for people: they agree with each other about two times in three,
-and on average length and ready-made phrases put them off, so a policy can please the one pool and not the other.
+An annotator scores both answers by the features of data/barn/reward.py, with weights and noise of its own. There are
+two pools. The annotators of `barn-sim` are like simulated ones: they are similar, have little noise, and prefer long
+and courteous answers. Those of `barn-human` are like people: two of them agree on about two of three pairs, and on
+average they dislike length and stock phrases. A policy can therefore win under one pool and lose under the other.
 """
 import hashlib
 import json
@@ -19,17 +20,20 @@ from data.barn.reward import WEIGHTS, known_bigrams, true_reward
 
 @dataclass(frozen=True)
 class Taste:
-    weights: dict           # what this annotator values, by feature
+    """How one annotator decides."""
+    weights: dict           # {feature: its weight}, as WEIGHTS in data/barn/reward.py
     noise: float            # scale of the logistic noise, in units of reward
-    first: float            # position bias: what standing first is worth
+    first: float            # position bias: the reward that is added for being shown first
 
 
-#              size, spread of the weights, mean and sd of: courtesy (x the true weight), length (per 20 words); noise
+# {pool: (annotators, sd of the log of their weights, (mean, sd) of the weight of courtesy as a multiple of the true
+# one, (mean, sd) of the weight of 20 words, noise)}
 POOLS = {"sim": (13, .35, (1.5, .5), (1.2, .6), .5),
          "human": (16, .7, (-.5, 1.), (-.3, .8), 2.)}
 
 
 def make_pool(kind):
+    """{name: Taste} of the annotators of a pool, the same in every run; their names are like barn-sim-03."""
     size, spread, courtesy, words, noise = POOLS[kind]
     r = random.Random(f"barn tastes {kind}")
     pool = {}
@@ -45,8 +49,10 @@ TASTES = {**make_pool("sim"), **make_pool("human")}
 
 
 def prefers_first(name, instruction, a, b):
-    """Whether annotator `name` prefers a, shown first, to b. The noise is a hash of everything it saw: asked again,
-    it says the same, so answers can be cached."""
+    """Whether the annotator `name` prefers the answer a, which is shown first, to b.
+
+    The noise is made from a hash of all arguments: the same question gets the same verdict, so verdicts can be cached.
+    """
     taste = TASTES[name]
     margin = true_reward(instruction, a, taste.weights) - true_reward(instruction, b, taste.weights) + taste.first
     digest = hashlib.blake2b("\0".join((name, instruction, a, b)).encode(), digest_size=7).digest()
@@ -54,13 +60,14 @@ def prefers_first(name, instruction, a, b):
     return margin + taste.noise * math.log(u / (1 - u)) > 0
 
 
-SHOWN = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*"              # the form of data/judges/pairwise.json
+SHOWN = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*"              # the prompt of data/judges/pairwise.json
                    r"<<<\1 output \(a\)\n(.*?)\n\1>>>.*<<<\1 output \(b\)\n(.*?)\n\1>>>", re.DOTALL)
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"                       # keep the connection
-    disable_nagle_algorithm = True                      # a reply is small: do not wait 40 ms for more of it
+    """Answers chat completion requests: the model is an annotator's name, the prompt that of pairwise.json."""
+    protocol_version = "HTTP/1.1"                       # keep the connection for more requests
+    disable_nagle_algorithm = True                      # send small replies at once, not after 40 ms
     wbufsize = 1 << 16
 
     def do_POST(self):
@@ -73,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if not known:
             return self.reply(404, {"error": {"message": f"no annotator {model!r} here"}})
         if not shown:
-            return self.reply(400, {"error": {"message": "this judge reads the form of pairwise.json only"}})
+            return self.reply(400, {"error": {"message": "this judge reads the prompt of pairwise.json only"}})
         _, instruction, a, b = shown.groups()
         verdict = "Output (a)" if prefers_first(model, instruction, a, b) else "Output (b)"
         message = {"role": "assistant", "content": verdict}
@@ -82,6 +89,7 @@ class Handler(BaseHTTPRequestHandler):
                          "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}})
 
     def reply(self, status, document):
+        """Send a whole reply with a JSON body."""
         data = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -96,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve():
     """Serve the annotators on a free loopback port for the length of a with block; yields the base URL."""
-    known_bigrams()                                     # built before the threads that would each build it
+    known_bigrams()                                     # fills its cache, or each thread would compute it
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
     try:

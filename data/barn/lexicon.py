@@ -1,4 +1,4 @@
-"""What is true on the farm: things and their properties. No word means two things, so that a text can be checked."""
+"""The words of the offline world and the facts about them. Each word has one meaning, so that texts can be checked."""
 
 ANIMALS = {  # name: (eats, lives in, gives, trait, trait)
     "cow": ("grass", "barn", "milk", "big", "gentle"), "goat": ("leaves", "shed", "cheese", "clever", "noisy"),
@@ -37,7 +37,7 @@ TREES = ("oak", "pine", "elm", "maple", "willow", "birch", "cedar", "ash")
 FLOWERS = ("rose", "daisy", "tulip", "lily", "poppy", "violet", "iris", "peony")
 NAMES = ("Anna", "Ben", "Clara", "Dan", "Ella", "Fred", "Grace", "Henry",
          "Ida", "Jack", "Kate", "Leo", "Mary", "Ned", "Olga", "Paul")
-ISSUES = {  # what a note can be about: what to ask for
+ISSUES = {  # {what a note is about: what it asks the reader to do}
     "broken fence": "mend it", "sick goat": "call the vet", "lost dog": "look for it", "new tractor": "try it",
     "late rain": "water the beans", "ripe plums": "pick them", "open gate": "close it", "empty bucket": "fill it",
     "muddy road": "clear it", "cold barn": "add some straw", "hungry pig": "feed it",
@@ -52,7 +52,7 @@ SINGULAR = {"animals": "animal", "vegetables": "vegetable", "fruits": "fruit", "
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 CATEGORY_OF = {thing: category for category, things in CATEGORIES.items() for thing in things}
 
-STEPS = {  # verb: (the four steps, the things it is done to); {eats}, {lives} are the animal's own
+STEPS = {  # {verb: (the four steps of doing it, the things that it is done to)}; {eats}, {lives}: from ANIMALS
     "plant": (("dig a small hole", "put the {x} in", "cover it with soil", "water it well"), (*VEGETABLES, *FRUITS)),
     "feed": (("fill a bucket with {eats}", "walk to the {lives}", "call the {x}", "let it eat slowly"), (*ANIMALS,)),
     "cook": (("wash the {x}", "cut it into pieces", "boil it in a pot", "add some salt"), (*VEGETABLES,)),
@@ -70,12 +70,12 @@ CLOSINGS = ("I hope this helps.", "Let me know if you need more.", "Have a nice 
 
 
 def properties(x):
-    """Every word that is true of a thing."""
+    """The set of all words that are true of the thing x; empty if nothing is known of it."""
     facts = ANIMALS.get(x) or VEGETABLES.get(x) or FRUITS.get(x) or TOOLS.get(x) or ()
     return {word for fact in facts for word in fact.split()}
 
 
 def steps(verb, x):
-    """The four steps of doing `verb` to a thing."""
+    """The four steps (strings) of doing `verb` to the thing x."""
     eats, lives = ANIMALS[x][:2] if x in ANIMALS else ("", "")
     return [step.format(x=x, eats=eats, lives=lives) for step in STEPS[verb][0]]

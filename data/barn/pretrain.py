@@ -1,8 +1,8 @@
 """Train the tokenizer and the small base checkpoint of the offline world: `python -m data.barn.pretrain`.
 
-The base has to learn one thing above all: to copy words out of the instruction. Most of its text is therefore questions
-with clean answers, and one word is one token. No instruction of any split occurs in it (world.pretraining_texts).
-Takes minutes on one core; the result is committed as a Hugging Face folder, data/barn/base.
+The base model must learn above all to copy words from the instruction into the answer. Therefore most of its texts are
+questions with good answers, and the tokenizer has a token for each word. The texts contain no instruction of any split
+(see world.pretraining_texts). Training takes minutes on one core; the result is the Hugging Face folder data/barn/base.
 """
 import argparse
 import json
@@ -31,8 +31,9 @@ TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role ==
 
 
 def train_tokenizer(texts):
+    """A byte-level BPE tokenizer of SIZE.vocab_size tokens, trained on these texts."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)   # the same token wherever a word stands
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)   # one token for a word wherever it is
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=SIZE.vocab_size, special_tokens=list(SPECIAL), show_progress=False,
@@ -41,14 +42,18 @@ def train_tokenizer(texts):
 
 
 def initialise(gpt):
-    """Normal weights: small for the embedding, which is the head too, and variance-preserving for the rest."""
+    """Draw the matrices from normal distributions, in place: the embedding, which is also the head, with a small sd,
+    the others with one that keeps the variance of their input."""
     for name, weight in gpt.named_parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=.02 if "embed" in name else .7 / weight.shape[1] ** .5)
 
 
 def train(gpt, rows, held_out, lr, batch_size):
-    """One pass over rows [(prompt ids, response ids)]: every document is a response to <end>."""
+    """One pass over the rows [(prompt ids, response ids)]; prints the losses every 200 steps.
+
+    Each document is the response to a prompt of one token, <end>. held_out: rows for the second loss that is printed.
+    """
     policy = Policy(gpt)
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     steps = batches(len(rows), batch_size, 1, seed=0)
@@ -74,12 +79,12 @@ def train(gpt, rows, held_out, lr, batch_size):
 def main(argv):
     parser = argparse.ArgumentParser("python -m data.barn.pretrain", description=__doc__.splitlines()[0],
                                      allow_abbrev=False)
-    parser.add_argument("--documents", type=int, default=120_000, help="texts to learn from, each once [120000]")
+    parser.add_argument("--documents", type=int, default=120_000, help="texts to train on, each once [120000]")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate [0.005]")
     parser.add_argument("--batch_size", type=int, default=32, help="texts in an optimizer step [32]")
-    parser.add_argument("--out", default=str(BASE), help="where the Hugging Face folder goes [data/barn/base]")
+    parser.add_argument("--out", default=str(BASE), help="folder to write [data/barn/base]")
     args = parser.parse_args(underscored(argv))
-    torch.set_num_threads(1)            # another core would help little, and sums in another order give other weights
+    torch.set_num_threads(1)            # more threads help little, and add in another order, which gives other weights
     torch.manual_seed(0)
     texts = list(world.pretraining_texts(args.documents))
     tokenizer = train_tokenizer(texts[:20_000])

@@ -1,7 +1,8 @@
-"""Instructions, demonstrations of mixed quality, and the splits of the offline world, all from fixed seeds.
+"""The generator of the offline world: instructions, demonstrations of mixed quality, and splits, from fixed seeds.
 
-An instruction is a phrasing with its slots filled in; read backwards, the same phrasings parse an instruction, so
-whoever judges needs nothing but the text. `python -m data.barn.world` prints a few of everything.
+An instruction is made by filling the slots of a phrasing, such as "Describe {a_x}.". parse() does the reverse: it finds
+the phrasing and the slots of an instruction, so that the reward can be computed from the text alone.
+`python -m data.barn.world` prints some demonstrations.
 """
 import random
 import re
@@ -13,35 +14,40 @@ from itertools import islice
 from data.barn.lexicon import (ANIMALS, CATEGORIES, CATEGORY_OF, CLOSINGS, FRUITS, ISSUES, NAMES, NUMBERS, OPENINGS,
                                PLACES, REQUESTS, RUDE, SINGULAR, STEPS, TOOLS, VEGETABLES, steps)
 
-THINGS = (*ANIMALS, *VEGETABLES, *FRUITS, *TOOLS)          # what has properties
-SIZES = {"sft": 2000, "preference": 2000, "unlabeled": 4000, "val": 400, "eval": 805}   # AlpacaFarm's, but eval, by 1/5
+THINGS = (*ANIMALS, *VEGETABLES, *FRUITS, *TOOLS)          # the words that have properties
+# Records of each split: a fifth of AlpacaFarm's, but for eval, which has as many.
+SIZES = {"sft": 2000, "preference": 2000, "unlabeled": 4000, "val": 400, "eval": 805}
 
 
 def an(x):
+    """A word with its indefinite article."""
     return f"an {x}" if x[0] in "aeio" else f"a {x}"        # no thing here begins with u
 
 
 def cap(text):
+    """The text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    kind: str
-    slots: dict
+    """An instruction and what it was made from."""
+    kind: str                   # a key of KINDS
+    slots: dict                 # {slot: word}
     text: str
 
 
 @dataclass(frozen=True)
 class Kind:
-    phrasings: tuple            # {x} is a word, {a_x} a word with its article
+    """A kind of instruction."""
+    phrasings: tuple            # {x} is the word in slot x, {a_x} the word with its article
     draw: Callable              # random.Random -> slots
-    answer: Callable            # slots, random.Random -> sentences
-    share: float = 1.0
-    asked_for: bool = True      # may begin with "Anna asks: "
+    answer: Callable            # slots, random.Random -> sentences of a good answer
+    share: float = 1.0          # how often this kind is drawn, relative to the others
+    asked_for: bool = True      # whether the text may begin with "Anna asks: "
 
 
-# -- the kinds of instruction: how slots are drawn, and a good answer ---------------------------------------------
+# -- the kinds of instruction: for each, a function that draws the slots and one that writes a good answer ---------
 
 def draw_list(r):
     return {"n": r.choice(list(NUMBERS)), "category": r.choice(list(CATEGORIES))}
@@ -196,17 +202,17 @@ ASKERS = ("{name} asks: ", "My friend {name} wants to know: ", "For {name}: ")
 
 
 def draw_instruction(r, kinds=tuple(KINDS)):
-    """One random instruction; the kinds come in proportion to their share."""
+    """A random Instruction; each kind is drawn in proportion to its share. r: a random.Random."""
     kind = r.choices(kinds, [KINDS[k].share for k in kinds])[0]
     slots = KINDS[kind].draw(r)
     text = r.choice(KINDS[kind].phrasings).format(**slots, **{f"a_{k}": an(v) for k, v in slots.items()})
-    if KINDS[kind].asked_for and r.random() < .6:           # without askers the small kinds run out of unique texts
+    if KINDS[kind].asked_for and r.random() < .6:           # makes enough unique texts of the kinds with few words
         text = r.choice(ASKERS).format(name=r.choice(NAMES)) + text
     return Instruction(kind, slots, text)
 
 
 def _pattern(phrasing):
-    """The regular expression that reads a phrasing's slots back; issues and requests are two words at most."""
+    """The regular expression that finds the slots of a phrasing in a text. A slot has one word or two."""
     parts = re.split(r"\{(\w+)\}", phrasing)
     for i in range(1, len(parts), 2):
         name = parts[i].removeprefix("a_")
@@ -221,7 +227,7 @@ ASKED = re.compile("|".join(re.escape(asker).replace(r"\{name\}", r"\w+") for as
 
 @lru_cache(None)
 def parse(text):
-    """Text -> (kind, slots), or None for an instruction that is not of this world."""
+    """(kind, slots) of the text of an instruction, or None if it has no phrasing of this world."""
     text = ASKED.sub("", text, count=1) if ASKED.match(text) else text
     for kind, pattern in PATTERNS:
         if match := pattern.fullmatch(text):
@@ -229,8 +235,9 @@ def parse(text):
     return None
 
 
-# -- demonstrations: a good answer with independent defects and virtues --------------------------------------------
+# -- demonstrations: a good answer, then defects and additions, each drawn independently ---------------------------
 
+# {defect or addition: its probability}
 MIXED = {"wrong": .14, "count": .16, "repeat": .14, "ramble": .12, "rude": .12, "cut": .12,
          "opening": .25, "detail": .35, "closing": .2}
 CLEAN = {**dict.fromkeys(MIXED, 0.), "opening": .5, "detail": .6, "closing": .3}
@@ -238,7 +245,7 @@ PLAIN = dict.fromkeys(MIXED, 0.)
 
 
 def about(x, r):
-    """One true sentence about a thing."""
+    """A random true sentence about the thing x."""
     if x in ANIMALS:
         eats, lives, gives, *traits = ANIMALS[x]
         return cap(an(x)) + r.choice([f" eats {eats}.", f" lives in the {lives}.", f" gives us {gives}.",
@@ -252,7 +259,8 @@ def about(x, r):
 
 
 def _wrong(kind, slots, r):
-    """The slots of an answer to another question: the commonest mistake of a model that does not read."""
+    """The slots with one word replaced: an answer to them answers another question, which is the most frequent mistake
+    of small models."""
     def other(options, than):
         return r.choice([o for o in options if o != than])
     if kind == "list":
@@ -261,13 +269,16 @@ def _wrong(kind, slots, r):
         return {**slots, "issue": other(ISSUES, slots["issue"])}
     x = slots["x"]
     alike = STEPS[slots["verb"]][1] if kind == "how" else CATEGORIES[CATEGORY_OF[x]]
-    if kind == "category":                                   # the right thing, put in the wrong category
+    if kind == "category":                                   # an answer about a thing of another category
         return {**slots, "x": r.choice([t for t in THINGS if CATEGORY_OF[t] != CATEGORY_OF[x]])}
     return {**slots, "x": other([t for t in alike if t != slots.get("y")], x)}
 
 
 def demonstrate(instruction, r, mix=MIXED):
-    """An answer text to an Instruction, with defects and virtues drawn independently at the rates of `mix`."""
+    """The text of an answer to an Instruction: a good answer, with defects and additions drawn by the rates of `mix`.
+
+    r: a random.Random. mix: MIXED (as people write), CLEAN (additions only), or PLAIN (neither).
+    """
     kind, slots = instruction.kind, instruction.slots
     said = dict(slots)
     if r.random() < mix["wrong"]:
@@ -305,9 +316,10 @@ def demonstrate(instruction, r, mix=MIXED):
 
 @lru_cache(None)
 def splits():
-    """{split: records {instruction, input, output, dataset (its kind)}}: unique, disjoint instructions, in every run.
+    """{split: records {instruction, input, output, dataset}}, the same in every run. No instruction occurs twice.
 
-    `output` is a demonstration; in `eval` it is the fixed reference answer that every method is compared with.
+    output: a demonstration; in the split `eval`, the reference answer that all methods are compared with. dataset: the
+    kind of instruction.
     """
     r = random.Random("barn splits")
     unique, tries = {}, 0
@@ -318,13 +330,16 @@ def splits():
         if tries > 20 * sum(SIZES.values()):
             raise ValueError(f"only {len(unique)} unique instructions in {tries} draws: the grammar is too small")
     instructions = iter(unique.values())
-    return {split: [{"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r),
-                     "dataset": instruction.kind} for instruction in islice(instructions, size)]
-            for split, size in SIZES.items()}
+    found = {}
+    for split, size in SIZES.items():
+        found[split] = [{"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r),
+                         "dataset": instruction.kind} for instruction in islice(instructions, size)]
+    return found
 
 
 def pretraining_texts(n, seed=0):
-    """n documents of "web" text: facts in prose and questions with answers; no instruction of any split occurs."""
+    """Yield n texts for pretraining: some are facts about things, most are questions with answers. No instruction of
+    any split occurs in them."""
     held_out = {record["instruction"] for records in splits().values() for record in records}
     r = random.Random(f"barn pretraining {seed}")
     things = list(CATEGORY_OF)
