@@ -48,7 +48,7 @@ def flags(parser, cuda):
                        help=f"what to compare with, if installed: {', '.join(PEERS)} [naive]")
     add("warmup", 1, "runs that are not timed, before the others")
     add("repeat", 1 if cuda else 5, "runs that are timed")
-    add("seconds", 500., "of a list of benches, start none after so many seconds")
+    add("seconds", 500., "start no further bench after this number of seconds")
     add("out", "", "file to write the JSON document to")
 
 

@@ -49,7 +49,7 @@ DEFAULTS = {
 }
 FIELDS = {
     "llama": {}, "mistral": {}, "smollm3": {},
-    "qwen2": {"attention_bias": True, "o_bias": False},          # Qwen2 always has these; no key says it
+    "qwen2": {"attention_bias": True, "o_bias": False},          # fixed in Qwen2, without a key
     "qwen3": {"qk_norm": "head"},
     "phi3": {"fused_qkv": "rows", "fused_gate_up": True},
     "olmo2": {"qk_norm": "all", "norm_before": False, "norm_after": True},
@@ -69,7 +69,7 @@ NAMES = {
                  "self_attn": "attention", "qkv_proj": "query_key_value", "o_proj": "dense",
                  "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h", "lm_head": "embed_out"},
 }
-# Names of tensors that old files hold although they are no weights.
+# Names of tensors that old files contain although they are not weights.
 BUFFERS = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
 UNSUPPORTED = (  # keys that ask for other mathematics, unless they are absent, null, false or empty
     "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "num_experts",
@@ -101,7 +101,7 @@ def fields(config):
     refuse_custom_code(config.get("auto_map") or {}, family)
     c = read_keys(config, family)
     if family == "gemma" and c["hidden_act"] == "gelu":
-        c["hidden_act"] = "gelu_pytorch_tanh"                       # Gemma's first files say gelu and mean this
+        c["hidden_act"] = "gelu_pytorch_tanh"                       # the first files of Gemma call it gelu
     require_supported(spelling("hidden_act", family), c["hidden_act"], ACTIVATIONS)
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     require_multiple(c, "num_attention_heads", "num_key_value_heads", family)

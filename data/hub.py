@@ -43,8 +43,8 @@ REPO = re.compile(rf"(?=.{{1,96}}$)(?!.*(?:--|\.\.))(?:{WORD}/)?{WORD}(?<!\.git)
 NAME = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|$))[A-Za-z0-9._][A-Za-z0-9._-]*(?:/[A-Za-z0-9._][A-Za-z0-9._-]*)*")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 COMMIT, HASH = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-TRIES = 5                               # give up after so many tries in a row that bring no new byte
-CHUNK = 1 << 16                         # bytes read at a time; a broken connection loses at most so many
+TRIES = 5                               # give up after this number of tries in a row without a new byte
+CHUNK = 1 << 16                         # bytes read at a time; a broken connection loses no more than this
 TIMEOUT = 10, 30                        # seconds to wait for a connection, and for the next bytes
 OFFLINE = "HF_HUB_OFFLINE is set"
 STRANGE = "does not answer as a hub does (the login page of a network, or a wrong HF_ENDPOINT?)"

@@ -77,11 +77,11 @@ def tokens(text, body, chat):
 
 
 def read_request(body, chat, model):
-    """Check the JSON body (bytes) of a request, and return what rlhf/writer.py needs to answer it.
+    """Check the JSON body (bytes) of a request; returns the request in the form that rlhf/writer.py answers.
 
-    The result has the prompt's token ids, the sampling settings, u (n, length), the uniform random numbers with which
-    the tokens of the n answers are drawn, and a queue of events. chat: chat completions, otherwise completions. model:
-    the server. Raises Refused for anything that is malformed or not supported.
+    The result has the prompt's token ids, the sampling settings, and n answers. u (n, limit) are the uniform random
+    numbers with which their tokens are drawn. chat: whether it came to /chat/completions or to /completions. model: the
+    serve.Server. Raises Refused if anything is malformed or not supported.
     """
     try:
         body = typed({"body": json.loads(body)}, "body", dict, None)
@@ -134,7 +134,7 @@ class Answer:
         self.sent, self.content, self.entries = 0, "", []
 
     def decode(self, end):
-        """The text of the answer's tokens up to ids[end]."""
+        """The text of the answer after its first tokens: of ids[:end], without the part that belongs to the prompt."""
         return self.text.tokenizer.decode(self.ids[:end], skip_special_tokens=True)[self.before:]
 
     def take(self, ids, logps, ended):

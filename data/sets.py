@@ -145,8 +145,8 @@ def from_trl(record):
 
 
 def read_turn(prompt, answer):
-    """(the user's text, the assistant's text). prompt and answer are texts or lists of messages; an answer of two
-    messages holds the prompt as well."""
+    """(the user's text, the assistant's text). prompt and answer are texts or lists of messages. If the answer has
+    several messages, the first one is the prompt. ValueError unless there is one message of each."""
     if isinstance(answer, list) and len(answer) > 1:
         messages = as_messages("assistant", answer)
     else:

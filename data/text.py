@@ -80,7 +80,8 @@ class Text:
         """Returns the ids; InputError if the model has no embedding for one of them."""
         for i in ids:
             if type(i) is not int or not 0 <= i < self.vocab:
-                raise InputError(f"{self.folder}: the model has {self.vocab} tokens, and {i!r:.99} is none of them")
+                raise InputError(f"{self.folder}: the model has {self.vocab} tokens, but its tokenizer or config.json "
+                                 f"uses the token id {i!r:.99}")
         return ids
 
     def special(self, name):
@@ -137,8 +138,8 @@ class Text:
         return [self.prompt(record) for record in self.fitting(records, limit)]
 
     def example(self, record, output):
-        """(prompt ids, response ids with EOS) of a record and an output. Both are tokenised as one text, so that the
-        first token of the response is the one that the tokenizer makes after this prompt."""
+        """(prompt ids, response ids with EOS) for a record and an output (text). Both are tokenised as one text, as the
+        first token of the response can depend on the end of the prompt."""
         text = self.render(record["instruction"], record.get("input", ""))
         prompt, both = self.encode(text), self.encode(text + output)
         if both[:len(prompt)] == prompt:
