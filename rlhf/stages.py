@@ -126,7 +126,7 @@ class Stage:
     def __post_init__(self):
         self.method, self.name = self.module.__name__.rpartition(".")[2], self.cfg.stage
         self.folder = Path(self.cfg.out) / self.name
-        asked = set() if self.cfg.asks_judge else {"judge", "pool"}         # nobody is asked: who would be is no matter
+        asked = set() if self.cfg.asks_judge else {"judge", "pool"} | config.ASKED      # nobody is: it is no matter who
         ours = asdict(self.cfg)
         self.settings = {key: ours[key] for key in ours if key not in config.ELSEWHERE | asked}
         reads = {what: digest(content) for what, content in self.cfg.reads().items()}
