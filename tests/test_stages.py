@@ -177,7 +177,7 @@ def test_an_edit_that_changes_what_is_computed_is_seen_and_no_other(tmp_path, mo
     after = stages.sources("mine")
     assert {file for file in before if before[file] != after[file]} == changed
     (tmp_path / "rlhf" / "kit.py").write_text("half = 0")
-    with pytest.raises(InputError, match="rlhf/kit.py has changed since Python loaded it"):     # a notebook runs the old
+    with pytest.raises(InputError, match="rlhf/kit.py has changed since Python loaded it"):    # in a notebook
         stages.sources("mine")
 
 
@@ -455,4 +455,4 @@ def test_a_run_that_returns_nothing_is_fine_and_the_first_three_metrics_are_show
 def test_every_setting_is_compared_or_listed_as_one_that_changes_nothing():
     one = stage("runs/x")
     own = {name for name in inspect.signature(sft.Config).parameters}
-    assert one.settings.keys() == own - config.ELSEWHERE - {"judge", "pool"}
+    assert one.settings.keys() == own - config.ELSEWHERE - config.ASKED - {"judge", "pool"}
