@@ -9,6 +9,7 @@ import toy
 from methods import grpo, ppo_rule, simpo
 
 from rlhf import dpo, logprobs, policy, reward
+from rlhf.experience import schedule
 from rlhf.pairs import load_pairs
 
 torch.set_num_threads(1)
@@ -94,6 +95,16 @@ def test_a_group_s_advantages_have_mean_0_and_deviation_1():
     advantages = grpo.advantages_of(score.flatten(), 8).view(6, 8)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages.std(1), torch.ones(6), atol=1e-3, rtol=0)
+
+
+def test_every_prompt_comes_once_a_pass_and_passes_differ():
+    """Five prompts a step out of seven: a step may reach into the next pass."""
+    steps = schedule(list("abcdefg"), 5, 8, seed=0)
+    order = sum(steps, [])
+    passes = [tuple(order[i:i + 7]) for i in range(0, 35, 7)]
+    assert [len(step) for step in steps] == [5] * 8
+    assert all(sorted(one) == list("abcdefg") for one in passes) and len(set(passes)) == 5
+    assert schedule(list("abcdefg"), 5, 8, seed=0) == steps != schedule(list("abcdefg"), 5, 8, seed=1)
 
 
 @kinds
