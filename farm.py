@@ -124,7 +124,7 @@ def leaderboard(cfg):
     reference = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
     whole, broken = stages.finished(out)
     models = {}
-    with annotate.connect(cfg.judge, cfg.judge_cache) as judge:
+    with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         for folder in (folder for folder in whole if (folder / "outputs.json").exists()):
             outputs = json.loads((folder / "outputs.json").read_text())
             models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool),
@@ -158,16 +158,25 @@ def prepared(name, configs):
     return found
 
 
+def neighbours(records):
+    """Pairs to try a judge with: each reference answer beside the one to the next instruction."""
+    return [{"instruction": one["instruction"], "input": one["input"], "output_1": one["output"],
+             "output_2": other["output"]} for one, other in zip(records, records[1:])]
+
+
 def train(name, configs):
     """Run every stage of a plan that has to run."""
-    cfg, found = configs[name], prepared(name, configs)
+    cfg = configs[name]
+    options, found = annotate.options(cfg), prepared(name, configs)
+    if not cfg.judge:
+        raise InputError(f"who judges the answers to {cfg.data}? Give --judge MODEL, serve:PATH or me, or --judge none")
     rerun = named(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})
     folders = [stages.place(stage, again) for stage in found]
     if cfg.judge != "none":
-        with annotate.connect(cfg.judge, cfg.judge_cache) as judge:
+        with annotate.connect(cfg.judge, cfg.judge_cache, **options) as judge:
             if any(folders):
-                judge.knock()
+                annotate.probe(judge, annotate.pool(cfg.judge, cfg.pool), neighbours(cfg.splits()["eval"]))
     again.begin()
     for n, stage in enumerate(found, 1):
         stages.run(stage, again, f"stage {n} of {len(found)}")

@@ -28,13 +28,15 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
+ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # what every request to the judge carries
+ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how it is asked
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
-             "lora_alpha", "temperature", "int8", "dtype"}
+             "lora_alpha", "temperature", "int8", "dtype"} | ASKED | ASKING
 COMMAND = {"name", "rerun", "merge"}    # said of the method of a command, and handed to no stage that it needs
-MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots"}
+MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens"}
 # No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
-             "graph", "compile", "merge", "shared_prompt", "eval_data"}
+             "graph", "compile", "merge", "shared_prompt", "eval_data"} | ASKING
 
 
 def stage(folder):
@@ -74,8 +76,15 @@ class Config:
     model: str = "barn"                 # a folder or hub name (org/name@revision), HF or PEFT; barn: a small base
     data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
-    judge: str = "barn"                 # barn, barn-human, serve:PATH, me, none; one or three at OPENAI_BASE_URL
-    pool: str = "p_eval"                # thirteen annotators; p_single: a greedy one; or a file of your own (.json)
+    judge: str = ""                     # one or three at OPENAI_BASE_URL, serve:PATH, me, none; barn for barn's data
+    pool: str = "p_eval"                # thirteen annotators; p_single, p_pairwise: one; or a file of your own (.json)
+    max_tokens: int = 0                 # longest reply of the judge (0: what the annotator needs)
+    reasoning_effort: str = ""          # of the judge: none, low, ... (default: its own; none for a single letter)
+    judge_body: str = ""                # JSON that goes into every request to the judge
+    workers: int = 8                    # requests to the judge at the same time, at most
+    timeout: float = 120.               # seconds that one reply of the judge may take
+    max_unusable: float = .02           # stop if a larger share of the verdicts is unusable
+    ask_again: str = ""                 # unusable: ask anew for verdicts that were unusable when they came
     cache: str = ""                     # file of the judge's answers; runs may share it (default: judge.jsonl in --out)
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
     name: str = ""                      # of a variant in the same run folder, as in dpo_b05 (default: the method's)
@@ -117,10 +126,16 @@ class Config:
         if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
             raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
         if self.pool.endswith(".json"):             # a file of annotators, which names models
-            self.judge = self.pool if self.judge == "barn" else self.judge
+            self.judge = self.judge or self.pool
         else:
-            one_of("--pool", self.pool, ("p_eval", "p_single"))
+            one_of("--pool", self.pool, ("p_eval", "p_single", "p_pairwise"))
+        self.judge = self.judge or ("barn" if self.data == "barn" else "")      # it knows its own world only
         one_of("--device", self.device, ("", "cpu", "cuda"))
+
+    @classmethod
+    def suits(cls, given):
+        """{field: default} where what is given asks for another one than usual."""
+        return {}
 
     @property
     def asks_judge(self):
@@ -135,9 +150,9 @@ class Config:
         """{flag: why it would change nothing}; a method's Config adds its own."""
         found = {}
         if self.judge == "none":
-            found |= dict.fromkeys(("pool", "cache"), "--judge none asks nobody")
+            found |= dict.fromkeys({"pool", "cache"} | ASKING | ASKED, "--judge none asks nobody")
         elif PERSON.fullmatch(self.judge):
-            found["pool"] = "you are the only annotator"
+            found |= dict.fromkeys({"pool"} | ASKED, "you are the only annotator")
         if not self.lora_rank:
             found |= dict.fromkeys(("lora_alpha", "merge"), "there are no adapters without --lora_rank")
         if self.device == "cpu":
@@ -258,7 +273,7 @@ def build(cls, given):
     tuned = {}
     if preset == "barn":
         tuned = {**cls.BARN, **(cls.BARN_LORA if given.get("lora_rank") else {})}
-    return cls(**{**PRESETS[preset], **tuned, **given, "preset": preset})
+    return cls(**{**PRESETS[preset], **tuned, **cls.suits(given), **given, "preset": preset})
 
 
 def provenance(cfg):

@@ -22,10 +22,15 @@ NEEDS = ("sft",)
 @dataclass
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
-    flip: float = .25                   # share of the labels that are flipped at random
+    flip: float = .25                   # share of the labels that are flipped at random (of other pools than p_eval: 0)
     labels: str = ""                    # judge (default), a file, or AlpacaFarm's human (its default), gpt4, noisy
 
     BARN = {"pairs_per_prompt": 3}
+
+    @classmethod
+    def suits(cls, given):
+        """p_eval with flips is the paper's p_ann; one annotator, or one's own, says what it says."""
+        return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,10 +91,11 @@ def label(cfg):
         part = asked.with_suffix(".part")
         part.write_text(json.dumps(sample_pairs(cfg)))
         part.replace(asked)
-    with annotate.connect(cfg.judge, cfg.judge_cache) as judge:
+    with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
-    return [pair for pair in pairs if pair["preference"] in (1, 2)]
+    decided = [pair for pair in pairs if pair["preference"] not in (None, 1.5)]
+    return [{**pair, "preference": round(pair["preference"])} for pair in decided]      # p_pairwise gives fractions
 
 
 def run(cfg):
@@ -97,7 +103,9 @@ def run(cfg):
     if not pairs:
         raise InputError("no pair of different answers has a usable preference: raise --limit or --temperature")
     (cfg.dir() / "pairs.json").write_text(json.dumps(pairs, indent=1))
-    return {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
+    found = {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
+    coins = {"coins": sum(pair["scored_by"] == "coin" for pair in pairs)} if cfg.asks_judge else {}
+    return found | coins
 
 
 def load_pairs(cfg, text):

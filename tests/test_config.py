@@ -241,3 +241,9 @@ def test_a_plan_has_every_need_once_and_first():
         assert plan[-1] == name and len(plan) == len(set(plan))
         for stage in plan:
             assert set(farm.load(stage).NEEDS) <= set(plan[:plan.index(stage)])
+
+
+@pytest.mark.parametrize("given, flip", [({}, .25), ({"pool": "p_single"}, 0), ({"pool": "p_pairwise"}, 0),
+                                         ({"pool": "own.json"}, 0), ({"pool": "p_single", "flip": .1}, .1)])
+def test_flips_belong_to_the_crowd(given, flip):
+    assert build(CONFIGS["pairs"], given).flip == flip

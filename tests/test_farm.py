@@ -376,7 +376,8 @@ def test_what_is_printed_while_it_runs_fits_80_columns(first):
     assert len(said) > 20 and max(map(len, said)) <= 80
     assert re.findall(r"^stage (\d) of 3: (\w+)$", first.printed, re.MULTILINE) == [
         ("1", "sft"), ("2", "pairs"), ("3", "dpo")]
-    assert re.search(r"^pairs: done in \d+ s \| pairs \d+ \| first_preferred \S+$", first.printed, re.MULTILINE)
+    assert re.search(r"^pairs: done in \d+ s \| pairs \d+ \| first_preferred \S+ \| coins \d+$", first.printed,
+                     re.MULTILINE)
     assert re.search(r"^dpo 1/\d+ \| loss 0.6931 \| margins ", first.printed, re.MULTILINE)
 
 
@@ -777,8 +778,20 @@ SICK_JUDGES = {                                         # name: (what it replies
 
 
 @pytest.mark.parametrize("rule, said", SICK_JUDGES.values(), ids=SICK_JUDGES)
-def test_a_sick_judge_costs_no_finished_stage(tmp_path, monkeypatch, rule, said):
+def test_a_sick_judge_is_found_out_before_anything_is_trained(tmp_path, monkeypatch, rule, said):
     command = ("--method", "dpo", "--judge", "m", "--limit", "6", "--max_new_tokens", "6", "--out", tmp_path)
+    with judging(rule, monkeypatch):
+        result = farm(*command)
+    refused(result, 3, said)
+    assert KEY not in result.err + result.out and "stage 1" not in result.out and not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("rule, said", SICK_JUDGES.values(), ids=SICK_JUDGES)
+def test_a_judge_that_falls_sick_costs_no_finished_stage(tmp_path, monkeypatch, rule, said):
+    command = ("--method", "dpo", "--judge", "m", "--limit", "6", "--max_new_tokens", "6", "--out", tmp_path)
+    with judging(longer, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(annotate, "annotate", stumble(KeyboardInterrupt)(annotate.annotate))
+        assert farm(*command).code == 130               # the first question has been answered, and sft is trained
     with judging(rule, monkeypatch):
         result = farm(*command)
     refused(result, 3, said)
@@ -787,6 +800,28 @@ def test_a_sick_judge_costs_no_finished_stage(tmp_path, monkeypatch, rule, said)
     with judging(longer, monkeypatch):
         assert reused(farm(*command).out) == ["sft"]
     assert tree(tmp_path / "sft" / "checkpoint") == weights_of_sft and "dpo" in leaderboard(tmp_path)
+
+
+def test_what_the_judge_is_asked_makes_a_stage_and_how_does_not(tmp_path, monkeypatch):
+    command = ("--method", "dpo", "--judge", "m", "--pool", "p_pairwise", "--limit", "6", "--max_new_tokens", "6",
+               "--out", tmp_path)
+    with judging(longer, monkeypatch):
+        result = farm(*command, "--judge_body", '{"service_tier": "flex"}')
+        assert result.code == 0 and re.search(r"^pairs: done .* \| coins 0$", result.out, re.MULTILINE), result.err
+        same = farm(*command, "--judge_body", '{"service_tier": "flex"}', "--workers", 2, "--timeout", 30)
+        assert reused(same.out) == ["sft", "pairs", "dpo"]
+        refused(farm(*command), 2, "judge_body")
+        refused(farm(*command, "--judge_body", "flex"), 2, "--judge_body flex: a JSON object")
+    asked = [json.loads(line)["request"] for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert {body["service_tier"] for body in asked} == {"flex"} and all("logprobs" in body for body in asked)
+
+
+def test_barn_judges_no_other_world(tmp_path):
+    records = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(400)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    argv = ("--method", "sft", "--data", tmp_path / "data.json", "--limit", "4", "--out", tmp_path / "run")
+    refused(farm(*argv), 2, r"who judges the answers to .*data.json\? Give --judge MODEL, .* --judge none")
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_no_judge_at_all(tmp_path, monkeypatch):
