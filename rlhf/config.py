@@ -152,7 +152,7 @@ class Config:
         if self.judge == "none":
             found |= dict.fromkeys({"pool", "cache"} | ASKING | ASKED, "--judge none asks nobody")
         elif PERSON.fullmatch(self.judge):
-            found["pool"] = "you are the only annotator"
+            found |= dict.fromkeys({"pool"} | ASKED, "you are the only annotator")
         if not self.lora_rank:
             found |= dict.fromkeys(("lora_alpha", "merge"), "there are no adapters without --lora_rank")
         if self.device == "cpu":

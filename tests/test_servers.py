@@ -400,6 +400,10 @@ def test_a_prompt_is_shown(server, pairs):
 
 def test_barn_judges_its_own_world_only(pairs, tmp_path):
     refused(annotating(pairs), 2, "who judges.*--judge MODEL.*not 'Tell me about cow 0.'")
+    strange = [{"instruction": "Describe a dragon.", "output_1": "A dragon.", "output_2": "No."}]
+    (tmp_path / "dragon.json").write_text(json.dumps(strange))
+    refused(annotating(tmp_path / "dragon.json"), 2, "who judges.*not 'Describe a dragon.'")
+    refused(annotating(tmp_path / "dragon.json", "--judge", "barn", "--flip", 0), 3, "no such thing in this world")
     known = [{"instruction": row["instruction"], "output_1": row["output"], "output_2": "No."}
              for row in sets.load("barn", "", 3)["eval"]]
     (tmp_path / "barn.json").write_text(json.dumps(known))

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from data.barn.reward import WEIGHTS, known_bigrams, true_reward
+from data.barn.reward import WEIGHTS, features, known_bigrams, true_reward
+from data.barn.world import parse
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ def prefers_first(name, instruction, a, b):
     return margin + taste.noise * math.log(u / (1 - u)) > 0
 
 
+def knows(instruction):
+    """Whether an instruction is of this world: of its forms, and about things that there are in it."""
+    try:
+        return bool(parse(instruction) and features(instruction, ""))
+    except (LookupError, ZeroDivisionError):            # such a thing has no properties, such a list no members
+        return False
+
+
 SHOWN = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*"              # the prompt of data/judges/pairwise.json
                    r"<<<\1 output \(a\)\n(.*?)\n\1>>>.*<<<\1 output \(b\)\n(.*?)\n\1>>>", re.DOTALL)
 
@@ -82,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         if not shown:
             return self.reply(400, {"error": {"message": "this judge reads the prompt of pairwise.json only"}})
         _, instruction, a, b = shown.groups()
+        if parse(instruction) and not knows(instruction):
+            return self.reply(400, {"error": {"message": f"there is no such thing in this world: {instruction!r:.60}"}})
         verdict = "Output (a)" if prefers_first(model, instruction, a, b) else "Output (b)"
         message = {"role": "assistant", "content": verdict}
         self.reply(200, {"object": "chat.completion", "model": model,

@@ -80,8 +80,8 @@ def extra_of(body="", effort="", max_tokens=0):
 
 def at_home(pairs):
     """The judge of those who name none: "barn", which knows the texts of the offline world only."""
-    from data.barn.world import parse           # real judges do without the offline world
-    strange = next((pair["instruction"] for pair in pairs if not parse(question(pair))), None)
+    from data.barn.judge import knows           # real judges do without the offline world
+    strange = next((pair["instruction"] for pair in pairs if not knows(question(pair))), None)
     if strange is not None:
         raise InputError(f"who judges? --judge MODEL (barn knows its own world only, not {strange!r:.60})")
     return "barn"
