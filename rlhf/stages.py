@@ -368,8 +368,8 @@ def make(stage, folder):
     cfg.folders = {**cfg.folders, stage.name: stage.name}
     result = {"seconds": seconds, "metrics": metrics, "files": files_in(folder)}
     write_json(folder / "result.json", result)
-    numbers = {key.rpartition("/")[2]: value for key, value in metrics.items() if isinstance(value, (int, float))}
-    shown = [f"{key} {value:.4g}" for key, value in numbers.items()]
+    shown = [f"{key.rpartition('/')[2]} {value:.4g}" for key, value in metrics.items()
+             if isinstance(value, (int, float))]
     Progress.close()
     print(fitted([f"{stage.name}: done in {seconds:.0f} s", *shown[:3]]), flush=True)
 
