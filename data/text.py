@@ -3,6 +3,7 @@
 A checkpoint with a chat template is asked in that form; a base model in AlpacaFarm's (alpaca_farm, prompts v0).
 Left out: training new tokenizers (data/barn/pretrain.py), slow tokenizers without a tokenizer.json.
 """
+import copy
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -65,7 +66,13 @@ class Text:
             raise InputError(f"{folder}: no end-of-text token is named in its config files, so answers could not end")
         vocab = config.get("vocab_size")
         self.vocab = vocab if isinstance(vocab, int) else self.tokenizer.get_vocab_size()
-        self.eos, self.stops = self.spoken(stops)[0], sorted(set(stops))
+        self.eos, self.stops, self.mark = self.spoken(stops)[0], sorted(set(stops)), ""
+
+    def marked(self, mark):
+        """This Text with some words in front of every instruction, which a model may learn to heed."""
+        text = copy.copy(self)
+        text.mark = mark
+        return text
 
     def spoken(self, ids):
         """These ids, if the model has embeddings for all of them."""
@@ -101,6 +108,7 @@ class Text:
 
     def render(self, instruction, input=""):
         """The prompt as text, up to where the answer begins."""
+        instruction = self.mark + instruction
         if self.template:
             content = f"{instruction}\n\n{input}" if input else instruction
             return self.chat([{"role": "user", "content": content}])
