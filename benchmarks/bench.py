@@ -210,11 +210,11 @@ def bench_dpo(args):
         updater.step()
 
     pairs = random_pairs(None)
-    known = dpo.reference_logps(ref, pairs, cfg)
-    runs = {"ours": lambda: step(pairs, known if args.cached else dpo.reference_logps(ref, pairs, cfg), cfg)}
+    known = dpo.all_logps(ref, pairs, cfg)
+    runs = {"ours": lambda: step(pairs, known if args.cached else dpo.all_logps(ref, pairs, cfg), cfg)}
     if "naive" in args.against:
         plain, padded = settings(args, dpo.Config, shared_prompt=False), random_pairs("fixed")
-        runs["naive"] = lambda: step(padded, dpo.reference_logps(ref, padded, plain), plain)
+        runs["naive"] = lambda: step(padded, dpo.all_logps(ref, padded, plain), plain)
     if "trl" in args.against:
         triples = [(p, c, r) for (p, c), (_, r) in pairs]
         runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)

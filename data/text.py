@@ -3,6 +3,7 @@
 If the checkpoint has a chat template, prompts are written with it; otherwise in the format of AlpacaFarm (alpaca_farm,
 prompts v0). Left out: training tokenizers (see data/barn/pretrain.py), and tokenizers without a tokenizer.json.
 """
+import copy
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -74,7 +75,13 @@ class Text:
             raise InputError(f"{folder}: no end-of-text token is named in its config files, so answers could not end")
         vocab = config.get("vocab_size")
         self.vocab = vocab if isinstance(vocab, int) else self.tokenizer.get_vocab_size()
-        self.eos, self.stops = self.checked(stops)[0], sorted(set(stops))
+        self.eos, self.stops, self.mark = self.checked(stops)[0], sorted(set(stops)), ""
+
+    def marked(self, mark):
+        """A copy of this Text that puts some words in front of every instruction."""
+        text = copy.copy(self)
+        text.mark = mark
+        return text
 
     def checked(self, ids):
         """Returns the ids; InputError if the model has no embedding for one of them."""
@@ -114,6 +121,7 @@ class Text:
 
     def render(self, instruction, input=""):
         """The prompt (text) for an instruction and its input, up to where the answer begins."""
+        instruction = self.mark + instruction
         if self.template:
             content = f"{instruction}\n\n{input}" if input else instruction
             return self.chat([{"role": "user", "content": content}])

@@ -37,16 +37,19 @@ def questions(policy, text, cfg):
 
 
 @torch.no_grad()
-def answer(policy, text, cfg, ref=None):
+def answer(policy, text, cfg, ref=None, ref_text=None):
     """Answer the eval split and write outputs.json. Returns metrics: mean length in tokens, the share of answers that
-    ended by themselves, and the KL to `ref` in nats per answer if it is given."""
+    ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: how it is asked, if not by
+    `text`."""
     records, prompts = questions(policy, text, cfg)
     rows = generate(policy, prompts, text, cfg, cfg.seed)
     write_outputs(cfg, records, [text.decode(response) for _, response in rows])
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
     if ref is not None:                                                # k1: unbiased on the policy's own samples
-        metrics["objective/kl"] = (logps(policy, rows, cfg) - logps(ref, rows, cfg)).mean().item()
+        _, asked = questions(ref, ref_text or text, cfg)
+        ref_rows = [(prompt, response) for prompt, (_, response) in zip(asked, rows)]
+        metrics["objective/kl"] = (logps(policy, rows, cfg) - logps(ref, ref_rows, cfg)).mean().item()
     return metrics
 
 

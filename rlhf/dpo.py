@@ -54,23 +54,24 @@ def logps(model, pairs, cfg):
 
 
 @torch.no_grad()
-def reference_logps(ref, pairs, cfg):
+def all_logps(model, pairs, cfg):
     """logps() of all pairs (2, N), without gradients."""
-    out = torch.empty(2, len(pairs), device=ref.gpt.device)
+    out = torch.empty(2, len(pairs), device=model.gpt.device)
     for micro in update.micro_batches(range(len(pairs)), pair_lengths(pairs), 2 * cfg.micro_batch_tokens):
-        out[:, micro] = logps(ref, [pairs[i] for i in micro], cfg)
+        out[:, micro] = logps(model, [pairs[i] for i in micro], cfg)
     return out
 
 
-def run(cfg, loss_fn=dpo_loss, needs_reference=True):
+def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp, and
-    no reference is kept in memory or computed."""
+    no reference is kept in memory or computed. kl_fn(model, ref, pairs, cfg) -> the KL to the reference on the pairs of
+    a step: if it is given, its result is loss_fn's last argument, and is logged."""
     text = cfg.text()
     model, ref, ref_logps = policy.load(cfg, "sft"), None, None
     pairs = load_pairs(cfg, text)
     if needs_reference:
         model, ref = model.copy("policy"), model
-        ref_logps = reference_logps(ref, pairs, cfg)                                     # (2, N)
+        ref_logps = all_logps(ref, pairs, cfg)                                               # (2, N)
     answer_tokens = torch.tensor([[len(r) for _, r in pair] for pair in pairs], device=model.gpt.device).T   # (2, N)
     val = cfg.splits()["val"]
 
@@ -79,15 +80,16 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True):
     updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
     log = update.Log(cfg.dir(), len(batches), ("loss", "rewards/margins", "rewards/accuracies"))
     for step, batch in enumerate(batches):
-        sums = 0.
+        sums, kl = 0., [kl_fn(model, ref, [pairs[i] for i in batch], cfg)] if kl_fn else []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             logp = logps(model, [pairs[i] for i in micro], cfg)                          # (2, b)
             ref_logp = ref_logps[:, micro] if needs_reference else None
-            losses, rewards = loss_fn(logp, ref_logp, answer_tokens[:, micro], cfg)      # (b,), (2, b)
+            losses, rewards = loss_fn(logp, ref_logp, answer_tokens[:, micro], cfg, *kl)     # (b,), (2, b)
             updater.add(losses.sum(), len(micro))
             margins, right = rewards[0] - rewards[1], rewards[0] > rewards[1]
             sums = sums + torch.stack((losses, *rewards, margins, right.float(), *logp)).detach().sum(1)
         metrics = {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
+        metrics |= {"kl": kl[0].item()} if kl else {}
         log.step(step, metrics, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:
             show_sample(step, model, text, cfg, val, log)

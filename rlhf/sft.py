@@ -51,10 +51,12 @@ def train(model, rows, cfg, log, show=None, start=0):
     return {"loss": mean}
 
 
-def run(cfg):
+def run(cfg, imitated=("sft",)):
+    """imitated: the splits whose demonstrations are learned."""
     text = cfg.text()
     splits = cfg.splits()
-    rows = [text.example(record, record["output"]) for record in text.fitting(splits["sft"], cfg.max_prompt_tokens)]
+    records = [record for split in imitated for record in splits[split] if record["output"].strip()]
+    rows = [text.example(record, record["output"]) for record in text.fitting(records, cfg.max_prompt_tokens)]
     rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS
     model = policy.fresh(cfg, "sft")
     log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))

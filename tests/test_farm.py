@@ -504,7 +504,7 @@ def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):
 
 # ---- a method of one's own -----------------------------------------------------------------------------
 
-README_EXAMPLE = re.compile(r"```python\n(\"\"\"IPO.*?)```", re.DOTALL)
+README_EXAMPLE = re.compile(r"```python\n(\"\"\"Hinge.*?)```", re.DOTALL)
 ECHO = '''"""Echo: what the base model says, without any training."""
 from dataclasses import dataclass
 
@@ -538,20 +538,20 @@ def project(tmp_path):
 
 def test_the_readme_s_new_method_is_one_new_file(project, copy):
     source, = README_EXAMPLE.findall((ROOT / "README.md").read_text())
-    (project / "rlhf" / "ipo.py").write_text(source)
-    command = ("--method", "ipo", *SMALL, "--out", copy, "--beta", ".2")
+    (project / "rlhf" / "hinge.py").write_text(source)
+    command = ("--method", "hinge", *SMALL, "--out", copy, "--beta", ".2")
     result = in_another_process(*command, cwd=project)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert reused(result.stdout) == ["sft", "pairs"] and leaderboard(copy).keys() == {"sft", "dpo", "ipo"}
-    assert lines(copy / "ipo" / "metrics.jsonl")[0]["loss"] == pytest.approx((1 / (2 * .2)) ** 2)
+    assert reused(result.stdout) == ["sft", "pairs"] and leaderboard(copy).keys() == {"sft", "dpo", "hinge"}
+    assert lines(copy / "hinge" / "metrics.jsonl")[0]["loss"] == pytest.approx(1)
     # its author writes a comment, and then adds a knob, which is another method
-    (project / "rlhf" / "ipo.py").write_text(source.replace("    beta: float", "    # once more\n    beta: float"))
+    (project / "rlhf" / "hinge.py").write_text(source.replace("    beta: float", "    # once more\n    beta: float"))
     result = in_another_process(*command, cwd=project)
-    assert result.returncode == 0 and reused(result.stdout) == ["sft", "pairs", "ipo"], result.stderr
+    assert result.returncode == 0 and reused(result.stdout) == ["sft", "pairs", "hinge"], result.stderr
     source = source.replace("    beta: float", "    clip: float = 0.  # none\n    beta: float")
-    (project / "rlhf" / "ipo.py").write_text(source)
+    (project / "rlhf" / "hinge.py").write_text(source)
     result = in_another_process(*command, cwd=project)
-    assert result.returncode == 2 and "rlhf/ipo.py has changed" in result.stderr, result.stderr
+    assert result.returncode == 2 and "rlhf/hinge.py has changed" in result.stderr, result.stderr
 
 
 def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):

@@ -1,0 +1,138 @@
+"""Quark: sort all answers by reward, learn each under the mark of its quantile, and ask for the best quantile.
+
+Lu et al. 2022 (arXiv 2205.13636), eq. 2. A round: sample answers under the mark of the best quantile (at first the SFT
+model's, without a mark), score them and add them to the pool; divide the pool anew into quantiles; learn from all of
+them: -log pi(token | mark, prompt) + beta KL(ref(. | prompt) || pi(. | mark, prompt)), where the KL is exact, over the
+whole vocabulary at every token of an answer. Marks are words in front of the instruction, so the vocabulary stays.
+AlpacaFarm (arXiv 2305.14387) has Quark, too. By default its code learns from the best quantile alone, without marks,
+and turns the KL around. It also has two defects that are absent here: answers lose their EOS before they are learned,
+so that the model is never taught to stop; and padding stands between prompt and answer, so that the first token of an
+answer is predicted from padding. Left out: the entropy bonus.
+
+Memory: policy, reference and reward model; with LoRA, three adapters on one frozen base. Logits are held for 1,024
+tokens at a time, and computed again for the gradient.
+Questions a reader asks. Why learn bad answers? Under their own marks they do no harm, and they teach what the marks
+mean. Why are quantiles of the whole pool, not of a round? As answers improve, yesterday's best sink to lower marks. Why
+this direction of the KL? It punishes forgetting what the reference may say, and is computed on tokens of any policy.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from data import InputError
+from rlhf import config, policy, reward, update
+from rlhf.answers import answer
+from rlhf.experience import schedule
+from rlhf.logprobs import lengths, pack
+from rlhf.sampler import generate
+
+NEEDS = ("sft", "reward")
+CHUNK = 1024                            # tokens whose logits are held at a time
+
+
+@dataclass
+class Config(config.Config):
+    lr: float = 1e-5                    # peak learning rate
+    rounds: int = 20                    # how often to sample and train
+    rollout_batch: int = 512            # answers that a round adds to the pool
+    updates: int = 10                   # optimizer steps in a round
+    batch_size: int = 256               # answers in an optimizer step
+    quantiles: int = 5                  # marks: 1 is the worst
+    beta: float = .05                   # weight of the KL
+    missing_eos_penalty: float = 1.     # taken from the score of an answer that did not end
+
+    BARN = {"lr": 5e-4, "rounds": 10, "updates": 16, "batch_size": 64}
+    BARN_LORA = {"lr": 2e-3}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.quantiles <= self.rollout_batch:
+            raise InputError(f"--quantiles {self.quantiles} makes no sense: it is a number from 2 to --rollout_batch")
+
+
+# -- the algorithm as functions of tensors -------------------------------------------------------------------------
+
+def quantiles_of(scores, k):
+    """scores (N,) -> the quantile (N,) of each, from 1 (lowest scores) to k, all of the same size up to one."""
+    ranks = scores.argsort(stable=True).argsort()                                        # (N,): 0 is the lowest
+    return ranks * k // len(scores) + 1
+
+
+def nll_and_kl(h, W, ref_h, ref_W, targets, temperature):
+    """Sums over n tokens: -log pi(target), and the exact KL(ref || pi). Hidden states h, ref_h (n, D), heads W, ref_W
+    (V, D), targets (n,)."""
+    logp = ((h @ W.T).float() / temperature).log_softmax(-1)                             # (n, V)
+    ref_logp = ((ref_h @ ref_W.T).float() / temperature).log_softmax(-1)
+    nll = -logp.gather(1, targets[:, None]).sum()
+    return nll, (ref_logp.exp() * (ref_logp - logp)).sum()
+
+
+def quark_losses(model, ref, rows, plain, temperature):
+    """nll_and_kl() of the answers in rows [(marked prompt ids, response ids)]; plain: the same with prompts as the
+    reference knows them."""
+    h, targets = read(model, rows)                                                       # (N, D), (N,)
+    with torch.no_grad():
+        ref_h, _ = read(ref, plain)                                                      # (N, D)
+    sums = [checkpoint(nll_and_kl, h[i:i + CHUNK], model.gpt.head, ref_h[i:i + CHUNK], ref.gpt.head,
+                       targets[i:i + CHUNK], temperature, use_reentrant=False) for i in range(0, len(h), CHUNK)]
+    return (sum(part) for part in zip(*sums))
+
+
+def read(model, rows):
+    """Hidden states (N, D) from which the tokens of the answers are predicted, and these tokens (N,)."""
+    ids, mask = pack(rows, model.gpt.device)                                             # (B, T), (B, T-1)
+    where = mask.flatten().nonzero()[:, 0]                                               # (N,)
+    return model.hidden(ids[:, :-1], where=where), ids[:, 1:].flatten()[where]
+
+
+# -- the loop ------------------------------------------------------------------------------------------------------
+
+def mark(quantile):
+    return f"quality {quantile}: "
+
+
+def run(cfg, score_fn=None):
+    """score_fn: rows -> (B,); by default the reward model of the run."""
+    text = cfg.text()
+    marked = {k: text.marked(mark(k)) for k in range(1, cfg.quantiles + 1)}
+    best = marked[cfg.quantiles]
+    records = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    ref = policy.load(cfg, "sft")
+    model = ref.copy("policy")
+    score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
+
+    updater = update.Updater(model.trainable(), cfg.lr, cfg.rounds * cfg.updates, fp16=model.fp16)
+    log = update.Log(cfg.dir(), cfg.rounds, ("objective/scores", "loss/nll", "loss/kl"))
+    pool, scores = [], torch.empty(0)                   # (record, response) each, and their scores
+    for round, asked in enumerate(schedule(records, cfg.rollout_batch, cfg.rounds, cfg.seed)):
+        # explore: the reward sees the answers without marks
+        form = best if round else text
+        new = generate(model, [form.prompt(record) for record in asked], text, cfg, cfg.seed * 100_003 + round)
+        pool += [(record, response) for record, (_, response) in zip(asked, new)]
+        score = score_fn([(text.prompt(record), response) for record, response in pool[-len(asked):]]).cpu()
+        unfinished = torch.tensor([response[-1] not in text.stops for _, response in new])
+        scores = torch.cat((scores, score - cfg.missing_eos_penalty * unfinished))       # (pool,)
+
+        # divide the pool into quantiles, and learn from all of them
+        quantiles = quantiles_of(scores, cfg.quantiles).tolist()
+        plain = [(text.prompt(record), response) for record, response in pool]
+        rows = [(marked[k].prompt(record), response) for k, (record, response) in zip(quantiles, pool)]
+        passes = math.ceil(cfg.updates * cfg.batch_size / len(pool))
+        nll_sum, kl_sum, tokens = 0., 0., 0
+        for batch in update.batches(len(pool), cfg.batch_size, passes, cfg.seed + round)[:cfg.updates]:
+            for micro in update.micro_batches(batch, lengths(rows), cfg.micro_batch_tokens):
+                nll, kl = quark_losses(model, ref, [rows[i] for i in micro], [plain[i] for i in micro],
+                                       cfg.temperature)
+                updater.add(nll + cfg.beta * kl, sum(len(rows[i][1]) for i in micro))    # per token of the answers
+                nll_sum, kl_sum = nll_sum + nll.detach(), kl_sum + kl.detach()
+            tokens += updater.denominator
+            stats = updater.step()
+        metrics = {"objective/scores": scores[-len(asked):].mean().item(), "loss/nll": (nll_sum / tokens).item(),
+                   "loss/kl": (kl_sum / tokens).item(), "val/num_eos_tokens": int((~unfinished).sum()), **stats}
+        log.step(round, metrics, tokens)
+        log.sample(round, asked[0]["instruction"], text.decode(new[0][1]), score=scores[-len(asked)].item())
+
+    policy.save(model, cfg)
+    return {**metrics, **answer(model, best, cfg, ref, text)}
