@@ -338,7 +338,7 @@ def test_annotating_from_the_command_line(files, server, tmp_path):
     argv = (path, "--judge", "gpt-4o-mini", "--pool", "p_eval", "--out", out)
     dry = annotating(*argv, "--dry-run")
     assert (dry.code, server.requests) == (0, []) and "60 labels, 0 of them coins; 60 questions in " in dry.out
-    assert "tokens of prompt" in dry.out and "about $0.00, at most $" in dry.out and not out.exists()
+    assert "tokens of prompt" in dry.out and "about $0.00, all twice $" in dry.out and not out.exists()
     done = annotating(*argv)
     assert done.code == 0, done.err
     records = json.loads(out.read_text())
@@ -346,7 +346,7 @@ def test_annotating_from_the_command_line(files, server, tmp_path):
     assert records[0].keys() > {"annotator", "raw_completion", "price_per_example", "time_per_example", "scored_by"}
     assert "Proba. prefer 1" in done.out and f"60 labels are in {out}" in done.out and "secret" not in done.out
     asked = len(server.requests)
-    assert "0 tokens of prompt, about $0.00, at most $0.00" in annotating(*argv, "--dry_run").out
+    assert "0 tokens of prompt, about $0.00, all twice $0.00" in annotating(*argv, "--dry_run").out
     os.environ.pop("OPENAI_API_KEY")
     server.shutdown()
     again = annotating(*argv, "--replay")                   # no network, no key

@@ -214,7 +214,8 @@ class Judge:
             elif status:
                 garbage = 0
                 wait, cause = self._outcome(status, headers, data, sent, wait)
-                if cause == "too long" and limit_of(sent) > ROOM // 8:
+                extra = body["model"] in self.thinkers or body["max_tokens"] == MOST_ROOM
+                if cause == "too long" and extra and limit_of(sent) > ROOM // 8:
                     share, cause = share / 2, ""            # less room for the thought may fit
                 if cause:
                     return cause, self.fault

@@ -48,17 +48,18 @@ def forecast(requests, most, room, price):
     """What these requests would cost, as text.
 
     About: four characters make a token, and each reply is as long as it may be. At most: all of `most` are sent, with
-    what second questions add to them; a byte makes a token, and each reply has `room`.
+    what second questions add to them; a byte makes a token, and each reply has `room` if the model thinks.
     """
-    prompt, about, bound = 0, 0.0, 0.0
+    prompt, about, brief, bound = 0, 0.0, 0.0, 0.0
     for body in requests:
         tokens_asked = sum(len(message["content"]) for message in body["messages"]) // 4
         prompt += tokens_asked
         about += cost(price(body["model"]), tokens_asked, body["max_tokens"])
     for body in most:
         size = sum(len(message["content"].encode()) for message in body["messages"])
+        brief += cost(price(body["model"]), size + 10_000, body["max_tokens"])
         bound += cost(price(body["model"]), size + 10_000, max(room, body["max_tokens"]))
-    money = f"about ${about:.2f}, at most ${bound:.2f} (all asked twice, with long thoughts)"
+    money = f"about ${about:.2f}, all twice ${brief:.2f}; at most, with the longest thoughts, ${bound:.2f}"
     return f"{prompt:,} tokens of prompt, {money if bound == bound else 'price unknown (--price)'}"
 
 
