@@ -11,7 +11,6 @@ The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_UR
 "barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a page.
 How they are asked is in data/judges/.
 """
-import argparse
 import contextlib
 import datetime
 import itertools
@@ -25,16 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, run, underscored
+from data import InputError, run
 from data.alpaca_eval import question, read_pairs
+from data.flags import Parser
 from data.judges import JudgeError
 from data.judges.answers import complete
 from data.judges.client import MOST_ROOM, NO_MESSAGE, Judge, shorten
 from data.judges.person import PERSON, Person
 from data.judges.pools import read_pool
 from data.judges.prices import dollars, forecast, price_of, prices
-from data.judges.prompts import (FORMS, Annotator, once_more, paper_pool, pairwise, prompts_shown, request_body, single,
-                                 template)
+from data.judges.prompts import (FORMS, Annotator, once_more, pairwise, paper_pool, prompts_shown, request_body,
+                                 single, template)
 from data.judges.servers import add_flags, at_home, fingerprint, options, remote, served
 from data.judges.verdicts import content, verdicts, without_thought
 from data.sets import read_records
@@ -304,7 +304,7 @@ def connect(judge, cache, workers=8, max_unusable=0.02, **options):
             yield stack.enter_context(contextlib.closing(Person(judge, clicks, replay, max_unusable)))
             return
         if judge in CROWDS:
-            from data.barn.judge import serve       # real judges do without the offline world
+            from data.barn.judge import serve  # real judges do without the offline world
             where = {"base_url": stack.enter_context(serve()), "endpoint": "barn"}
         elif judge.startswith("serve:"):
             where = {"base_url": stack.enter_context(served(judge)), "endpoint": fingerprint(judge[6:])}
@@ -332,9 +332,8 @@ def estimate(questions, judge, logprobs):
 # ---- the command ---------------------------------------------------------------------------------------
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="annotate.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = Parser("annotate.py", __doc__)
+    add = parser.add
     add("pairs", help="pairs {instruction, output_1, output_2}, lists of outputs, or outputs with --reference; .json, "
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
@@ -361,7 +360,7 @@ def parse(argv):
     add("--dry_run", action="store_true", help="say what would be asked and what it costs, and ask nothing")
     add("--show_prompt", default="", metavar="NAME", help="print what this annotator is asked about the first pair")
     add("--replay", action="store_true", help="only what the cache knows: no network, no key")
-    args = parser.parse_args(underscored(argv))
+    args = parser.parse(argv)
     args.judge = args.judge_models or args.judge or ("" if args.pool in POOLS else args.pool)
     person = PERSON.fullmatch(args.judge)
     if args.flip and person:

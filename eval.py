@@ -16,7 +16,6 @@ the seed it has a row for each method (means; counts are sums; n_runs is the
 number of runs, *_spread the standard deviation over them) and, named like
 "dpo (0)", a row for each run, with its `run` and `seed`.
 """
-import argparse
 import csv
 import json
 import re
@@ -26,11 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from annotate import POOLS, add_flags, annotate, connect, draw, options, pool, price_of, probe
-from data import InputError, did_you_mean, run, run_folders, sets, underscored
+from data import InputError, run, run_folders, sets
 from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_judges,
                               read_labels, read_length_control, read_outputs)
 from data.attacks import ATTACKS
 from data.barn.reward import true_reward
+from data.flags import Parser
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
 from stats.ranking import agreement_of_rankings, best_first, to_compare, tournament
@@ -339,15 +339,8 @@ def shown(args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(flag, help, **kind):
-        default = "off" if kind.get("action") == "store_true" else kind.get("default")
-        default = "none" if default in (None, "") else default
-        said = "" if "default" in help or not flag.startswith("-") else f" (default: {default})"
-        parser.add_argument(flag, help=help + said, **kind)
-
+    parser = Parser("eval.py", __doc__)
+    add = parser.add
     add("annotations", nargs="*", help="AlpacaEval annotations: .json, .jsonl, .gz, or folders with annotations.json")
     add("--show", nargs="+", metavar="PATH", help="print instructions from such files or folders, with the answers")
     add("--n", type=int, default=3, help="instructions that --show prints")
@@ -381,11 +374,7 @@ def parse(argv):
     add("--limit", type=int, default=0, help="judge only so many instructions, 0 for all (default: 0)")
     add_flags(add)
     add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
-
-    args, unknown = parser.parse_known_args(underscored(argv))
-    if unknown:
-        flags = [f"--{name}" for name in vars(args)]
-        parser.error(f"there is no {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
+    args = parser.parse(argv)
     modes = [mode for mode in MODES if getattr(args, mode)]
     if len(modes) != 1:
         raise InputError(f"give annotations, or one of {', '.join(f'--{mode}' for mode in list(MODES)[1:])}, not "

@@ -12,7 +12,6 @@ to rounding it does not depend on the answers beside it.
 Left out: top-p and penalties (a request with them is refused), tools, images,
 API keys.
 """
-import argparse
 import gc
 import json
 import queue
@@ -28,7 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data import InputError, run, underscored
+from data import InputError, run
+from data.flags import Parser
 from data.protocol import TOP, Refused, read_request, speller
 from rlhf.policy import open_checkpoint
 from rlhf.sampler import sample, slots_that_fit
@@ -277,8 +277,7 @@ ONLY = {"ask": ("form", "n", "temperature", "seed"), "serve": ("host", "port", "
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("serve.py", __doc__)
     add = parser.add_argument
     add("path", help="a Hugging Face folder or name on the hub (org/name@revision), a PEFT folder, a stage of a run "
         "such as runs/barn/dpo, or barn (the offline world's base model)")
@@ -306,7 +305,7 @@ def parse(argv):
         help=f"most tokens of prompt and answer [the model's limit, at most {CONTEXT}]")
     add("--name", default="", help="name of the model in requests and replies [its path]")
     add("--no_graph", dest="graph", action="store_false", help="on a GPU, do not capture decoding steps as CUDA graphs")
-    args = parser.parse_args(underscored(argv))
+    args = parser.parse(argv)
     other = "serve" if args.ask is not None else "ask"
     if stray := [name for name in ONLY[other] if getattr(args, name) != parser.get_default(name)]:
         raise InputError(f"--{stray[0]} would change nothing {'with' if other == 'serve' else 'without'} --ask")
