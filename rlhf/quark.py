@@ -43,7 +43,7 @@ class Config(config.Config):
     beta: float = .05                   # weight of the KL
     missing_eos_penalty: float = 1.     # taken from the score of an answer that did not end
 
-    BARN = {"lr": 5e-4, "rounds": 10, "updates": 16, "batch_size": 64}
+    BARN = {"lr": 1e-3, "rounds": 10, "updates": 32, "batch_size": 64}
     BARN_LORA = {"lr": 2e-3}
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ def read(model, rows):
 # -- the loop ------------------------------------------------------------------------------------------------------
 
 def mark(quantile):
-    return f"quality {quantile}: "
+    return f"{quantile}: "
 
 
 def run(cfg, score_fn=None):
