@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from data import InputError
 from rlhf import online_dpo, policy, rewards, update
 from rlhf.answers import answer
-from rlhf.dpo import reference_logps
+from rlhf.dpo import all_logps
 from rlhf.experience import schedule
 from rlhf.pairs import pair_lengths
 
@@ -54,7 +54,7 @@ def run(cfg, score_fn=None):
         online_dpo.show(round * steps, pairs[0], text, log)
 
         # learn them
-        ref_logps = reference_logps(ref, pairs, cfg)                                     # (2, N)
+        ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)
         batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed + round)
         updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
         for step, batch in enumerate(batches, round * steps):

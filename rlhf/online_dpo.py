@@ -15,7 +15,7 @@ import torch
 
 from rlhf import policy, rewards, update
 from rlhf.answers import answer
-from rlhf.dpo import METRICS, dpo_loss, logps, reference_logps
+from rlhf.dpo import METRICS, all_logps, dpo_loss, logps
 from rlhf.experience import schedule
 from rlhf.pairs import pair_lengths
 from rlhf.sampler import generate
@@ -42,8 +42,8 @@ def fresh_pairs(model, prompts, text, compare, cfg, seed):
     """Pairs [(chosen row, rejected row)] of the policy's answers to these prompts, without ties; each prompt once."""
     rows = generate(model, prompts, text, cfg, seed, 2)
     ones, twos = rows[::2], rows[1::2]
-    return [(one, two) if preference == 1 else (two, one)
-            for one, two, preference in zip(ones, twos, compare(ones, twos)) if preference in (1, 2)]
+    return [(one, two) if preference < 1.5 else (two, one)
+            for one, two, preference in zip(ones, twos, compare(ones, twos)) if preference != 1.5]
 
 
 def show(step, pair, text, log):
@@ -81,7 +81,7 @@ def run(cfg, score_fn=None):
         pairs = fresh_pairs(model, asked, text, compare, cfg, cfg.seed * 100_003 + step)
         if not pairs:                   # nothing is preferred, so there is nothing to learn in this step
             continue
-        ref_logps = reference_logps(ref, pairs, cfg)                                     # (2, N)
+        ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)
         for batch in update.batches(len(pairs), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
             metrics = learn(model, pairs, ref_logps, batch, updater, cfg)
         log.step(step, {**metrics, "pairs": len(pairs), **costs()}, sum(pair_lengths(pairs)))

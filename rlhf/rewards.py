@@ -33,7 +33,11 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 class Config(config.Config):
     """What methods with a choice of rewards share."""
     reward: str = "model"               # model, rule, true (barn only), judge, or FILE.py:function of your own
-    flip: float = .25                   # share of the labels that are flipped at random, where the judge is the reward
+    flip: float = .25                   # share of the judge's labels that are flipped (of other pools than p_eval: 0)
+
+    @classmethod
+    def suits(cls, given):
+        return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,10 +58,12 @@ class Config(config.Config):
         return () if self.reward == "model" else ("reward",)
 
     def reads(self):
-        """The user's file; InputError if the reward cannot be used, before anything is trained."""
+        """The user's files; InputError if the reward cannot be used, before anything is trained."""
         if self.reward == "rule":
             for record in self.splits()["unlabeled"]:
                 of_text(self)(record, "")
+        if self.asks_judge and self.pool.endswith(".json"):
+            return {"pool": Path(self.pool).read_text(encoding="utf-8")}
         if ".py" not in self.reward:
             return {}
         of_text(self)
@@ -135,11 +141,13 @@ class Annotators:
         self.pool = annotate.pool(cfg.judge, cfg.pool)
         self.pairs = self.asked = self.cost = 0         # cost: $; None if a price is not known
         stack = contextlib.ExitStack()
-        self.judge = stack.enter_context(annotate.connect(cfg.judge, cfg.judge_cache, price=annotate.price_of()))
+        self.judge = stack.enter_context(annotate.connect(cfg.judge, cfg.judge_cache, price=annotate.price_of(),
+                                                          **annotate.options(cfg)))
         weakref.finalize(self, stack.close)
 
     def compare(self, ones, twos):
-        """What is preferred of each two rows with one prompt: 1, 2, or 1.5 (equal texts, no usable verdict)."""
+        """What is preferred of each two rows with one prompt: 1, 2, a fraction between them if the judge gives its
+        probabilities, or 1.5 for equal texts and where there is no usable verdict."""
         pairs = []
         for (prompt, one), (_, two) in zip(ones, twos):
             record, self.pairs = self.records[tuple(prompt)], self.pairs + 1
@@ -187,7 +195,7 @@ def scorer(cfg, text, ref, model=None):
 
 def comparer(cfg, text, ref, score_fn=None):
     """What compares two answers to a prompt: the annotators themselves if they are the reward, else by scores (those of
-    score_fn, if it is given). Two functions: rows, rows -> preferences [1, 2 or 1.5]; and -> metrics of the costs."""
+    score_fn, if it is given). Two functions: rows, rows -> preferences from 1 to 2; and -> metrics of the costs."""
     if cfg.reward == "judge" and score_fn is None:
         annotators = Annotators(cfg, text, records_of(cfg, text, ref))
         return annotators.compare, annotators.spent

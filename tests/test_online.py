@@ -347,7 +347,7 @@ def test_the_preferred_answer_is_the_chosen_one_and_ties_are_left_out(folders):
 
     def compare(ones, twos):
         asked.extend(zip(ones, twos))
-        return [1, 2, 1.5, 2]
+        return [1, 1.8, 1.5, 2]                         # a judge may give its probability
     pairs, prompts = said(cfg, model, compare)
     assert pairs == [asked[0], asked[1][::-1], asked[3][::-1]]
     assert [one[0] for one, _ in asked] == [two[0] for _, two in asked] == prompts
