@@ -60,13 +60,29 @@ def route(argv, name):
             for stage, flags in routed.items()}
 
 
-def plan(name):
-    """The methods that `name` needs, in order, and itself."""
-    order = [stage for need in load(name).NEEDS for stage in plan(need)]
-    return list(dict.fromkeys([*order, name]))
-
-
 # -- settings ------------------------------------------------------------------------------------------------------
+
+def configure(given, name, method):
+    """The Config of one stage of a command for the method `name`; `given` is what route() returns."""
+    common = {f.name for f in fields(config.Config)} - config.COMMAND
+    shared = {key: value for key, value in given[name].items() if key in common}
+    return config.build(load(method).Config, {**shared, **given.get(method, {})})
+
+
+def needs(method, cfg):
+    """The stages that a method needs with these settings."""
+    return [need for need in load(method).NEEDS if need not in cfg.unneeded()]
+
+
+def plan(name, given=None):
+    """The methods that `name` needs with these flags (default: none are given), in order, and itself."""
+    given = given or {name: {}}
+
+    def with_needs(method):
+        order = [each for need in needs(method, configure(given, name, method)) for each in with_needs(need)]
+        return list(dict.fromkeys([*order, method]))
+    return with_needs(name)
+
 
 def settings(given, name, needed):
     """{method: its Config} of a plan; InputError about flags that make no sense."""
@@ -78,10 +94,7 @@ def settings(given, name, needed):
         if method != name and (whole := flags.keys() & (config.COMMAND - {"name"})):
             raise InputError(f"--{method}.{min(whole)} makes no sense: --{min(whole)} is for the whole command")
     common = {f.name for f in fields(config.Config)} - config.COMMAND
-    shared = {key: value for key, value in given[name].items() if key in common}
-    configs = {}
-    for method in needed:
-        configs[method] = config.build(load(method).Config, {**shared, **given.get(method, {})})
+    configs = {method: configure(given, name, method) for method in needed}
     for method, flags in given.items():
         for flag in flags:                          # one that all stages share has to change something in one of them
             heard = needed if method == name and flag in common else [method]
@@ -152,8 +165,8 @@ def prepared(name, configs):
     contents = stages.records_of(configs[name])
     for method, cfg in configs.items():
         module = load(method)
-        needs = {need: ids[need] for need in module.NEEDS}
-        found.append(stages.Stage(module, cfg, needs, contents, "" if method == name else f"{method}."))
+        made_of = {need: ids[need] for need in needs(method, cfg)}
+        found.append(stages.Stage(module, cfg, made_of, contents, "" if method == name else f"{method}."))
         ids[method] = found[-1].id
     return found
 
@@ -195,7 +208,7 @@ def command(argv):
                 raise InputError(f"{flag} is not known{meant}")
         raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
     given = route(rest, args.method)
-    configs = settings(given, args.method, plan(args.method))
+    configs = settings(given, args.method, plan(args.method, given))
     call(configs)
     cfg, start = configs[args.method], time.perf_counter()
     with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "

@@ -1,6 +1,7 @@
 """Learning from feedback, a file for each idea.
 
-Reading order: sft, pairs, dpo, reward, best_of_n, expert_iteration, ppo.
+Reading order: sft, pairs, dpo, reward, best_of_n, expert_iteration, ppo; then grpo, rloo, reinforce, online_dpo,
+iterated_dpo.
 
 A method is a file that has NEEDS (what must have run before), Config (its knobs) and run(cfg) -> metrics at its top
 level, its own or imported from another method. It is found by its name: add a file, edit nothing. Files without the

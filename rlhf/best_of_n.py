@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from data.barn.reward import true_reward
-from rlhf import config, policy, reward
+from rlhf import policy, rewards
 from rlhf.answers import questions, write_outputs
 from rlhf.sampler import generate
 
@@ -26,7 +26,7 @@ NEEDS = ("sft", "reward")
 
 
 @dataclass
-class Config(config.Config):
+class Config(rewards.Config):
     n: int = 16                         # answers to each prompt
 
 
@@ -55,10 +55,10 @@ def log_binomial(n, k):
 
 
 def run(cfg, score_fn=None):
-    """score_fn: rows -> (B,); by default the reward model of the run."""
+    """score_fn: rows -> (B,); by default what --reward chooses."""
     text = cfg.text()
     sft = policy.load(cfg, "sft")
-    score_fn = score_fn or reward.scorer(reward.load(cfg, sft), cfg)
+    score_fn = score_fn or rewards.scorer(cfg, text, sft)
     records, prompts = questions(sft, text, cfg)
     rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n)
     scores = score_fn(rows).view(len(prompts), cfg.n)                                    # (P, n)

@@ -107,6 +107,8 @@ class Config:
     merge: bool = False                 # write the trained adapter merged into its base, too: a Hugging Face folder
     int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
 
+    CHOICES: ClassVar[dict] = {}        # {flag: its values}, of a method's own flags that are words
+    LEAST: ClassVar[dict] = {}          # {flag: its least value}, where that is more than 1
     BARN: ClassVar[dict] = {}
     BARN_LORA: ClassVar[dict] = {}
     stage: ClassVar[str] = ""           # the name of the stage that this object is for, set by farm.py
@@ -115,7 +117,8 @@ class Config:
     def __post_init__(self):
         self.model = self.model.removeprefix("https://huggingface.co/")
         for f in fields(self):
-            value, least = getattr(self, f.name), 1 if f.type is int and f.name not in MAY_BE_ZERO else 0
+            value = getattr(self, f.name)
+            least = self.LEAST.get(f.name, 1 if f.type is int and f.name not in MAY_BE_ZERO else 0)
             if f.type in (int, float) and not least <= value < 1 << 63:
                 raise InputError(f"--{f.name} {value} makes no sense: it is a number from {least} up")
         if self.temperature == 0:
@@ -131,6 +134,8 @@ class Config:
             one_of("--pool", self.pool, ("p_eval", "p_single", "p_pairwise"))
         self.judge = self.judge or ("barn" if self.data == "barn" else "")      # it knows its own world only
         one_of("--device", self.device, ("", "cpu", "cuda"))
+        for name, known in self.CHOICES.items():
+            one_of(f"--{name}", getattr(self, name), known)
 
     @classmethod
     def suits(cls, given):
@@ -141,6 +146,10 @@ class Config:
     def asks_judge(self):
         """Whether this stage itself asks the judge; a method's Config that does says so."""
         return False
+
+    def unneeded(self):
+        """The stages in NEEDS that these settings do without; a method's Config adds its own."""
+        return ()
 
     def reads(self):
         """{flag: content} of what a stage reads beside the records and the base; a method's Config adds its files."""

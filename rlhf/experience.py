@@ -23,8 +23,9 @@ class Experience:
     mask: torch.Tensor                  # (B, T-1)
     logp: torch.Tensor                  # (B, T-1) of the policy that sampled them
     ref_logp: torch.Tensor              # (B, T-1) of the reference
-    score: torch.Tensor                 # (B,) the reward of each answer
+    score: torch.Tensor                 # (B,) the reward of each answer, less the penalty for no end
     finished: torch.Tensor              # (B,) whether it ended by itself, not by its length
+    n: int = 1                          # answers to each prompt; they stand one after the other
 
     @property
     def lengths(self):
@@ -34,6 +35,24 @@ class Experience:
     def kl(self):
         """Mean KL to the reference per answer, in nats: k1, the unbiased estimate."""
         return (self.logp - self.ref_logp).sum(1).mean().item()
+
+    def total(self, kl_coef):
+        """The score (B,) of each answer less the price of its KL (k1), as methods without a value function pay it."""
+        return self.score - kl_coef * (self.logp - self.ref_logp).sum(1)
+
+    def metrics(self):
+        """TRL's names. The spread is within the answers to a prompt, if there are several."""
+        spread = self.score.view(-1, self.n if self.n > 1 else len(self.score)).std(1)
+        tokens = self.mask.sum().item()
+        return {"reward": self.score.mean().item(), "reward_std": spread.mean().item(),
+                "frac_reward_zero_std": (spread == 0).float().mean().item(), "objective/kl": self.kl(),
+                "entropy": -self.logp.sum().item() / tokens, "completions/mean_length": tokens / len(self.rows),
+                "completions/clipped_ratio": (~self.finished).float().mean().item()}
+
+    def show(self, step, text, log):
+        """Log the first answer."""
+        prompt, response = self.rows[0]
+        log.sample(step, text.decode(prompt), text.decode(response), score=self.score[0].item())
 
     def cut(self, indices, *per_token):
         """A micro-batch without the columns in which all of its rows are padding: ids (b, t), mask (b, t-1), and of
@@ -54,7 +73,8 @@ class Experience:
 def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     """n answers of the policy `model` to each prompt (token ids), scored by score_fn, as an Experience.
 
-    FloatingPointError if a score is not finite.
+    cfg.missing_eos_penalty is taken from the score of an answer that did not end. FloatingPointError if a score is not
+    finite.
     """
     rows = generate(model, prompts, text, cfg, seed, n)
     ids, mask = pack(rows, model.gpt.device)
@@ -62,7 +82,8 @@ def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     if not score.isfinite().all():
         raise FloatingPointError("the reward of an answer is not a finite number: the run stopped and saved nothing")
     finished = torch.tensor([response[-1] in text.stops for _, response in rows], device=ids.device)
-    roll = Experience(rows, ids, mask, None, None, score, finished)
+    score = score - cfg.missing_eos_penalty * ~finished
+    roll = Experience(rows, ids, mask, None, None, score, finished, n)
     roll.logp = roll.per_token(partial(token_logps, model, temperature=cfg.temperature), cfg)
     roll.ref_logp = roll.per_token(partial(token_logps, ref, temperature=cfg.temperature), cfg)
     return roll

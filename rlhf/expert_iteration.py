@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from data import InputError
-from rlhf import policy, reward, sft, update
+from rlhf import policy, rewards, sft, update
 from rlhf.answers import answer
 from rlhf.sampler import generate
 
@@ -22,7 +22,7 @@ NEEDS = ("sft", "reward")
 
 
 @dataclass
-class Config(sft.Config):
+class Config(rewards.Config, sft.Config):
     rounds: int = 1                     # how often to sample and train
     n: int = 16                         # answers to each prompt
     prompts: int = 20_000               # prompts of the unlabeled split in a round
@@ -32,11 +32,11 @@ class Config(sft.Config):
 
 
 def run(cfg, score_fn=None):
-    """score_fn: rows -> (B,); by default the reward model of the run."""
+    """score_fn: rows -> (B,); by default what --reward chooses."""
     text = cfg.text()
     unlabeled = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
     model = ref = policy.load(cfg, "sft")
-    score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
+    score_fn = score_fn or rewards.scorer(cfg, text, ref)
     steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # at most, in a round
     log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):

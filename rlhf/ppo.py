@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError
-from rlhf import config, policy, reward, update
+from rlhf import policy, reward, rewards, update
 from rlhf.answers import answer
 from rlhf.experience import collect, schedule
 from rlhf.logprobs import last_token, token_logps
+from rlhf.rewards import scorer
 
 NEEDS = ("sft", "reward")
 METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg",
@@ -31,7 +32,7 @@ METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clip
 
 
 @dataclass
-class Config(config.Config):
+class Config(rewards.Config):
     lr: float = 1e-5                    # peak learning rate, of policy and value function
     steps: int = 80                     # rollouts, each followed by updates
     rollout_batch: int = 512            # answers in a rollout
@@ -52,15 +53,16 @@ class Config(config.Config):
     eval_every: int = 5                 # steps between looks at val, where the best policy is chosen
     val_prompts: int = 512              # prompts of val in a look
 
+    CHOICES = {"kl_estimator": ("k1", "k2", "k3", "clamped"), "init_value": ("reward", "sft")}
     BARN = {"lr": 5e-4, "steps": 20, "rollout_batch": 256, "batch_size": 64}
     BARN_LORA = {"lr": 1e-3}
 
+    def idle(self):
+        alone = {} if self.reward == "model" else {"init_value": "there is no reward model to start from"}
+        return super().idle() | alone
+
     def __post_init__(self):
         super().__post_init__()
-        for name, value, known in (("kl_estimator", self.kl_estimator, KL),
-                                   ("init_value", self.init_value, ("reward", "sft"))):
-            if value not in known:
-                raise InputError(f"--{name} {value!r} is not known: choose from {', '.join(known)}")
         if max(self.gamma, self.lam) > 1:
             raise InputError("--gamma and --lam are at most 1, or later rewards would count more than present ones")
 
@@ -105,11 +107,13 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logp, old_logp, advantages, mask, cliprange):
+def policy_loss(logp, old_logp, advantages, mask, cliprange, cliprange_high=None):
     """Clipped surrogate (Schulman et al. 2017, eq. 7), summed over tokens, and how many tokens are clipped; all tensors
-    are (B, T-1). The mask may hold weights instead of 0 and 1: they weigh the tokens' losses."""
+    are (B, T-1). The mask may hold weights instead of 0 and 1: they weigh the tokens' losses. cliprange_high: how far
+    the ratio may rise, if not as far as it may fall."""
     ratio = (logp - old_logp).masked_fill(mask == 0, 0).exp()
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    high = cliprange if cliprange_high is None else cliprange_high
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
     return (torch.max(free, clipped) * mask).sum(), ((clipped > free) * mask).sum()
 
 
@@ -128,24 +132,19 @@ def explained_variance(values, returns, mask):
 # -- the loop ------------------------------------------------------------------------------------------------------
 
 def run(cfg, score_fn=None):
-    """score_fn: rows [(prompt ids, response ids)] -> scores (B,); by default the reward model of the run."""
+    """score_fn: rows [(prompt ids, response ids)] -> scores (B,); by default what --reward chooses."""
     text = cfg.text()
     splits = cfg.splits()
     prompts = text.prompts(splits["unlabeled"], cfg.max_prompt_tokens)
     val = text.prompts(splits["val"], cfg.max_prompt_tokens)[:cfg.val_prompts]
     ref = policy.load(cfg, "sft")
-    reward_model = reward.load(cfg, ref) if score_fn is None else None
-    score_fn = score_fn or reward.scorer(reward_model, cfg)
+    reward_model = reward.load(cfg, ref) if score_fn is None and cfg.reward == "model" else None
+    score_fn = score_fn or scorer(cfg, text, ref, reward_model)
     model = ref.copy("policy")
     if reward_model and cfg.init_value == "reward":
         value = reward_model.copy("value")
     else:
         value = reward.fresh(ref.copy("value"))
-
-    def rollout(prompts, seed):
-        roll = collect(prompts, text, model, ref, score_fn, cfg, seed)
-        roll.score -= cfg.missing_eos_penalty * ~roll.finished
-        return roll
 
     updates = cfg.steps * cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
     updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, updates, fp16=model.fp16)
@@ -154,7 +153,7 @@ def run(cfg, score_fn=None):
     kl_coef, best, chosen_step, kept = cfg.kl_coef, -math.inf, 0, []
     for step, asked in enumerate(schedule(prompts, cfg.rollout_batch, cfg.steps, cfg.seed)):
         # sample answers, score them, estimate values
-        roll = rollout(asked, cfg.seed * 100_003 + step)
+        roll = collect(asked, text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step)
         mask = roll.mask
         values = roll.per_token(value.values, cfg)                                       # (B, T-1)
         if not values.isfinite().all():
@@ -197,7 +196,7 @@ def run(cfg, score_fn=None):
         # keep the policy that is best at its objective on prompts that it is not trained on
         stop = cfg.max_kl and roll.kl() > cfg.max_kl
         if stop or (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            look, i = rollout(val, cfg.seed), step % len(val)
+            look, i = collect(val, text, model, ref, score_fn, cfg, cfg.seed), step % len(val)
             score, val_kl = look.score.mean().item(), look.kl()
             log.sample(step, text.decode(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
                        val_score=score, val_kl=val_kl)

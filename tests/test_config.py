@@ -131,7 +131,7 @@ def test_what_would_change_nothing_is_a_knob_with_a_reason(name):
     knobs = {field.name for field in fields(CONFIGS[name])}
     for given in ({"judge": "none", "labels": "noisy", "device": "cpu"}, {"lora_rank": 4}):
         cfg = build(CONFIGS[name], {key: value for key, value in given.items() if key in knobs and (
-            key != "judge" or name != "pairs")})
+            key != "judge" or not build(CONFIGS[name], {}).asks_judge)})
         assert cfg.idle().keys() <= knobs and all(cfg.idle().values())
         assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model", "temperature"}
     assert {"lora_alpha", "merge"} <= build(CONFIGS[name], {}).idle().keys()
@@ -240,7 +240,7 @@ def test_a_plan_has_every_need_once_and_first():
         plan = farm.plan(name)
         assert plan[-1] == name and len(plan) == len(set(plan))
         for stage in plan:
-            assert set(farm.load(stage).NEEDS) <= set(plan[:plan.index(stage)])
+            assert set(farm.needs(stage, build(CONFIGS[stage], {}))) <= set(plan[:plan.index(stage)])
 
 
 @pytest.mark.parametrize("given, flip", [({}, .25), ({"pool": "p_single"}, 0), ({"pool": "p_pairwise"}, 0),

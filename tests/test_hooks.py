@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import toy
-from methods import grpo, ppo_rule
+from methods import ppo_rule
 
-from rlhf import logprobs, policy, reward
+from rlhf import grpo, logprobs, policy, reward
 from rlhf.experience import schedule
 
 torch.set_num_threads(1)
@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name, most", [("ppo_rule", 25), ("grpo", 80)])
+@pytest.mark.parametrize("name, most", [("ppo_rule", 25)])
 def test_a_method_is_short(name, most):
     assert len((METHODS / f"{name}.py").read_text().splitlines()) <= most
 
@@ -42,34 +42,20 @@ def test_ppo_against_a_rule_needs_no_reward_model(folders, tmp_path):
     assert min(scores[-3:]) > scores[0] + .1 and metrics["eval/mean_length"] > 0
 
 
-# --- a whole method --------------------------------------------------------------------------------------
+# --- two hooks of a loop ---------------------------------------------------------------------------------
 
-@kinds
-def test_grpo_learns_what_is_rewarded(kind, folders):
-    cfg = toy.settings(folders[kind], kind, grpo.Config, lr=1e-2, steps=10, prompts=10, n=4, batch_size=20, beta=0.)
-    grpo.run(cfg, toy.thirties)
+def test_a_variant_of_grpo_brings_its_own_advantages_and_loss(folders):
+    """Whether an answer is among the better half of its group: a bonus that the loop knows nothing of."""
+    def better_half(roll, cfg):
+        group = roll.score.view(-1, cfg.n)
+        return (group > group.median(1, keepdim=True).values).float().flatten() - .5
+
+    def likelihood(logp, old_logp, ref_logp, advantages, mask, cfg):
+        return -(advantages[:, None] * logp * mask).sum(), len(mask), logp.new_zeros(())
+    cfg = toy.settings(folders["full"], "full", grpo.Config, lr=1e-2, steps=10, prompts=10, n=4, batch_size=20)
+    grpo.run(cfg, toy.thirties, better_half, likelihood)
     rewards = [step["reward"] for step in toy.lines(cfg)]
-    assert rewards[0] < .7 and min(rewards[-3:]) > 1.2, rewards
-
-
-def test_the_micro_batch_changes_no_metric_of_grpo(folders):
-    """Its loss is a mean over answers of means over tokens, so the mask it hands to policy_loss holds weights."""
-    runs = []
-    for tokens in (1, 40, 10_000):
-        cfg = toy.settings(folders["full"], "full", grpo.Config, steps=2, prompts=6, n=4, batch_size=12, lr=1e-3,
-                           micro_batch_tokens=tokens)
-        grpo.run(cfg)
-        runs.append(toy.lines(cfg))
-    for other in runs[1:]:
-        for a, b in zip(other, runs[0], strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-
-
-def test_a_group_s_advantages_have_mean_0_and_deviation_1():
-    score = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 3 + torch.arange(6)[:, None] * 10
-    advantages = grpo.advantages_of(score.flatten(), 8).view(6, 8)
-    torch.testing.assert_close(advantages.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(advantages.std(1), torch.ones(6), atol=1e-3, rtol=0)
+    assert min(rewards[-3:]) > rewards[0] + .3, rewards
 
 
 def test_every_prompt_comes_once_a_pass_and_passes_differ():

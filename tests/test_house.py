@@ -15,7 +15,7 @@ from data.judges.verdicts import READERS
 from rlhf import config, methods
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("sft", "pairs", "reward")                     # what methods start from
+STAGES = ("sft", "pairs", "reward", "rewards")          # what methods start from; rewards may be the reward model
 OURS = {"farm", "model", "annotate", "eval", "stats", "serve", "benchmarks", "rlhf", "data", "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what benchmarks measures beside, if installed
@@ -71,7 +71,7 @@ def part(module):
     if module in ("farm", "data.barn.pretrain", "serve", "benchmarks.__main__"):
         return "command"                                # nothing imports a command
     if top == "rlhf":
-        return "kit" if rest not in methods() else "stage" if rest in STAGES else "method"
+        return "stage" if rest in STAGES else "method" if rest in methods() else "kit"
     return top
 
 

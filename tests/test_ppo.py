@@ -265,7 +265,7 @@ def collected(cfg, prompts, roles, seed):
 @kinds
 @pytest.mark.parametrize("temperature", [1., 2.])
 def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature, folders):
-    cfg, prompts, roles = start(folders, kind, temperature=temperature, micro_batch_tokens=30)
+    cfg, prompts, roles = start(folders, kind, temperature=temperature, micro_batch_tokens=30, missing_eos_penalty=0.)
     toy.moved(roles[3].trainable(), 9)                          # so that it is not the reward model any more
     roll = collected(cfg, prompts, roles, seed=3)
     values = roll.per_token(roles[3].values, cfg)

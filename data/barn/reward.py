@@ -167,3 +167,13 @@ def true_reward(instruction, output, weights=WEIGHTS):
     """
     parts = features(instruction, output)
     return sum(weights[name] * parts[name] for name in weights)
+
+
+EXACT = ("list", "how", "eats", "lives", "gives", "words", "category")      # kinds whose answers are right or wrong
+
+
+def correct(instruction, output):
+    """Whether an answer is right as far as a rule can say. The number of things and their category, facts, steps and
+    words that were asked for are checked exactly; where there is no right answer, only whether the text is complete."""
+    parts, (kind, _) = features(instruction, output), world.parse(instruction) or (None, {})
+    return parts["ended"] == 1 and (kind not in EXACT or parts["relevant"] == parts["task"] == 1)

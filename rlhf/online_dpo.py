@@ -1,0 +1,90 @@
+"""Online DPO: the newest policy answers each prompt twice, annotators say which answer is better, and DPO learns it.
+
+Guo et al. 2024 (arXiv 2402.04792). The loss is DPO's (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), the pairs are the
+policy's own, so what is labelled is what it would say now. --reward model has the reward model label instead.
+Left out: more than two answers to a prompt, tools against a reward model that likes long answers.
+
+Memory: as DPO. Money: a label for each pair that no coin decides; judge/asked and judge/cost count what was paid for.
+Questions a reader asks. Why does it need fewer labels than DPO? Pairs of the SFT model become pairs of answers that the
+policy no longer gives. Why is the reward model not needed? Annotators compare the answers themselves; a reward model
+would have to guess what they say, and could be fooled.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from rlhf import policy, rewards, update
+from rlhf.answers import answer
+from rlhf.dpo import METRICS, all_logps, dpo_loss, logps
+from rlhf.experience import schedule
+from rlhf.pairs import pair_lengths
+from rlhf.sampler import generate
+
+NEEDS = ("sft", "reward")
+
+
+@dataclass
+class Config(rewards.Config):
+    reward: str = "judge"               # judge, model, rule, true (barn only), or FILE.py:function of your own
+    lr: float = 1e-5                    # peak learning rate
+    beta: float = .1                    # strength of the pull to the reference: higher stays closer
+    steps: int = 80                     # rounds of new pairs, each followed by updates
+    prompts: int = 256                  # prompts in a step, with one pair each
+    batch_size: int = 64                # pairs in an optimizer step
+    num_iterations: int = 1             # passes over the pairs of a step
+    shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
+
+    BARN = {"lr": 5e-4, "beta": .05, "steps": 40, "prompts": 128, "batch_size": 32}
+    BARN_LORA = {"lr": 1e-3}
+
+
+def fresh_pairs(model, prompts, text, compare, cfg, seed):
+    """Pairs [(chosen row, rejected row)] of the policy's answers to these prompts, without ties; each prompt once."""
+    rows = generate(model, prompts, text, cfg, seed, 2)
+    ones, twos = rows[::2], rows[1::2]
+    return [(one, two) if preference < 1.5 else (two, one)
+            for one, two, preference in zip(ones, twos, compare(ones, twos)) if preference != 1.5]
+
+
+def show(step, pair, text, log):
+    """Log the two answers of a pair."""
+    for name, (prompt, response) in zip(("chosen", "rejected"), pair):
+        log.sample(step, text.decode(prompt), f"{name}: {text.decode(response)}")
+
+
+def learn(model, pairs, ref_logps, batch, updater, cfg):
+    """One optimizer step of DPO on those of the pairs that are in the batch; DPO's metrics. ref_logps (2, N)."""
+    lengths = pair_lengths(pairs)
+    tokens = torch.tensor([[len(response) for _, response in pair] for pair in pairs], device=model.gpt.device).T
+    sums = 0.
+    for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
+        logp = logps(model, [pairs[i] for i in micro], cfg)                              # (2, b)
+        losses, implicit = dpo_loss(logp, ref_logps[:, micro], tokens[:, micro], cfg)    # (b,), (2, b)
+        updater.add(losses.sum(), len(micro))
+        margins, right = implicit[0] - implicit[1], implicit[0] > implicit[1]
+        sums = sums + torch.stack((losses, *implicit, margins, right.float(), *logp)).detach().sum(1)
+    return {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
+
+
+def run(cfg, score_fn=None):
+    """score_fn: rows -> (B,), by which answers are compared; by default what --reward chooses."""
+    text = cfg.text()
+    prompts = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    ref = policy.load(cfg, "sft")
+    model = ref.copy("policy")
+    compare, costs = rewards.comparer(cfg, text, ref, score_fn)
+    updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts // cfg.batch_size)
+    updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
+    log = update.Log(cfg.dir(), cfg.steps, ("loss", "rewards/margins", "rewards/accuracies"))
+    metrics = {}
+    for step, asked in enumerate(schedule(prompts, cfg.prompts, cfg.steps, cfg.seed)):
+        pairs = fresh_pairs(model, asked, text, compare, cfg, cfg.seed * 100_003 + step)
+        if not pairs:                   # nothing is preferred, so there is nothing to learn in this step
+            continue
+        ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)
+        for batch in update.batches(len(pairs), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
+            metrics = learn(model, pairs, ref_logps, batch, updater, cfg)
+        log.step(step, {**metrics, "pairs": len(pairs), **costs()}, sum(pair_lengths(pairs)))
+        show(step, pairs[0], text, log)
+    policy.save(model, cfg)
+    return {**metrics, **costs(), **answer(model, text, cfg, ref)}

@@ -1,0 +1,207 @@
+"""[kit] Rewards: what --reward chooses, as a function of rows [(prompt ids, response ids)] -> scores (B,).
+
+model: the reward model of the run. The others need none, so none is trained.
+rule: 1 or 0, what can be checked exactly (learning from verifiable rewards). In the offline world: number, category,
+facts, steps, words, and that the text is complete. In a file: whether the last number of the answer is the last number
+under `answer` in the record, as in GSM8K and in countdown.
+true: the hidden true reward of the offline world, an upper bound for what feedback about it can teach.
+judge: 1 if the annotators prefer the answer to one of the SFT model, 0 if not, 0.5 if the two are equal.
+FILE.py:function: a function (instruction, output) -> float in a file of your own.
+"""
+import contextlib
+import re
+import runpy
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import annotate
+from data import InputError, one_of
+from data.alpaca_eval import question
+from data.barn.reward import correct, true_reward
+from data.progress import Progress
+from rlhf import config, reward
+from rlhf.answers import questions
+from rlhf.sampler import generate
+
+NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass
+class Config(config.Config):
+    """What methods with a choice of rewards share."""
+    reward: str = "model"               # model, rule, true (barn only), judge, or FILE.py:function of your own
+    flip: float = .25                   # share of the judge's labels that are flipped (of other pools than p_eval: 0)
+
+    @classmethod
+    def suits(cls, given):
+        return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if ".py" not in self.reward:
+            one_of("--reward", self.reward, ("model", "rule", "true", "judge", "FILE.py:function"))
+        if self.reward == "true" and self.data != "barn":
+            raise InputError(f"--reward true: only the offline world has a true reward, and {self.data} has none")
+        if (self.reward, self.judge) == ("judge", "none"):
+            raise InputError("--judge none prefers no answer: name a judge, or another --reward")
+        if self.flip > .5:
+            raise InputError(f"--flip {self.flip} makes no sense: at 0.5 every label is a coin")
+
+    @property
+    def asks_judge(self):
+        return self.reward == "judge"
+
+    def unneeded(self):
+        return () if self.reward == "model" else ("reward",)
+
+    def reads(self):
+        """The user's files; InputError if the reward cannot be used, before anything is trained."""
+        if self.reward == "rule":
+            for record in self.splits()["unlabeled"]:
+                of_text(self)(record, "")
+        if self.asks_judge and self.pool.endswith(".json"):
+            return {"pool": Path(self.pool).read_text(encoding="utf-8")}
+        if ".py" not in self.reward:
+            return {}
+        of_text(self)
+        return {"reward": Path(self.reward.rpartition(":")[0]).read_text(encoding="utf-8")}
+
+    def idle(self):
+        return super().idle() | ({} if self.asks_judge else {"flip": f"--reward {self.reward} asks no judge"})
+
+
+# -- rewards of texts ----------------------------------------------------------------------------------------------
+
+def last_number(text):
+    """The last number in a text; None if there is none."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def same_number(record, output):
+    """1 if the last number of the output is the last one of the record's answer, else 0."""
+    answer = last_number(str(record.get("answer", "")))
+    if answer is None:
+        raise InputError(f"--reward rule needs a number under 'answer' in each record: {question(record)[:60]!r} "
+                         "has none")
+    return float(last_number(output) == answer)
+
+
+def own_function(said):
+    """The function that FILE.py:function names, of a record and an output; InputError if there is none."""
+    file, _, name = said.rpartition(":")
+    if not file.endswith(".py"):
+        raise InputError(f"--reward {said} names no function: give it as in {said}:function")
+    try:
+        function = runpy.run_path(file).get(name)
+    except OSError as error:
+        raise InputError(f"--reward {said}: {error.strerror or error}") from None
+    except Exception as error:          # whatever the user's own code raises
+        raise InputError(f"--reward {said}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise InputError(f"--reward {said}: {file} has no function {name!r}")
+
+    def worth(record, output):
+        try:
+            return float(function(question(record), output))
+        except Exception as error:
+            raise InputError(f"--reward {said}: {type(error).__name__}: {error}, "
+                             f"of the answer {output[:60]!r}") from None
+    return worth
+
+
+def of_text(cfg):
+    """The reward of a text: a function (record, output) -> float."""
+    if cfg.reward == "true":            # about mean 0 and deviation 1 over demonstrations, as prices of the KL expect
+        return lambda record, output: (true_reward(question(record), output) - 7) / 2
+    if cfg.reward == "rule" and cfg.data == "barn":
+        return lambda record, output: float(correct(question(record), output))
+    return same_number if cfg.reward == "rule" else own_function(cfg.reward)
+
+
+def records_of(cfg, text, ref):
+    """{prompt ids: record} of the splits whose prompts are answered."""
+    splits = cfg.splits()
+    found = {tuple(text.prompt(record)): record for split in ("val", "preference", "unlabeled")
+             for record in splits[split]}
+    records, prompts = questions(ref, text, cfg)        # of the eval split, where too long ones are cut
+    return {tuple(prompt): record for record, prompt in zip(records, prompts)} | found
+
+
+# -- the annotators ------------------------------------------------------------------------------------------------
+
+class Annotators:
+    """The annotators of the run, who are asked about rows. The connection to them ends with this object."""
+
+    def __init__(self, cfg, text, records):
+        self.cfg, self.text, self.records = cfg, text, records
+        self.pool = annotate.pool(cfg.judge, cfg.pool)
+        self.pairs = self.asked = self.cost = 0         # cost: $; None if a price is not known
+        stack = contextlib.ExitStack()
+        self.judge = stack.enter_context(annotate.connect(cfg.judge, cfg.judge_cache, price=annotate.price_of(),
+                                                          **annotate.options(cfg)))
+        weakref.finalize(self, stack.close)
+
+    def compare(self, ones, twos):
+        """What is preferred of each two rows with one prompt: 1, 2, a fraction between them if the judge gives its
+        probabilities, or 1.5 for equal texts and where there is no usable verdict."""
+        pairs = []
+        for (prompt, one), (_, two) in zip(ones, twos):
+            record, self.pairs = self.records[tuple(prompt)], self.pairs + 1
+            pairs.append({"instruction": record["instruction"], "input": record.get("input", ""),
+                          "output_1": self.text.decode(one), "output_2": self.text.decode(two),
+                          "seed": f"/{self.pairs}"})    # so that each pair has an annotator of its own
+        Progress.close()
+        labelled = annotate.annotate(pairs, self.pool, self.judge, self.cfg.seed, self.cfg.flip, costs=True)
+        costs = [record["price_per_example"] for record in labelled if record["scored_by"] not in ("coin", "equal")]
+        self.cost = None if None in (self.cost, *costs) else self.cost + sum(costs)
+        self.asked += len(costs)
+        return [record["preference"] or 1.5 for record in labelled]
+
+    def spent(self):
+        """Metrics: labels that were asked for so far, and what they cost in $."""
+        return {"judge/asked": self.asked, "judge/cost": self.cost}
+
+
+def against_sft(annotators, ref, text, cfg):
+    """A reward by comparison with one answer of the SFT model to each prompt, which is sampled when it is needed."""
+    theirs = {}
+
+    def score(rows):
+        new = [prompt for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in rows) if prompt not in theirs]
+        theirs.update(zip(new, generate(ref, [list(prompt) for prompt in new], text, cfg, cfg.seed + 3)))
+        preferences = annotators.compare(rows, [theirs[tuple(prompt)] for prompt, _ in rows])
+        return 2. - torch.tensor(preferences, dtype=torch.float)
+    return score
+
+
+# -- what methods use ----------------------------------------------------------------------------------------------
+
+def scorer(cfg, text, ref, model=None):
+    """The reward that --reward chooses: rows -> scores (B,). ref: the SFT model; model: the reward model, if it is
+    loaded already."""
+    if cfg.reward == "model":
+        return reward.scorer(model or reward.load(cfg, ref), cfg)
+    records = records_of(cfg, text, ref)
+    if cfg.reward == "judge":
+        return against_sft(Annotators(cfg, text, records), ref, text, cfg)
+    worth = of_text(cfg)
+    return lambda rows: torch.tensor([worth(records[tuple(prompt)], text.decode(response))
+                                      for prompt, response in rows])
+
+
+def comparer(cfg, text, ref, score_fn=None):
+    """What compares two answers to a prompt: the annotators themselves if they are the reward, else by scores (those of
+    score_fn, if it is given). Two functions: rows, rows -> preferences from 1 to 2; and -> metrics of the costs."""
+    if cfg.reward == "judge" and score_fn is None:
+        annotators = Annotators(cfg, text, records_of(cfg, text, ref))
+        return annotators.compare, annotators.spent
+    score_fn = score_fn or scorer(cfg, text, ref)
+
+    def compare(ones, twos):
+        scores = score_fn(ones + twos).view(2, -1)                                       # (2, P)
+        return [1.5 if one == two else 1 + (two > one) for one, two in scores.T.tolist()]
+    return compare, dict
