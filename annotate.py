@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import statistics
+import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
@@ -269,10 +270,10 @@ def report(records, questions, judge, requests, hits, lost):
     kinds = Counter(record["scored_by"] for record in records)
     failed = sum(lost.values())
     causes = ", ".join(f"{n} {cause}" for cause, n in lost.most_common())
-    print(f"judge: {asked} asked{f' in {requests} requests' if requests != asked else ''} ({hits} from the cache), "
-          f"{asked - failed} usable, {failed} unusable{f' ({causes})' if causes else ''}, {kinds['coin']} coins, "
-          f"{kinds['equal']} identical{f', {soft} by log-probabilities' if (soft := kinds['logprobs']) else ''}",
-          flush=True)
+    line = (f"judge: {asked} asked{f' in {requests} requests' if requests != asked else ''} ({hits} from the cache), "
+            f"{asked - failed} usable, {failed} unusable{f' ({causes})' if causes else ''}, {kinds['coin']} coins, "
+            f"{kinds['equal']} identical{f', {soft} by log-probabilities' if (soft := kinds['logprobs']) else ''}")
+    print(textwrap.fill(line, 80, subsequent_indent="  "), flush=True)
     if any("logprobs" in one.body for one in questions) and not soft:
         print("judge: no log-probabilities of a letter came: these are verdicts by text", flush=True)
     unusable([one for one in questions if one.cause], judge, failed, asked)
