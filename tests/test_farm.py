@@ -210,7 +210,7 @@ def test_what_was_built_on_an_older_stage_is_refused(copy):
     assert farm("--method", "sft", *SMALL, "--out", copy, "--lr", "2e-3").code == 0
     before = tree(copy)
     refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, "sft is finished.*lr is 0.002 .*give --sft.lr 0.002")
-    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--sft.lr", "2e-3"), 2, "its sft is another one",
+    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--sft.lr", "2e-3"), 2, "its sft has been made again",
             "--rerun pairs", "--pairs.name pairs_2")
     assert tree(copy) == before
 
