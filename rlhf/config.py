@@ -22,7 +22,7 @@ from data.text import Text, read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
-# What fits the machine: memory and lengths. `barn` goes on with the numbers that each method tuned there.
+# What fits the machine: memory and lengths. The preset `barn` then also takes each method's own BARN settings.
 PRESETS = {
     "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1536},
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},

@@ -40,8 +40,8 @@ class ChunkedLogProb(torch.autograd.Function):
 
     h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient of a log-prob with respect to its row of h is
     (W[target] - sum_v p_v W_v) / temperature, times the gradient of the log-prob; it is computed in the forward pass,
-    where p is at hand. So a frozen W needs its logits once. For a W that learns they are computed again in the backward
-    pass, unless all rows were one chunk, whose p is kept.
+    where p is at hand. So with a frozen W the logits are computed once. If W learns, the backward pass computes them
+    again, except when one chunk held all rows: then p was kept.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class ChunkedLogProb(torch.autograd.Function):
 
 def exp_logits(h, W, targets, temperature):
     """The parts of a softmax over h W' / temperature, h (n, D), W (V, D): e^(logit - largest logit) (n, V), its sum
-    (n, 1), and the log-probs (n,) of the targets (n,). In place, since passes over n x V numbers are what it costs."""
+    (n, 1), and the log-probs (n,) of the targets (n,). Done in place: the time goes into passes over n x V numbers."""
     logits = (h @ W.T).float().div_(temperature)                                         # (n, V)
     at_target, largest = logits.gather(1, targets[:, None]), logits.amax(-1, keepdim=True)
     p = logits.sub_(largest).exp_()

@@ -23,7 +23,7 @@ NEEDS = ("sft",)
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
     flip: float = .25                   # share of the labels that are flipped at random (of other pools than p_eval: 0)
-    labels: str = ""                    # judge (default), a file, or AlpacaFarm's human (its default), gpt4, noisy
+    labels: str = ""                    # judge (default), a file, human (default for alpaca_farm), gpt4 or noisy
 
     BARN = {"pairs_per_prompt": 3}
 

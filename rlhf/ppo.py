@@ -10,9 +10,10 @@ Memory: policy, reference, reward model and value function. With LoRA they are f
 only two of them have gradients; with full training they are four models, two of them with an optimizer. The best policy
 so far is kept in host memory.
 
-Questions a reader asks. Why is the KL inside the reward? As a reward, k1 has the gradient of the true KL; as a loss, it
-has none. Why may it be negative? It is an estimate from one sample; only its mean is a KL. Why are log-probs computed
-again after sampling? The training code then computes both sides of the ratio, so the first ratio is 1 up to rounding.
+Questions a reader asks. Why is the KL inside the reward? As a reward, k1 gives the gradient of the true KL; as a loss,
+its gradient is zero on average. Why may it be negative? It is an estimate from one sample; only its mean is a KL. Why
+are log-probs computed again after sampling? The training code then computes both sides of the ratio, so the first ratio
+is 1 up to rounding.
 """
 import math
 from dataclasses import dataclass

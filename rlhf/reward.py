@@ -98,8 +98,8 @@ def scorer(model, cfg):
 
 
 def hold_out(pairs, share, seed):
-    """(pairs to train on, pairs held out). All pairs of some prompts are held out, drawn until they are `share` of all;
-    one prompt is left in any case."""
+    """(pairs to train on, pairs held out). Whole prompts are drawn at random, with all their pairs, until `share` of
+    the pairs is held out; at least one prompt stays for training."""
     pairs_of = {}
     for pair in pairs:
         pairs_of.setdefault(tuple(pair[0][0]), []).append(pair)

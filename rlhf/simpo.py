@@ -28,7 +28,7 @@ class Config(dpo.Config):
     gamma: float = .5                   # margin that the chosen answer should have over the rejected one
 
     BARN = {"lr": 5e-4, "beta": .3, "gamma": .1}
-    BARN_LORA = {"lr": 2e-3}
+    BARN_LORA = {"lr": 8e-4}
 
 
 def simpo_loss(logp, ref_logp, lengths, cfg):

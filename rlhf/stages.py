@@ -248,8 +248,8 @@ def refusal(stage, what, different):
 # -- which stages have to run --------------------------------------------------------------------------------------
 
 class Again:
-    """The stages that --rerun names. They are written to the run folder, so that after an interruption the same command
-    continues instead of starting all of them again."""
+    """The stages that --rerun names. The file .rerun in the run folder has their names, so that after an interruption
+    the same command continues and does not start all of them again."""
 
     def __init__(self, out, ids):
         """ids: {method: id} of the stages that are named."""
