@@ -33,7 +33,7 @@ class Config(rewards.Config):
     batch_size: int = 64                # pairs in an optimizer step
     shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
 
-    BARN = {"prompts": 1000, "lr": 3e-4}
+    BARN = {"prompts": 2000, "lr": 3e-4}
     BARN_LORA = {"lr": 5e-4}
 
 
