@@ -3,7 +3,7 @@
 When an answer ends, its slot is refilled from the waiting prompts. When no prompt waits, the unfinished answers are
 moved into the first slots, and the empty slots are given up. n answers to one prompt share one pass over the prompt
 (prefill). No step waits for the GPU; the host checks every few steps which answers have ended. On CUDA one step is
-captured as a graph and replayed, because launching its thousand small kernels one by one takes longer than running them.
+captured as a graph and replayed, because launching its thousand small kernels takes longer than running them.
 
 Every answer has its own stream of random numbers, so that up to rounding it does not depend on the slots or on the
 answers beside it. Learners need the log-probs of exactly the distribution that was sampled from, so there is only a
