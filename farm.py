@@ -140,6 +140,11 @@ def leaderboard(cfg):
     with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         for folder in (folder for folder in whole if (folder / "outputs.json").exists()):
             outputs = json.loads((folder / "outputs.json").read_text())
+            try:
+                eval.matched(outputs, reference)
+            except InputError as error:                 # a variant with another --limit or --eval_data
+                broken.append(f"{folder.name} has no row: {error}")
+                continue
             models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool),
                                                  judge)
             write_whole(folder / "annotations.json", [json.dumps(models[folder.name], indent=1).encode()])

@@ -121,6 +121,8 @@ class Config:
             least = self.LEAST.get(f.name, 1 if f.type is int and f.name not in MAY_BE_ZERO else 0)
             if f.type in (int, float) and not least <= value < 1 << 63:
                 raise InputError(f"--{f.name} {value} makes no sense: it is a number from {least} up")
+        if self.seed >= 1 << 46:
+            raise InputError(f"--seed {self.seed} is too large: it is a number below {1 << 46}")
         if self.temperature == 0:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
         if self.int8 and not self.lora_rank:

@@ -11,6 +11,7 @@ does the loss start at 1 / (2 beta)^2? Policy and reference are the same, so eve
 """
 from dataclasses import dataclass
 
+from data import InputError
 from rlhf import dpo
 
 NEEDS = dpo.NEEDS
@@ -22,6 +23,11 @@ class Config(dpo.Config):
 
     BARN = {"lr": 3e-4, "epochs": 2}
     BARN_LORA = {"lr": 5e-4}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta:
+            raise InputError("--beta 0 makes no sense: the target of the margin is 1 / (2 beta)")
 
 
 def ipo_loss(logp, ref_logp, lengths, cfg):

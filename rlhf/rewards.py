@@ -9,6 +9,7 @@ judge: 1 if the annotators prefer the answer to one of the SFT model, 0 if not, 
 FILE.py:function: a function (instruction, output) -> float in a file of your own.
 """
 import contextlib
+import math
 import re
 import runpy
 import weakref
@@ -20,7 +21,9 @@ import torch
 import annotate
 from data import InputError, one_of
 from data.alpaca_eval import question
+from data.barn import reward as barn_reward
 from data.barn.reward import correct, true_reward
+from data.judges.person import PERSON
 from data.progress import Progress
 from rlhf import config, reward
 from rlhf.answers import questions
@@ -64,12 +67,16 @@ class Config(config.Config):
                 of_text(self)(record, "")
         if self.asks_judge and self.pool.endswith(".json"):
             return {"pool": Path(self.pool).read_text(encoding="utf-8")}
+        if self.reward in ("true", "rule") and self.data == "barn":
+            return {"reward": Path(barn_reward.__file__).read_text(encoding="utf-8")}
         if ".py" not in self.reward:
             return {}
         of_text(self)
         return {"reward": Path(self.reward.rpartition(":")[0]).read_text(encoding="utf-8")}
 
     def idle(self):
+        if PERSON.fullmatch(self.judge):
+            return super().idle() | {"flip": "a person's labels are not flipped"}
         return super().idle() | ({} if self.asks_judge else {"flip": f"--reward {self.reward} asks no judge"})
 
 
@@ -99,15 +106,18 @@ def own_function(said):
         function = runpy.run_path(file).get(name)
     except OSError as error:
         raise InputError(f"--reward {said}: {error.strerror or error}") from None
-    except Exception as error:          # whatever the user's own code raises
+    except (Exception, SystemExit) as error:            # whatever the user's own code raises
         raise InputError(f"--reward {said}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise InputError(f"--reward {said}: {file} has no function {name!r}")
 
     def worth(record, output):
         try:
-            return float(function(question(record), output))
-        except Exception as error:
+            value = float(function(question(record), output))
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no reward")
+            return value
+        except (Exception, SystemExit) as error:
             raise InputError(f"--reward {said}: {type(error).__name__}: {error}, "
                              f"of the answer {output[:60]!r}") from None
     return worth
@@ -144,6 +154,8 @@ class Annotators:
         self.judge = stack.enter_context(annotate.connect(cfg.judge, cfg.judge_cache, price=annotate.price_of(),
                                                           **annotate.options(cfg)))
         weakref.finalize(self, stack.close)
+        # one annotate() asks about few pairs: the limit on unusable verdicts is for the run as a whole
+        self.lost, self.allowed, self.judge.max_unusable = 0, cfg.max_unusable, 1.
 
     def compare(self, ones, twos):
         """What is preferred of each two rows with one prompt: 1, 2, a fraction between them if the judge gives its
@@ -159,6 +171,9 @@ class Annotators:
         costs = [record["price_per_example"] for record in labelled if record["scored_by"] not in ("coin", "equal")]
         self.cost = None if None in (self.cost, *costs) else self.cost + sum(costs)
         self.asked += len(costs)
+        self.lost += sum(record["preference"] is None for record in labelled)
+        if self.lost > self.allowed * max(self.asked, 500):
+            raise annotate.JudgeError(f"{self.lost} of {self.asked} verdicts are unusable (--max_unusable)")
         return [record["preference"] or 1.5 for record in labelled]
 
     def spent(self):
@@ -172,7 +187,8 @@ def against_sft(annotators, ref, text, cfg):
 
     def score(rows):
         new = [prompt for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in rows) if prompt not in theirs]
-        theirs.update(zip(new, generate(ref, [list(prompt) for prompt in new], text, cfg, cfg.seed + 3)))
+        asked = [list(prompt) for prompt in new]
+        theirs.update(zip(new, generate(ref, asked, text, cfg, cfg.seed * 100_003 + 100_000)))
         preferences = annotators.compare(rows, [theirs[tuple(prompt)] for prompt, _ in rows])
         return 2. - torch.tensor(preferences, dtype=torch.float)
     return score

@@ -153,6 +153,8 @@ class Found(NamedTuple):
 
 def find(folder):
     """The Found of a folder; None if there is nothing in it. InputError if the folder is not one of a stage."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose another --name or --out")
     finished = (folder / "result.json").exists()
     if not (folder / "config.json").exists() and not finished and only_logs(folder):
         return None                     # no folder, or one from before a kill that has nothing in it
@@ -320,11 +322,15 @@ def neighbours(folder):
 def settle(folder):
     """Put a finished new stage into the place of the old one, if there is one."""
     new, old = neighbours(folder)
-    if (new / "result.json").exists():
+    if (new / "result.json").exists() and not find(new).damage:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    if old.exists() and folder.exists():
+    if old.exists() and not folder.exists():            # a kill came between the two renames
+        old.rename(folder)
+    elif old.is_symlink():
+        old.unlink()
+    elif old.exists():
         shutil.rmtree(old)
 
 
