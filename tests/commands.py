@@ -39,6 +39,15 @@ def child(line, limit=120, **options):
     Ctrl-C's signal interrupts it even if this process ignores that signal, as it does under nohup and in many CI
     systems. `limit`: seconds after which the process is killed, so that no read and no wait lasts for ever.
     """
+    with started(line, limit, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def started(line, limit=120, **options):
+    """The process of child(), for a test that ends it itself."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a child inherits no handler
     try:
         process = subprocess.Popen(line, text=True, **options)
@@ -47,12 +56,7 @@ def child(line, limit=120, **options):
     timer = threading.Timer(limit, process.kill)
     timer.daemon = True
     timer.start()
-    with process:
-        try:
-            yield process
-        finally:
-            timer.cancel()
-            process.kill()
+    return process
 
 
 def until(true, limit=60):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from browser import CHROMIUM, browser
-from commands import ROOT, command, refused
+from commands import ROOT, command, refused, started
 from judged import make_pairs, prefer_longer, preferences
 
 from annotate import annotate, connect, draw, pool
@@ -329,8 +329,8 @@ def test_a_click_that_cannot_be_written_is_an_error_on_the_page_and_of_the_comma
 # ---- the commands --------------------------------------------------------------------------------------
 
 def start(script, *argv):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return started([sys.executable, str(ROOT / script), *map(str, argv)], stdout=subprocess.PIPE,
+                   stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def address(process):

@@ -498,7 +498,7 @@ def test_a_command_that_cannot_serve_says_why_in_a_sentence(run, tmp_path, monke
     refused(command("serve.py", run.out, "--port", 0), 2, "is a whole run", "reward|sft")
     refused(command("serve.py", run.dir().parent / "reward" / "checkpoint", "--port", 0), 2, "reward model")
     refused(command("serve.py", "barn", "--slots", -1), 2, "must be 0 or more")
-    refused(command("serve.py", "barn", "--slotz", 1), 2, "unrecognized arguments")
+    refused(command("serve.py", "barn", "--slotz", 1), 2, "there is no")
 
     def full(cfg):
         raise MemoryError
