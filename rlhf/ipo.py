@@ -22,7 +22,7 @@ class Config(dpo.Config):
     beta: float = .1                    # the target of the margin, in nats a token, is 1 / (2 beta)
 
     BARN = {"lr": 3e-4, "epochs": 2}
-    BARN_LORA = {"lr": 5e-4}
+    BARN_LORA = {"lr": 3e-4}
 
     def __post_init__(self):
         super().__post_init__()
