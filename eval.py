@@ -120,7 +120,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
                 data.alpaca_eval.read_length_control, follows this order
     baseline    the model that all are compared with; by default each is compared with the next on the leaderboard
     lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published; "none"
-    starts      {name: name of the SFT model that it started from}; by default that is the model called sft
+    starts      {name: name of the model that its training started from}; by default that is the model called sft
     barn        names of the models that were asked instructions of the offline world, which knows the true reward
     All intervals are from the same `resamples` draws of the instructions.
 
@@ -144,7 +144,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     for name, start in starts.items():
         if reference[name] == reference[start]:
             points, error = paired_difference(preferences[name], preferences[start])
-            rows[name] |= {"diff_sft": points, "diff_sft_standard_error": error}
+            rows[name] |= {"diff_start": points, "diff_start_standard_error": error}
     datasets = list(dict.fromkeys(prompts.datasets))
     clusters = prompts.datasets if len(datasets) > 1 else None
     compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
@@ -333,7 +333,7 @@ def shown(args):
     records = {name: {question(record): record for record in records} for name, records in models.items()}
     if not set.intersection(*map(set, records.values())):
         raise InputError("there is no instruction that all of these models have answered")
-    before = {name for name in models if stages.get(name, Path(name)).name == "sft"}
+    before = {name for name in models if stages.get(name, Path(name)).name in ("base", "sft")}
     worth = true_reward if run_folders.in_the_barn(stages) == models.keys() else None
     return side_by_side(records, args.n, args.seed, before, worth)
 

@@ -19,7 +19,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from data import InputError, attempt, did_you_mean, loading, one_of, run, sets
+from data import InputError, attempt, did_you_mean, loading, one_of, run, run_folders, sets
 
 # Read when torch loads: a thread that waits for the others spins for a tenth of a millisecond, and only then sleeps.
 # Without that two threads are hardly faster than one; spinning three times as long, the default, only heats the room.
@@ -136,7 +136,7 @@ def leaderboard(cfg):
     out = Path(cfg.out)
     reference = sets.load(cfg.data, cfg.eval_data, cfg.limit)["eval"]
     whole, broken = stages.finished(out)
-    models = {}
+    models, folders = {}, {}
     with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         for folder in (folder for folder in whole if (folder / "outputs.json").exists()):
             outputs = json.loads((folder / "outputs.json").read_text())
@@ -145,10 +145,11 @@ def leaderboard(cfg):
             except InputError as error:                 # a variant with another --limit or --eval_data
                 broken.append(f"{folder.name} has no row: {error}")
                 continue
-            models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool),
-                                                 judge)
+            models[folder.name] = eval.evaluate(outputs, reference, annotate.pool(cfg.judge, cfg.pool), judge)
+            folders[folder.name] = folder
             write_whole(folder / "annotations.json", [json.dumps(models[folder.name], indent=1).encode()])
-    result = eval.report(models, reference, baseline="sft" if "sft" in models else "",
+    baseline = next((name for name in ("sft", "base") if name in models), "")
+    result = eval.report(models, reference, baseline=baseline, starts=run_folders.starts_of(folders),
                          barn=models if cfg.data == "barn" else ())
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as aside:
         shown = eval.write(result, Path(aside))
@@ -182,12 +183,14 @@ def neighbours(records):
              "output_2": other["output"]} for one, other in zip(records, records[1:])]
 
 
-def train(name, configs):
-    """Run every stage of a plan that has to run."""
+def train(name, configs, given):
+    """Run every stage of a plan that has to run. given: {flag: value} of the command."""
     cfg = configs[name]
     options, found = annotate.options(cfg), prepared(name, configs)
     if not cfg.judge:
         raise InputError(f"who judges the answers to {cfg.data}? Give --judge MODEL, serve:PATH or me, or --judge none")
+    if "start" not in given and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
+        print(f"{cfg.model} has a chat template: --start base trains it as it is, without SFT first")
     rerun = named(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})
     folders = [stages.place(stage, again) for stage in found]
@@ -213,12 +216,13 @@ def command(argv):
                 raise InputError(f"{flag} is not known{meant}")
         raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
     given = route(rest, args.method)
-    configs = settings(given, args.method, plan(args.method, given))
+    needed = plan(args.method, given)
+    configs = settings(given, args.method, needed if "base" in needed else ["base", *needed])
     call(configs)
     cfg, start = configs[args.method], time.perf_counter()
     with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
                  "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
-        train(args.method, configs)
+        train(args.method, configs, given[args.method])
         if cfg.merge:
             merged = policy.merge(cfg)
             print(f"the adapter, merged into its base: {merged}" if merged else
@@ -227,7 +231,9 @@ def command(argv):
         said = (f"answers that nobody has judged are in {cfg.dir()}:\n"
                 "eval.py has them judged, serve.py lets you ask")
     else:
-        said = (f"win rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.temperature:g}:\n\n"
+        top_p = f", top-p {cfg.eval_top_p:g}" * (0 < cfg.eval_temperature and cfg.eval_top_p < 1)
+        said = (f"win rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.eval_temperature:g}"
+                f"{top_p}:\n\n"
                 f"{leaderboard(cfg)}")
     memory = f", {peak_gb():.2f} GB" if peak_gb() else ""
     print(f"\n{said}\n\n{time.perf_counter() - start:.0f} s{memory}; everything is in {cfg.out}")

@@ -35,10 +35,16 @@ def named_by_run(models, where):
 
 
 def starts_of(stages):
-    """{name: name of the SFT model of the same run} of {name: folder of a stage}."""
+    """{name: name of the model of the same run that its training started from} of {name: folder of a stage}."""
     names = {folder: name for name, folder in stages.items()}
-    return {name: names[folder.parent / "sft"] for name, folder in stages.items()
-            if folder.name != "sft" and folder.parent / "sft" in names}
+    starts = {name: folder.parent / start_of(folder) for name, folder in stages.items()}
+    return {name: names[start] for name, start in starts.items() if start in names and stages[name] != start}
+
+
+def start_of(folder):
+    """The stage that the training of a stage started from: sft, or base, the checkpoint itself."""
+    made = settings(folder)
+    return "base" if made.get("method") in ("sft", "base") else made.get("start", "sft")
 
 
 def in_the_barn(stages):

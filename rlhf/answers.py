@@ -4,16 +4,21 @@ import json
 import torch
 
 from data import InputError
+from data.alpaca_eval import question
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate
 from rlhf.update import micro_batches
+
+# The KL is k1, unbiased on samples of the policy itself. If answers are judged that were sampled otherwise, it is
+# measured on so many others.
+KL_ANSWERS = 128
 
 
 def show_sample(step, model, text, cfg, records, log):
     """Log an answer to one of the records, each in turn."""
     record = records[step % len(records)]
     (_, response), = generate(model, [text.prompt(record)], text, cfg, cfg.seed + step)
-    log.sample(step, record["instruction"], text.decode(response))
+    log.sample(step, question(record), text.decode(response))
 
 
 @torch.no_grad()
@@ -42,11 +47,13 @@ def answer(policy, text, cfg, ref=None, ref_text=None):
     ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: how it is asked, if not by
     `text`."""
     records, prompts = questions(policy, text, cfg)
-    rows = generate(policy, prompts, text, cfg, cfg.seed)
+    rows = generate(policy, prompts, text, cfg, cfg.seed, judged=True)
     write_outputs(cfg, records, [text.decode(response) for _, response in rows])
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
-    if ref is not None:                                                # k1: unbiased on the policy's own samples
+    if ref is not None:
+        if (cfg.eval_temperature, cfg.eval_top_p) != (cfg.temperature, 1):
+            rows = generate(policy, prompts[:KL_ANSWERS], text, cfg, cfg.seed)
         _, asked = questions(ref, ref_text or text, cfg)
         ref_rows = [(prompt, response) for prompt, (_, response) in zip(asked, rows)]
         metrics["objective/kl"] = (logps(policy, rows, cfg) - logps(ref, ref_rows, cfg)).mean().item()

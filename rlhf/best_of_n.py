@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data import InputError
 from data.barn.reward import true_reward
 from rlhf import policy, rewards
 from rlhf.answers import questions, write_outputs
@@ -28,6 +29,11 @@ NEEDS = ("sft", "reward")
 @dataclass
 class Config(rewards.Config):
     n: int = 16                         # answers to each prompt
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_temperature == 0 and self.n > 1:
+            raise InputError("--eval_temperature 0 makes all answers to a prompt equal: there is no best one")
 
 
 def kl_bound(n):
@@ -57,10 +63,10 @@ def log_binomial(n, k):
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,); by default what --reward chooses."""
     text = cfg.text()
-    sft = policy.load(cfg, "sft")
+    sft = policy.start(cfg)
     score_fn = score_fn or rewards.scorer(cfg, text, sft)
     records, prompts = questions(sft, text, cfg)
-    rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n)
+    rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n, judged=True)
     scores = score_fn(rows).view(len(prompts), cfg.n)                                    # (P, n)
     outputs = [text.decode(response) for _, response in rows]
     best = scores.argmax(1)                                                              # (P,)

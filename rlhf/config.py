@@ -24,16 +24,20 @@ BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
 # What fits the machine: memory and lengths. The preset `barn` then also takes each method's own BARN settings.
 PRESETS = {
-    "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1536},
+    "barn": {"lora_rank": 0, "max_new_tokens": 64, "max_prompt_tokens": 64, "micro_batch_tokens": 1536,
+             "eval_temperature": 1., "eval_top_p": 1.},
+    "cpu": {"max_new_tokens": 128, "micro_batch_tokens": 1536},
+    "t4": {"micro_batch_tokens": 2048, "checkpointing": True},
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
 ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # what every request to the judge carries
 ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how it is asked
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
-             "lora_alpha", "temperature", "int8", "dtype"} | ASKED | ASKING
+             "lora_alpha", "temperature", "int8", "dtype", "start", "eval_temperature", "eval_top_p"} | ASKED | ASKING
 COMMAND = {"name", "rerun", "merge"}    # said of the method of a command, and handed to no stage that it needs
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens"}
+OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are judged are sampled
 # No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
              "graph", "compile", "merge", "shared_prompt", "eval_data"} | ASKING
@@ -74,6 +78,7 @@ class Config:
     """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`, with
     all weights trained, and BARN_LORA what is different with adapters."""
     model: str = "barn"                 # a folder or hub name (org/name@revision), HF or PEFT; barn: a small base
+    start: str = "sft"                  # where learning starts: sft (trained first), or base (--model as it is)
     data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
     judge: str = ""                     # one or three at OPENAI_BASE_URL, serve:PATH, me, none; barn for barn's data
@@ -91,11 +96,13 @@ class Config:
     rerun: str = ""                     # stages to run again, as in sft,dpo; old ones are kept until new ones are done
     seed: int = 0                       # of everything that is random
     limit: int = 0                      # keep only so many records of each split (0: all)
-    preset: str = ""                    # memory and lengths: barn, 24gb or 80gb (default: barn for barn, else 24gb)
+    preset: str = ""                    # memory and lengths: barn, cpu, t4, 24gb, 80gb (default: as the machine is)
     device: str = ""                    # cpu or cuda (default: cuda where there is one)
     lora_rank: int = 16                 # rank of the adapters on the frozen base; 0 trains all weights
     lora_alpha: float = 32.             # adapters are scaled by lora_alpha / lora_rank
-    temperature: float = 1.             # of every sampled answer, in training and in evaluation alike
+    temperature: float = 1.             # of every answer that is sampled to learn from
+    eval_temperature: float = .7        # of the answers that are judged; 0: the likeliest token each time
+    eval_top_p: float = .9              # of these: draw from the likeliest tokens that have this probability together
     max_prompt_tokens: int = 192        # longer prompts are left out of training
     max_new_tokens: int = 300           # longest answer
     micro_batch_tokens: int = 4096      # tokens, padding included, in one forward and backward pass
@@ -136,6 +143,9 @@ class Config:
             one_of("--pool", self.pool, ("p_eval", "p_single", "p_pairwise"))
         self.judge = self.judge or ("barn" if self.data == "barn" else "")      # it knows its own world only
         one_of("--device", self.device, ("", "cpu", "cuda"))
+        one_of("--start", self.start, ("sft", "base"))
+        if not 0 < self.eval_top_p <= 1:
+            raise InputError(f"--eval_top_p {self.eval_top_p:g} makes no sense: it is a probability above 0")
         for name, known in self.CHOICES.items():
             one_of(f"--{name}", getattr(self, name), known)
 
@@ -151,7 +161,7 @@ class Config:
 
     def unneeded(self):
         """The stages in NEEDS that these settings do without; a method's Config adds its own."""
-        return ()
+        return ("sft",) if self.start == "base" else ()
 
     def reads(self):
         """{flag: content} of what a stage reads beside the records and the base; a method's Config adds its files."""
@@ -277,9 +287,17 @@ def parse(cls, argv, prog, about=""):
     return vars(given)
 
 
+def machine(device=""):
+    """The preset for the device that a run uses."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return "80gb" if gigabytes > 70 else "24gb" if gigabytes > 20 else "t4"
+
+
 def build(cls, given):
     """A Config: defaults < preset < what was given."""
-    preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else "24gb")
+    preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else machine(given.get("device")))
     one_of("--preset", preset, PRESETS)
     tuned = {}
     if preset == "barn":

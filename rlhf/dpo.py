@@ -67,7 +67,7 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     no reference is kept in memory or computed. kl_fn(model, ref, pairs, cfg) -> the KL to the reference on the pairs of
     a step: if it is given, its result is loss_fn's last argument, and is logged."""
     text = cfg.text()
-    model, ref, ref_logps = policy.load(cfg, "sft"), None, None
+    model, ref, ref_logps = policy.start(cfg), None, None
     pairs = load_pairs(cfg, text)
     if needs_reference:
         model, ref = model.copy("policy"), model

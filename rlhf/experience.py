@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from data.alpaca_eval import question
 from rlhf import update
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate
@@ -49,10 +50,10 @@ class Experience:
                 "entropy": -self.logp.sum().item() / tokens, "completions/mean_length": tokens / len(self.rows),
                 "completions/clipped_ratio": (~self.finished).float().mean().item()}
 
-    def show(self, step, text, log):
-        """Log the first answer."""
-        prompt, response = self.rows[0]
-        log.sample(step, text.decode(prompt), text.decode(response), score=self.score[0].item())
+    def show(self, step, record, text, log):
+        """Log the first answer, which is one to `record`."""
+        _, response = self.rows[0]
+        log.sample(step, question(record), text.decode(response), score=self.score[0].item())
 
     def cut(self, indices, *per_token):
         """A micro-batch without the columns in which all of its rows are padding: ids (b, t), mask (b, t-1), and of

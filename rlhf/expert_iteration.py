@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 from data import InputError
+from data.alpaca_eval import question
 from rlhf import policy, rewards, sft, update
 from rlhf.answers import answer
 from rlhf.sampler import generate
@@ -22,27 +23,28 @@ NEEDS = ("sft", "reward")
 
 
 @dataclass
-class Config(rewards.Config, sft.Config):
+class Config(rewards.Config, sft.Imitation):
     rounds: int = 1                     # how often to sample and train
     n: int = 16                         # answers to each prompt
     prompts: int = 20_000               # prompts of the unlabeled split in a round
 
-    BARN = {**sft.Config.BARN, "prompts": 1000, "n": 8, "lr": 5e-4}
+    BARN = {**sft.Imitation.BARN, "prompts": 1000, "n": 8, "lr": 5e-4}
     BARN_LORA = {"lr": 2e-3}
 
 
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,); by default what --reward chooses."""
     text = cfg.text()
-    unlabeled = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
-    model = ref = policy.load(cfg, "sft")
+    unlabeled = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    model = ref = policy.start(cfg)
     score_fn = score_fn or rewards.scorer(cfg, text, ref)
     steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # at most, in a round
     log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):
         # best-of-n with the newest model
         start = round * cfg.prompts % len(unlabeled)
-        prompts = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
+        asked = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
+        prompts = [text.prompt(record) for record in asked]
         rows = generate(model, prompts, text, cfg, cfg.seed + 10_007 * (round + 1), cfg.n)
         scores = score_fn(rows).view(len(prompts), cfg.n)                                # (P, n)
         winners = [rows[i * cfg.n + j] for i, j in enumerate(scores.argmax(1).tolist())]
@@ -56,8 +58,8 @@ def run(cfg, score_fn=None):
         # imitate them
         model = ref.copy(f"round{round + 1}")
         metrics = sft.train(model, kept, cfg, log, start=round * steps)
-        for (prompt, response), score in list(zip(winners, scores.max(1).values.tolist()))[:3]:
-            log.sample(round, text.decode(prompt), text.decode(response), score=score)
+        for record, (_, response), score in list(zip(asked, winners, scores.max(1).values.tolist()))[:3]:
+            log.sample(round, question(record), text.decode(response), score=score)
 
     policy.save(model, cfg)
     return {**metrics, **answer(model, text, cfg, ref)}

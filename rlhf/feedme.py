@@ -19,7 +19,7 @@ NEEDS = ("sft", "pairs")
 
 
 @dataclass
-class Config(sft.Config):
+class Config(sft.Imitation):
     BARN = {"lr": 5e-4, "epochs": 2, "batch_size": 32}
     BARN_LORA = {"lr": 2e-3}
 
@@ -28,7 +28,7 @@ def run(cfg):
     text = cfg.text()
     rows = [chosen for chosen, _ in load_pairs(cfg, text)]
     val = cfg.splits()["val"]
-    ref = policy.load(cfg, "sft")
+    ref = policy.start(cfg)
     model = ref.copy("policy")
     log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
     metrics = sft.train(model, rows, cfg, log, lambda step: show_sample(step, model, text, cfg, val, log))

@@ -40,18 +40,18 @@ class Config(rewards.Config):
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,), by which answers are compared; by default what --reward chooses."""
     text = cfg.text()
-    prompts = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
-    ref = policy.load(cfg, "sft")
+    records = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    ref = policy.start(cfg)
     model = ref.copy("policy")
     compare, costs = rewards.comparer(cfg, text, ref, score_fn)
     steps = cfg.epochs * -(-cfg.prompts // cfg.batch_size)                               # at most, in a round
     log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss", "rewards/margins", "rewards/accuracies"))
-    for round, asked in enumerate(schedule(prompts, cfg.prompts, cfg.rounds, cfg.seed)):
+    for round, asked in enumerate(schedule(records, cfg.prompts, cfg.rounds, cfg.seed)):
         # new pairs of the newest policy
         pairs = online_dpo.fresh_pairs(model, asked, text, compare, cfg, cfg.seed + 10_007 * (round + 1))
         if not pairs:
             raise InputError("no answer of a pair is preferred to the other: raise --prompts or --temperature")
-        online_dpo.show(round * steps, pairs[0], text, log)
+        online_dpo.show(round * steps, pairs[0], asked, text, log)
 
         # learn them
         ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)

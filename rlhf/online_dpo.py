@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.alpaca_eval import question
 from rlhf import policy, rewards, update
 from rlhf.answers import answer
 from rlhf.dpo import METRICS, all_logps, dpo_loss, logps
@@ -38,18 +39,19 @@ class Config(rewards.Config):
     BARN_LORA = {"lr": 1e-3}
 
 
-def fresh_pairs(model, prompts, text, compare, cfg, seed):
-    """Pairs [(chosen row, rejected row)] of the policy's answers to these prompts, without ties; each prompt once."""
-    rows = generate(model, prompts, text, cfg, seed, 2)
+def fresh_pairs(model, records, text, compare, cfg, seed):
+    """Pairs [(chosen row, rejected row)] of the policy's answers to these records, without ties; each record once."""
+    rows = generate(model, [text.prompt(record) for record in records], text, cfg, seed, 2)
     ones, twos = rows[::2], rows[1::2]
     return [(one, two) if preference < 1.5 else (two, one)
             for one, two, preference in zip(ones, twos, compare(ones, twos)) if preference != 1.5]
 
 
-def show(step, pair, text, log):
-    """Log the two answers of a pair."""
-    for name, (prompt, response) in zip(("chosen", "rejected"), pair):
-        log.sample(step, text.decode(prompt), f"{name}: {text.decode(response)}")
+def show(step, pair, asked, text, log):
+    """Log the two answers of a pair, which are answers to one of the records in `asked`."""
+    record = next(record for record in asked if text.prompt(record) == pair[0][0])
+    for name, (_, response) in zip(("chosen", "rejected"), pair):
+        log.sample(step, question(record), f"{name}: {text.decode(response)}")
 
 
 def learn(model, pairs, ref_logps, batch, updater, cfg):
@@ -69,15 +71,15 @@ def learn(model, pairs, ref_logps, batch, updater, cfg):
 def run(cfg, score_fn=None):
     """score_fn: rows -> (B,), by which answers are compared; by default what --reward chooses."""
     text = cfg.text()
-    prompts = text.prompts(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
-    ref = policy.load(cfg, "sft")
+    records = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    ref = policy.start(cfg)
     model = ref.copy("policy")
     compare, costs = rewards.comparer(cfg, text, ref, score_fn)
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg.dir(), cfg.steps, ("loss", "rewards/margins", "rewards/accuracies"))
     metrics = {}
-    for step, asked in enumerate(schedule(prompts, cfg.prompts, cfg.steps, cfg.seed)):
+    for step, asked in enumerate(schedule(records, cfg.prompts, cfg.steps, cfg.seed)):
         pairs = fresh_pairs(model, asked, text, compare, cfg, cfg.seed * 100_003 + step)
         if not pairs:                   # nothing is preferred, so there is nothing to learn in this step
             continue
@@ -85,6 +87,6 @@ def run(cfg, score_fn=None):
         for batch in update.batches(len(pairs), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
             metrics = learn(model, pairs, ref_logps, batch, updater, cfg)
         log.step(step, {**metrics, "pairs": len(pairs), **costs()}, sum(pair_lengths(pairs)))
-        show(step, pairs[0], text, log)
+        show(step, pairs[0], asked, text, log)
     policy.save(model, cfg)
     return {**metrics, **costs(), **answer(model, text, cfg, ref)}

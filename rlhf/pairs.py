@@ -53,6 +53,7 @@ class Config(config.Config):
         trains = ("merge", "checkpointing", "micro_batch_tokens")
         samples = ("flip", "pairs_per_prompt", "seed", "slots", "device", "graph", "compile")
         found = super().idle() | dict.fromkeys(trains, "this stage trains nothing")
+        found |= dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
         if not self.asks_judge:
             found |= dict.fromkeys(samples, f"the labels are there already: {self.labels}")
         return found
@@ -62,7 +63,7 @@ def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
     text = cfg.text()
     records = text.fitting(cfg.splits()["preference"], cfg.max_prompt_tokens)
-    rows = generate(policy.load(cfg, "sft"), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
+    rows = generate(policy.start(cfg), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
                     2 * cfg.pairs_per_prompt)
     pairs = []
     for i, record in enumerate(records):

@@ -97,6 +97,15 @@ def fresh(cfg, role):
     return policy
 
 
+def start(cfg):
+    """The policy that learning starts from, frozen: the SFT stage of the run, or with --start base what --model is."""
+    if cfg.start == "sft":
+        return load(cfg, "sft")
+    policy = fresh(cfg, "base")
+    policy.gpt.requires_grad_(False)
+    return policy
+
+
 def save(policy, cfg):
     """Write the policy to its stage's folder: a PEFT adapter of the base checkpoint, or a Hugging Face checkpoint."""
     folder = cfg.dir() / "checkpoint"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError
+from data.alpaca_eval import question
 from rlhf import policy, reward, rewards, update
 from rlhf.answers import answer
 from rlhf.experience import collect, schedule
@@ -137,8 +138,9 @@ def run(cfg, score_fn=None):
     text = cfg.text()
     splits = cfg.splits()
     prompts = text.prompts(splits["unlabeled"], cfg.max_prompt_tokens)
-    val = text.prompts(splits["val"], cfg.max_prompt_tokens)[:cfg.val_prompts]
-    ref = policy.load(cfg, "sft")
+    val = text.fitting(splits["val"], cfg.max_prompt_tokens)[:cfg.val_prompts]
+    val_prompts = [text.prompt(record) for record in val]
+    ref = policy.start(cfg)
     reward_model = reward.load(cfg, ref) if score_fn is None and cfg.reward == "model" else None
     score_fn = score_fn or scorer(cfg, text, ref, reward_model)
     model = ref.copy("policy")
@@ -197,9 +199,9 @@ def run(cfg, score_fn=None):
         # keep the policy that is best at its objective on prompts that it is not trained on
         stop = cfg.max_kl and roll.kl() > cfg.max_kl
         if stop or (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            look, i = collect(val, text, model, ref, score_fn, cfg, cfg.seed), step % len(val)
+            look, i = collect(val_prompts, text, model, ref, score_fn, cfg, cfg.seed), step % len(val)
             score, val_kl = look.score.mean().item(), look.kl()
-            log.sample(step, text.decode(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
+            log.sample(step, question(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
                        val_score=score, val_kl=val_kl)
             objective = score - cfg.kl_coef * val_kl
             if objective > best:

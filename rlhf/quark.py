@@ -22,6 +22,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError
+from data.alpaca_eval import question
 from rlhf import config, policy, reward, update
 from rlhf.answers import answer
 from rlhf.experience import schedule
@@ -99,7 +100,7 @@ def run(cfg, score_fn=None):
     marked = {k: text.marked(mark(k)) for k in range(1, cfg.quantiles + 1)}
     best = marked[cfg.quantiles]
     records = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
-    ref = policy.load(cfg, "sft")
+    ref = policy.start(cfg)
     model = ref.copy("policy")
     score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
 
@@ -132,7 +133,7 @@ def run(cfg, score_fn=None):
         metrics = {"objective/scores": scores[-len(asked):].mean().item(), "loss/nll": (nll_sum / tokens).item(),
                    "loss/kl": (kl_sum / tokens).item(), "val/num_eos_tokens": int((~unfinished).sum()), **stats}
         log.step(round, metrics, tokens)
-        log.sample(round, asked[0]["instruction"], text.decode(new[0][1]), score=scores[-len(asked)].item())
+        log.sample(round, question(asked[0]), text.decode(new[0][1]), score=scores[-len(asked)].item())
 
     policy.save(model, cfg)
     return {**metrics, **answer(model, best, cfg, ref, text)}

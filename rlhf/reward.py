@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import InputError
+from data.alpaca_eval import question
 from data.barn.reward import true_reward
 from data.weights import assign, read_safetensors, write_safetensors
 from rlhf import config, logprobs, policy, update
@@ -40,6 +41,9 @@ class Config(config.Config):
 
     BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
     BARN_LORA = {"lr": 3e-3}
+
+    def idle(self):
+        return super().idle() | dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,7 +176,7 @@ def load(cfg, beside):
 def run(cfg):
     text = cfg.text()
     pairs, held_out = hold_out(load_pairs(cfg, text), cfg.held_out, cfg.seed)
-    sft = policy.load(cfg, "sft")
+    sft = policy.start(cfg)
     model = fresh(sft.copy("reward"))
 
     lengths = pair_lengths(pairs)
@@ -202,7 +206,7 @@ def run(cfg):
     save(model, cfg)
     answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
     for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
-        log.sample(len(batches), val[i // each]["instruction"], answer, score=value)
+        log.sample(len(batches), question(val[i // each]), answer, score=value)
     if cfg.data == "barn" and each > 1:                 # only the offline world has a true reward
         truth = torch.tensor([true_reward(val[i // each]["instruction"], answer) for i, answer in enumerate(answers)])
         metrics["true_accuracy"] = agreement(values.view(-1, each), truth.view(-1, each))

@@ -22,7 +22,7 @@ GOOD, BAD = "good: ", "bad: "
 
 
 @dataclass
-class Config(sft.Config):
+class Config(sft.Imitation):
     BARN = {"lr": 5e-4, "epochs": 2, "batch_size": 32}
     BARN_LORA = {"lr": 2e-3}
 
@@ -38,7 +38,7 @@ def run(cfg):
     text = cfg.text()
     asked, rows = text.marked(GOOD), conditioned(cfg, text)
     val = cfg.splits()["val"]
-    ref = policy.load(cfg, "sft")
+    ref = policy.start(cfg)
     model = ref.copy("policy")
     log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
     metrics = sft.train(model, rows, cfg, log, lambda step: show_sample(step, model, asked, cfg, val, log))

@@ -58,7 +58,7 @@ class Config(config.Config):
         return self.reward == "judge"
 
     def unneeded(self):
-        return () if self.reward == "model" else ("reward",)
+        return super().unneeded() + (() if self.reward == "model" else ("reward",))
 
     def reads(self):
         """The user's files; InputError if the reward cannot be used, before anything is trained."""

@@ -6,8 +6,8 @@ moved into the first slots, and the empty slots are given up. n answers to one p
 captured as a graph and replayed, because launching its thousand small kernels takes longer than running them.
 
 Every answer has its own stream of random numbers, so that up to rounding it does not depend on the slots or on the
-answers beside it. Learners need the log-probs of exactly the distribution that was sampled from, so there is only a
-temperature: no top-k and no top-p.
+answers beside it. Learners need the log-probs of exactly the distribution that was sampled from, so what they learn
+from is sampled with a temperature alone. Answers that are judged may also have a top-p.
 
 Letters: B rows, T tokens, S columns of the cache, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts,
 N answers.
@@ -30,20 +30,22 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
 
 
-def generate(model, prompts, text, cfg, seed, n=1):
+def generate(model, prompts, text, cfg, seed, n=1, judged=False):
     """n answers to each prompt (a list of token ids) by a policy, with the settings of a run: rows [(prompt ids,
-    response ids)], n for each prompt, in order. See sample()."""
-    return sample(model, prompts, text.stops, cfg.max_new_tokens, cfg.temperature, seed, n, cfg.slots, cfg.graph,
-                  Progress("sampling", n * len(prompts)))
+    response ids)], n for each prompt, in order. judged: not to learn from, but to be judged. See sample()."""
+    temperature, top_p = (cfg.eval_temperature, cfg.eval_top_p) if judged else (cfg.temperature, 1.)
+    return sample(model, prompts, text.stops, cfg.max_new_tokens, temperature, seed, n, cfg.slots, cfg.graph,
+                  Progress("sampling", n * len(prompts)), top_p)
 
 
 @torch.inference_mode()
-def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None):
+def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None,
+           top_p=1.):
     """n answers to each prompt: rows [(prompt ids, response ids)], n for each prompt, in order.
 
     A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
-    row) and no such id. temperature 0 is greedy. slots: 0 for as many as fit into memory. graph: on CUDA, replay a
-    captured step. InputError if the model has too few learned positions.
+    row) and no such id. temperature and top_p: see draw(). slots: 0 for as many as fit into memory. graph: on CUDA,
+    replay a captured step. InputError if the model has too few learned positions.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
@@ -51,8 +53,8 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has learned "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
     slots = min(slots or slots_that_fit(policy.gpt, longest), len(limits))
-    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, seed,
-                    graph)
+    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, top_p,
+                    seed, graph)
     waiting = shared_prompts(prompts, n, slots)
     with policy.gpt.fused(policy.role):
         while waiting or engine.busy():
@@ -75,13 +77,21 @@ def shared_prompts(prompts, n, slots):
     return deque(sorted(queue, key=lambda item: len(item[0])))
 
 
-def draw(logits, u, temperature):
-    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
+def draw(logits, u, temperature, top_p=1.):
+    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy.
+
+    top_p: draw from the fewest likeliest tokens that have this probability together (Holtzman et al. 2019, 3.1).
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)                          # (B, V)
+    probs = (logits.float() / temperature).softmax(-1)                                   # (B, V)
+    if top_p < 1:
+        probs, order = probs.sort(descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    cdf = probs.cumsum(-1)
     at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
-    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=logits.shape[1] - 1)       # (B, 1)
+    return (order.gather(1, drawn) if top_p < 1 else drawn)[:, 0]
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -178,8 +188,8 @@ class Engine:
     to row N, which nobody reads.
     """
 
-    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph):
-        self.gpt, self.limits, self.temperature = gpt, limits, temperature
+    def __init__(self, gpt, slots, length, stops, limits, temperature, top_p, seed, graph):
+        self.gpt, self.limits, self.temperature, self.top_p = gpt, limits, temperature, top_p
         device, N, longest = gpt.device, len(limits), max(limits)
         self.check_every = CHECK_EVERY[device.type]
         self.graphs, self.pool = {} if graph and gpt.head.is_cuda else None, None
@@ -245,7 +255,7 @@ class Engine:
 
     def choose(self, logits, row, at):
         """The next token ids (B,) of rows (B,) at their places `at` (B,), from logits (B, V)."""
-        return draw(logits, self.u[row, at], self.temperature)
+        return draw(logits, self.u[row, at], self.temperature, self.top_p)
 
     def replay(self, width, span):
         """step() as a CUDA graph, which is captured when these sizes are first needed."""

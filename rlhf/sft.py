@@ -19,7 +19,8 @@ NEEDS = ()
 
 
 @dataclass
-class Config(config.Config):
+class Imitation(config.Config):
+    """What methods that imitate answers share."""
     lr: float = 2e-4                    # peak learning rate
     epochs: int = 3                     # passes over the demonstrations
     batch_size: int = 128               # demonstrations in an optimizer step
@@ -27,6 +28,12 @@ class Config(config.Config):
 
     BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 32}
     BARN_LORA = {"lr": 3e-3}
+
+
+@dataclass
+class Config(Imitation):
+    def idle(self):
+        return super().idle() | {"start": "the SFT stage starts at the checkpoint itself"}
 
 
 def train(model, rows, cfg, log, show=None, start=0):

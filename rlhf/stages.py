@@ -127,7 +127,7 @@ class Stage:
     def __post_init__(self):
         self.method, self.name = self.module.__name__.rpartition(".")[2], self.cfg.stage
         self.folder = Path(self.cfg.out) / self.name
-        unused = set() if self.cfg.asks_judge else {"judge", "pool"} | config.ASKED
+        unused = self.cfg.idle().keys() | (set() if self.cfg.asks_judge else {"judge", "pool"} | config.ASKED)
         settings = asdict(self.cfg)
         self.settings = {key: settings[key] for key in settings if key not in config.ELSEWHERE | unused}
         reads = {what: digest(content) for what, content in self.cfg.reads().items()}

@@ -14,10 +14,10 @@ COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_
 EXTRA = ["lc_name",                                                             # ours: AlpacaEval's name of the fit,
          "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
-         "diff_sft", "diff_sft_standard_error",                                 # points over the SFT model,
+         "diff_start", "diff_start_standard_error",                                 # points over what it started from,
          "true_reward",                                                         # what only the offline world knows,
          "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
-         "diff_sft_spread", "true_reward_spread"]                               # of runs that differ in the seed
+         "diff_start_spread", "true_reward_spread"]                               # of runs that differ in the seed
 MANY = 12                               # models: more of them, and the terminal shows only the most important tables
 WIDTH = 80                              # columns of a terminal
 NAME = 16                               # columns that a name always has, and the head of a column of numbers at most
@@ -120,12 +120,12 @@ def leaderboard(rows, path):
     """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
     rows = best_first(rows)
     write_csv(rows, path)
-    lines = [["model", "win rate", "LC", "length", "vs sft", "true reward"]]
+    lines = [["model", "win rate", "LC", "length", "vs start", "true reward"]]
     for name, row in rows.items():
         lines.append([name, plus_minus(row["win_rate"], row["standard_error"]),
                       plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")),
                       str(row["avg_length"]),
-                      plus_minus(row.get("diff_sft"), row.get("diff_sft_standard_error"), "+.1f"),
+                      plus_minus(row.get("diff_start"), row.get("diff_start_standard_error"), "+.1f"),
                       number(row.get("true_reward"))])
     sizes = sorted({row["n_total"] for row in rows.values()})
     prompts = " to ".join(dict.fromkeys([str(sizes[0]), str(sizes[-1])]))
@@ -183,11 +183,11 @@ def write_over_seeds(result, out):
 
 def over_seeds(result):
     """eval.averaged as text: the means, the numbers of each run, the differences between methods."""
-    lines = [["method", "runs", "win rate", "LC", "length", "vs sft", "true reward"]]
+    lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward"]]
     for name, row in result["rows"].items():
         lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
                       with_spread(row, "length_controlled_winrate"), number(row["avg_length"], ".0f"),
-                      with_spread(row, "diff_sft", "+.1f"), with_spread(row, "true_reward", ".2f")])
+                      with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f")])
     errors = sorted(row["standard_error"] for row in result["runs"].values())
     note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
             "standard error (±) knows the prompts only: for the win rate of one run it is "
@@ -205,11 +205,11 @@ def with_spread(row, key, form=".1f"):
 
 
 def each_run(result):
-    """Tables of methods by runs: win rates, differences to sft, true rewards; as far as there are such."""
+    """Tables of methods by runs: win rates, differences to what training started from, true rewards; as far as there are such."""
     columns = list(dict.fromkeys(row["run"] for row in result["runs"].values()))
     shown = []
     for title, key, error, form in (("win rate", "win_rate", "standard_error", ".1f"),
-                                    ("vs sft", "diff_sft", "diff_sft_standard_error", "+.1f"),
+                                    ("vs start", "diff_start", "diff_start_standard_error", "+.1f"),
                                     ("true reward", "true_reward", "", ".2f")):
         lines = [[title, *columns]]
         for method, names in result["methods"].items():

@@ -246,11 +246,11 @@ def test_the_leaderboard_is_alpacaeval_s_csv_best_first(tmp_path):
 
 
 def test_differences_to_the_baseline_come_after_alpacaeval_s_columns(tmp_path):
-    rows = {"sft": make_row(40, 300), "ppo": make_row(60, 400, diff_sft=20.0, diff_sft_standard_error=3.5)}
+    rows = {"sft": make_row(40, 300), "ppo": make_row(60, 400, diff_start=20.0, diff_start_standard_error=3.5)}
     table = leaderboard(rows, tmp_path / "leaderboard.csv")
     with open(tmp_path / "leaderboard.csv", newline="") as file:
         lines = list(csv.reader(file))
-    assert lines[0][-2:] == ["diff_sft", "diff_sft_standard_error"]
+    assert lines[0][-2:] == ["diff_start", "diff_start_standard_error"]
     assert [line[-2:] for line in lines[1:]] == [["20.0", "3.5"], ["", ""]]
     assert "+20.0 ± 3.5" in table
 

@@ -134,7 +134,7 @@ def test_the_leaderboard_has_a_row_for_each_policy(first):
         assert float(row["win_rate"]) == pytest.approx(100 * (sum(preferences) / 16 - 1))
         assert int(row["n_total"]) == 16 and float(row["standard_error"]) > 0 and row["true_reward"]
     difference = float(rows["dpo"]["win_rate"]) - float(rows["sft"]["win_rate"])
-    assert float(rows["dpo"]["diff_sft"]) == pytest.approx(difference) and rows["sft"]["diff_sft"] == ""
+    assert float(rows["dpo"]["diff_start"]) == pytest.approx(difference) and rows["sft"]["diff_start"] == ""
     for row in rows.values():
         assert f"{float(row['win_rate']):.1f} ±" in first.printed
 
@@ -608,7 +608,7 @@ def test_dpo_learns_from_preferences_and_nothing_from_coins(tmp_path):
         result = farm(*settings, "--pairs.flip", flip, "--out", tmp_path / name)
         assert result.code == 0, result.err
         row = leaderboard(tmp_path / name)["dpo"]
-        z[name] = float(row["diff_sft"]) / float(row["diff_sft_standard_error"])
+        z[name] = float(row["diff_start"]) / float(row["diff_start_standard_error"])
     asked = [pair["raw_completion"] for pair in read(tmp_path / "coins" / "pairs" / "pairs.json")]
     assert set(asked) == {None} and z["coins"] < 2 < z["labels"], z
 

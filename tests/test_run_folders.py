@@ -102,10 +102,10 @@ def test_methods_are_compared_within_a_seed_only(three, tmp_path):
     for method in ("dpo", "ppo"):                       # and with the SFT model of the same run
         differences = [paired_difference(preferences(method, seed), preferences("sft", seed))[0] for seed in range(3)]
         for seed in range(3):
-            assert report["runs"][f"{method} (seed{seed})"]["diff_sft"] == pytest.approx(differences[seed])
-        assert report["rows"][method]["diff_sft"] == pytest.approx(statistics.mean(differences))
-        assert report["rows"][method]["diff_sft_spread"] == pytest.approx(statistics.stdev(differences))
-    assert "diff_sft" not in report["rows"]["sft"]
+            assert report["runs"][f"{method} (seed{seed})"]["diff_start"] == pytest.approx(differences[seed])
+        assert report["rows"][method]["diff_start"] == pytest.approx(statistics.mean(differences))
+        assert report["rows"][method]["diff_start_spread"] == pytest.approx(statistics.stdev(differences))
+    assert "diff_start" not in report["rows"]["sft"]
 
 
 def test_a_method_has_as_many_runs_as_there_are(three, tmp_path):
@@ -121,7 +121,7 @@ def test_one_run_has_no_spread_and_methods_without_a_common_seed_no_difference()
     row = {**win_rate([1, 2, 2]), "mode": "community", "avg_length": 7, "n_unusable": 1, "n_missing": 0}
     mean = mean_row([row])
     assert mean["win_rate"] == row["win_rate"] and np.isnan(mean["win_rate_spread"]) and mean["n_unusable"] == 1
-    assert mean_row([{**row, "true_reward": 1.}, row]).keys() & {"true_reward", "diff_sft"} == set()
+    assert mean_row([{**row, "true_reward": 1.}, row]).keys() & {"true_reward", "diff_start"} == set()
     assert mean_difference({0: [1, 2]}, {1: [2, 2]}) is None
     both = mean_difference({0: [1, 2], 1: [2, 2]}, {1: [1, 2], 2: [2, 1]})
     assert (both["n_runs"], both["difference"], list(both["by_seed"])) == (1, 50, [1])
@@ -178,7 +178,7 @@ def test_runs_that_are_not_averaged_are_models_like_others(tmp_path):
     assert ended.code == 0 and "not averaged: lr2 and lr1 differ in more than the seed (lr 2 instead of 1" in ended.out
     rows = rows_of(tmp_path / "out" / "leaderboard.csv")
     assert rows.keys() == {f"{method} (lr{lr})" for method in RATES for lr in (1, 2)}
-    assert rows["dpo (lr1)"]["diff_sft"] and not rows["sft (lr2)"]["diff_sft"] and "n_runs" not in rows["sft (lr1)"]
+    assert rows["dpo (lr1)"]["diff_start"] and not rows["sft (lr2)"]["diff_start"] and "n_runs" not in rows["sft (lr1)"]
 
 
 def test_files_beside_run_folders_are_models_like_others(three, tmp_path):
@@ -223,7 +223,7 @@ def test_the_true_reward_and_the_difference_to_sft_are_in_every_leaderboard_of_a
     rows = rows_of(tmp_path / "out" / "leaderboard.csv")
     expected = statistics.mean(true_reward(record["instruction"], "Meow.") for record in splits()["eval"][:8])
     assert float(rows["sft"]["true_reward"]) == expected and f"{expected:.2f}" in ended.out
-    assert float(rows["dpo"]["diff_sft"]) == 100 * (6 - 1) / 8 and rows["sft"]["diff_sft"] == ""
+    assert float(rows["dpo"]["diff_start"]) == 100 * (6 - 1) / 8 and rows["sft"]["diff_start"] == ""
     assert "+62.5 ±" in ended.out
     write(barn / "sft" / "config.json", "{}")           # no stage of a run: whose instructions these are is not known
     evaluation(barn, "--out", tmp_path / "out", "--resamples", 9)

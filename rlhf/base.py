@@ -1,0 +1,28 @@
+"""The checkpoint itself: --model answers as it is. Nothing is trained.
+
+Its row on the leaderboard says whether training was better than what was downloaded, so farm.py runs this stage before
+every other method. Alone it has any checkpoint judged: python farm.py --method base --model runs/barn/dpo.
+
+Memory: one model, without gradients.
+Questions a reader asks. Why does the base of the offline world win so rarely? It has read texts of that world, but no
+demonstrations: it has not learned to answer.
+"""
+from dataclasses import dataclass
+
+from rlhf import config, policy
+from rlhf.answers import answer
+
+NEEDS = ()
+
+
+@dataclass
+class Config(config.Config):
+    def idle(self):
+        trains = ("start", "lora_rank", "lora_alpha", "temperature", "max_prompt_tokens", "merge", "checkpointing",
+                  "micro_batch_tokens", "compile")
+        return super().idle() | dict.fromkeys(trains, "this stage trains nothing")
+
+
+def run(cfg):
+    model, _, _ = policy.open_checkpoint(cfg.model, cfg.device, cfg.int8, cfg.dtype)
+    return answer(model, cfg.text(), cfg)
