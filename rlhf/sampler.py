@@ -27,6 +27,7 @@ from rlhf.update import micro_batches
 
 CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; an answer overshoots by half of that
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
+CANDIDATES = 1024                               # tokens of which top-p chooses
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
 
 
@@ -80,17 +81,18 @@ def shared_prompts(prompts, n, slots):
 def draw(logits, u, temperature, top_p=1.):
     """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy.
 
-    top_p: draw from the fewest likeliest tokens that have this probability together (Holtzman et al. 2019, 3.1).
+    top_p: draw from the fewest likeliest tokens that have this probability together (Holtzman et al. 2019, 3.1), of the
+    CANDIDATES likeliest. To sort a whole vocabulary takes longer than a step of a small model.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)                                   # (B, V)
     if top_p < 1:
-        probs, order = probs.sort(descending=True)
+        probs, order = probs.topk(min(CANDIDATES, probs.shape[1]))                       # (B, candidates), sorted
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     cdf = probs.cumsum(-1)
     at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
-    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=logits.shape[1] - 1)       # (B, 1)
+    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=cdf.shape[1] - 1)          # (B, 1)
     return (order.gather(1, drawn) if top_p < 1 else drawn)[:, 0]
 
 
