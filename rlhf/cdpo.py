@@ -25,7 +25,7 @@ class Config(dpo.Config):
     label_smoothing: float = .1         # e: share of the labels that are wrong
     robust: bool = False                # undo the flips instead of expecting them
 
-    BARN = {"lr": 3e-4, "epochs": 2, "label_smoothing": .25}
+    BARN = {"lr": 3e-4, "batch_size": 64, "label_smoothing": .25}
     BARN_LORA = {"lr": 5e-4}
 
     def __post_init__(self):

@@ -98,7 +98,7 @@ class Config:
     limit: int = 0                      # keep only so many records of each split (0: all)
     preset: str = ""                    # memory and lengths: barn, cpu, t4, 24gb, 80gb (default: as the machine is)
     device: str = ""                    # cpu or cuda (default: cuda where there is one)
-    lora_rank: int = 16                 # rank of the adapters on the frozen base; 0 trains all weights
+    lora_rank: int = 16                 # rank of the adapters on the frozen base; 0 trains all weights, at lr / 10
     lora_alpha: float = 32.             # adapters are scaled by lora_alpha / lora_rank
     temperature: float = 1.             # of every answer that is sampled to learn from
     eval_temperature: float = .7        # of the answers that are judged; 0: the likeliest token each time
@@ -300,6 +300,8 @@ def build(cls, given):
     preset = given.get("preset") or ("barn" if given.get("model", "barn") == "barn" else machine(given.get("device")))
     one_of("--preset", preset, PRESETS)
     tuned = {}
+    if given.get("lora_rank") == 0 and hasattr(cls, "lr"):          # adapters want about ten times the learning rate
+        tuned = {"lr": cls.lr / 10}                                 # (Schulman et al. 2025, LoRA Without Regret)
     if preset == "barn":
         tuned = {**cls.BARN, **(cls.BARN_LORA if given.get("lora_rank") else {})}
     return cls(**{**PRESETS[preset], **tuned, **cls.suits(given), **given, "preset": preset})

@@ -26,14 +26,14 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rew
 
 @dataclass
 class Config(config.Config):
-    lr: float = 1e-5                    # peak learning rate
+    lr: float = 1e-4                    # peak learning rate
     beta: float = .1                    # strength of the pull to the reference: higher stays closer
     epochs: int = 2                     # passes over the pairs
-    batch_size: int = 64                # pairs in an optimizer step
+    batch_size: int = 32                # pairs in an optimizer step
     shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
     sample_every: int = 50              # steps between samples
 
-    BARN = {"lr": 3e-4, "epochs": 2}
+    BARN = {"lr": 3e-4, "batch_size": 64}
     BARN_LORA = {"lr": 5e-4}
 
 

@@ -20,7 +20,7 @@ NEEDS = ("sft", "pairs")
 
 @dataclass
 class Config(sft.Imitation):
-    BARN = {"lr": 5e-4, "epochs": 2, "batch_size": 32}
+    BARN = {"lr": 5e-4, "epochs": 2}
     BARN_LORA = {"lr": 2e-3}
 
 

@@ -21,7 +21,7 @@ NEEDS = dpo.NEEDS
 class Config(dpo.Config):
     beta: float = .1                    # the target of the margin, in nats a token, is 1 / (2 beta)
 
-    BARN = {"lr": 3e-4, "epochs": 2}
+    BARN = {"lr": 3e-4, "batch_size": 64}
     BARN_LORA = {"lr": 3e-4}
 
     def __post_init__(self):

@@ -26,7 +26,7 @@ class Config(dpo.Config):
     desirable_weight: float = 1.        # of the good answers
     undesirable_weight: float = 1.      # of the bad ones
 
-    BARN = {"lr": 3e-4, "epochs": 2}
+    BARN = {"lr": 3e-4, "batch_size": 64}
     BARN_LORA = {"lr": 5e-4}
 
     def __post_init__(self):

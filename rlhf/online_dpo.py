@@ -27,15 +27,15 @@ NEEDS = ("sft", "reward")
 @dataclass
 class Config(rewards.Config):
     reward: str = "judge"               # judge, model, rule, true (barn only), or FILE.py:function of your own
-    lr: float = 1e-5                    # peak learning rate
+    lr: float = 1e-4                    # peak learning rate
     beta: float = .1                    # strength of the pull to the reference: higher stays closer
     steps: int = 80                     # rounds of new pairs, each followed by updates
     prompts: int = 256                  # prompts in a step, with one pair each
-    batch_size: int = 64                # pairs in an optimizer step
+    batch_size: int = 32                # pairs in an optimizer step
     num_iterations: int = 1             # passes over the pairs of a step
     shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
 
-    BARN = {"lr": 5e-4, "beta": .05, "steps": 40, "prompts": 128, "batch_size": 32}
+    BARN = {"lr": 5e-4, "beta": .05, "steps": 40, "prompts": 128}
     BARN_LORA = {"lr": 1e-3}
 
 

@@ -26,7 +26,7 @@ NEEDS = dpo.NEEDS
 class Config(dpo.Config):
     beta: float = .1                    # weight of the odds ratio; the paper's lambda
 
-    BARN = {"lr": 3e-4, "epochs": 1, "beta": 1.}
+    BARN = {"lr": 3e-4, "epochs": 1, "batch_size": 64, "beta": 1.}
     BARN_LORA = {"lr": 1e-3}
 
 

@@ -32,14 +32,14 @@ NEEDS = ("sft", "pairs")
 
 @dataclass
 class Config(config.Config):
-    lr: float = 1e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     epochs: int = 1                     # passes over the pairs
-    batch_size: int = 64                # pairs in an optimizer step
+    batch_size: int = 32                # pairs in an optimizer step
     weight_decay: float = 0.            # pull of the weights to zero
     held_out: float = .05               # share of the pairs, as whole prompts, that is kept for validation
     scale_answers: int = 1000           # new answers of the SFT model over which scores get mean 0, deviation 1
 
-    BARN = {"lr": 1e-3, "epochs": 2, "weight_decay": .05, "scale_answers": 4000}
+    BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 64, "weight_decay": .05, "scale_answers": 4000}
     BARN_LORA = {"lr": 3e-3}
 
     def idle(self):

@@ -23,7 +23,7 @@ GOOD, BAD = "good: ", "bad: "
 
 @dataclass
 class Config(sft.Imitation):
-    BARN = {"lr": 5e-4, "epochs": 2, "batch_size": 32}
+    BARN = {"lr": 5e-4, "epochs": 2}
     BARN_LORA = {"lr": 2e-3}
 
 

@@ -23,10 +23,10 @@ class Imitation(config.Config):
     """What methods that imitate answers share."""
     lr: float = 2e-4                    # peak learning rate
     epochs: int = 3                     # passes over the demonstrations
-    batch_size: int = 128               # demonstrations in an optimizer step
+    batch_size: int = 32                # demonstrations in an optimizer step
     sample_every: int = 50              # steps between samples
 
-    BARN = {"lr": 1e-3, "epochs": 2, "batch_size": 32}
+    BARN = {"lr": 1e-3, "epochs": 2}
     BARN_LORA = {"lr": 3e-3}
 
 

@@ -27,7 +27,7 @@ class Config(dpo.Config):
     beta: float = 2.                    # scale of the reward
     gamma: float = .5                   # margin that the chosen answer should have over the rejected one
 
-    BARN = {"lr": 5e-4, "beta": .3, "gamma": .1}
+    BARN = {"lr": 5e-4, "batch_size": 64, "beta": .3, "gamma": .1}
     BARN_LORA = {"lr": 8e-4}
 
 

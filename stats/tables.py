@@ -205,7 +205,7 @@ def with_spread(row, key, form=".1f"):
 
 
 def each_run(result):
-    """Tables of methods by runs: win rates, differences to what training started from, true rewards; as far as there are such."""
+    """Tables of methods by runs: win rates, differences to the start, true rewards; as far as there are such."""
     columns = list(dict.fromkeys(row["run"] for row in result["runs"].values()))
     shown = []
     for title, key, error, form in (("win rate", "win_rate", "standard_error", ".1f"),

@@ -32,8 +32,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         _, instruction, a, b = SHOWN.search(body["messages"][-1]["content"]).groups()
         best = "a" if quality(instruction, a) >= quality(instruction, b) else "b"
-        message = {"role": "assistant", "content": f"Output ({best})"}
-        data = json.dumps({"model": body["model"], "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        choice = {"index": 0, "message": {"role": "assistant", "content": f"Output ({best})"}, "finish_reason": "stop"}
+        data = json.dumps({"model": body["model"], "choices": [choice],
                            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

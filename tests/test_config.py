@@ -133,7 +133,7 @@ def test_what_would_change_nothing_is_a_knob_with_a_reason(name):
         cfg = build(CONFIGS[name], {key: value for key, value in given.items() if key in knobs and (
             key != "judge" or not build(CONFIGS[name], {}).asks_judge)})
         assert cfg.idle().keys() <= knobs and all(cfg.idle().values())
-        assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model", "temperature"}
+        assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model"}
     assert {"lora_alpha", "merge"} <= build(CONFIGS[name], {}).idle().keys()
     assert not {"lora_alpha", "pool", "cache", "graph"} & build(CONFIGS[name], {"lora_rank": 4}).idle().keys()
 
@@ -147,7 +147,7 @@ def test_an_int8_base_cannot_be_trained_itself():
 def test_the_preset_follows_the_model(tmp_path):
     assert build(Knobs, {}).preset == build(Knobs, {"model": "barn"}).preset == "barn"
     other = build(Knobs, {"model": str(tmp_path)})
-    assert (other.preset, other.lr, other.lora_rank) == ("24gb", 1e-5, 16)
+    assert (other.preset, other.lr, other.lora_rank) == ("cpu", 1e-5, 16)
     assert other.checkpoint == tmp_path
     assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4
     assert build(Knobs, {}).checkpoint == config.BASE
