@@ -65,16 +65,15 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, cfg):
 def run(cfg, score_fn=None, advantage_fn=group_advantages, loss_fn=grpo_loss):
     """score_fn: rows -> (B,); by default what --reward chooses. The two other functions may be a variant's own."""
     text = cfg.text()
-    records = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
+    unlabeled = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
     ref = policy.start(cfg)
     model = ref.copy("policy")
     score_fn = score_fn or rewards.scorer(cfg, text, ref)
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts * cfg.n // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg.dir(), cfg.steps, ("reward", "objective/kl", "clip_ratio/region_mean"))
-    for step, asked in enumerate(schedule(records, cfg.prompts, cfg.steps, cfg.seed)):
-        prompts = [text.prompt(record) for record in asked]
-        roll = collect(prompts, text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step, cfg.n)
+    for step, asked in enumerate(schedule(unlabeled, cfg.prompts, cfg.steps, cfg.seed)):
+        roll = collect(list(map(text.prompt, asked)), text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step, cfg.n)
         advantages, sums = advantage_fn(roll, cfg), 0.                                   # (B,)
         for batch in update.batches(len(roll.rows), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
             for micro in update.micro_batches(batch, roll.lengths, cfg.micro_batch_tokens):

@@ -32,18 +32,22 @@ def test_no_answer_is_in_two_pairs(folders, monkeypatch):
         assert len({pair["seed"] for pair in mine}) == 3        # each is judged by a draw of its own
 
 
+@pytest.mark.parametrize("asked", [{"eval_temperature": 1.5}, {"eval_temperature": 0.}, {"eval_top_p": .5}])
 @pytest.mark.parametrize("kind", toy.KINDS)
-def test_the_kl_is_of_the_policy_s_own_answers_and_has_its_sign(kind, folders, monkeypatch):
-    """The mean over answers of log pi - log ref, each as the textbook writes it; here far above 0."""
-    rows, real = [], answers.generate
-    monkeypatch.setattr(answers, "generate", lambda *args: rows.extend(real(*args)) or rows)
-    cfg = toy.settings(folders[kind], kind, pairs.Config, judge="barn", temperature=1.5)
+def test_the_kl_is_of_the_policy_s_own_answers_and_has_its_sign(kind, asked, folders, monkeypatch):
+    """The mean over answers of log pi - log ref, each as the textbook writes it; here far above 0. Judged answers are
+    samples of the policy only if they are drawn as those that it learns from; else there are others for the KL."""
+    sampled, real = [], answers.generate
+    monkeypatch.setattr(answers, "generate", lambda *args, **kind: sampled.append(real(*args, **kind)) or sampled[-1])
+    cfg = toy.settings(folders[kind], kind, pairs.Config, judge="barn", temperature=1.5, **asked)
     ref = policy.load(cfg, "sft")
     model = ref.copy("policy")
     toy.moved(model.trainable(), 3)
     metrics = answers.answer(model, toy.text(cfg), cfg, ref)
     kl = []
-    for prompt, response in rows:
+    rows = sampled[0]
+    assert (len(sampled) == 1) == (asked == {"eval_temperature": 1.5})
+    for prompt, response in sampled[-1]:
         ids = torch.tensor([prompt + response])
         mask = torch.arange(len(ids[0]) - 1) >= len(prompt) - 1
         with torch.no_grad():

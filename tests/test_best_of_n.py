@@ -85,7 +85,7 @@ def outputs(cfg):
 def test_what_is_written_is_the_answer_with_the_highest_score(kind, folders, monkeypatch):
     """Scored here once more, one answer at a time."""
     pools, real = [], best_of_n.generate
-    monkeypatch.setattr(best_of_n, "generate", lambda *args: pools.append(real(*args)) or pools[-1])
+    monkeypatch.setattr(best_of_n, "generate", lambda *args, **kind: pools.append(real(*args, **kind)) or pools[-1])
     cfg, metrics = ran(folders, kind, best_of_n, n=5)
     judge = reward.load(cfg, policy.load(cfg, "sft"))
     with torch.no_grad():

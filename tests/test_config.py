@@ -2,6 +2,7 @@
 import importlib
 import re
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_presets_and_barn_only_name_knobs_that_exist(name):
 
 
 def test_presets_change_the_machine_and_not_the_mathematics():
-    assert {knob for name in ("24gb", "80gb") for knob in PRESETS[name]} <= config.ELSEWHERE
+    assert {knob for name in ("t4", "24gb", "80gb") for knob in PRESETS[name]} <= config.ELSEWHERE
     assert config.ELSEWHERE - {"shared_prompt"} <= {field.name for field in fields(Config)}
 
 
@@ -133,9 +134,11 @@ def test_what_would_change_nothing_is_a_knob_with_a_reason(name):
         cfg = build(CONFIGS[name], {key: value for key, value in given.items() if key in knobs and (
             key != "judge" or not build(CONFIGS[name], {}).asks_judge)})
         assert cfg.idle().keys() <= knobs and all(cfg.idle().values())
-        assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model"}
+        trains = set() if name == "base" else {"temperature"}
+        assert not cfg.idle().keys() & {"lr", "seed" if name != "pairs" else "lr", "out", "model", *trains}
     assert {"lora_alpha", "merge"} <= build(CONFIGS[name], {}).idle().keys()
-    assert not {"lora_alpha", "pool", "cache", "graph"} & build(CONFIGS[name], {"lora_rank": 4}).idle().keys()
+    adapters = set() if name == "base" else {"lora_alpha"}
+    assert not {"pool", "cache", "graph", *adapters} & build(CONFIGS[name], {"lora_rank": 4}).idle().keys()
 
 
 def test_an_int8_base_cannot_be_trained_itself():
@@ -151,6 +154,24 @@ def test_the_preset_follows_the_model(tmp_path):
     assert other.checkpoint == tmp_path
     assert build(Knobs, {"model": "some/folder", "preset": "barn"}).lr == 5e-4
     assert build(Knobs, {}).checkpoint == config.BASE
+
+
+@pytest.mark.parametrize("there, gigabytes, device, preset", [
+    (False, 0, "", "cpu"), (True, 140, "cpu", "cpu"), (True, 15, "", "t4"), (True, 24, "", "24gb"),
+    (True, 80, "cuda", "80gb")])
+def test_the_preset_of_a_real_model_follows_the_machine(there, gigabytes, device, preset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    card = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert build(Knobs, {"model": "some/folder", "device": device}).preset == preset
+    assert build(Knobs, {"model": "some/folder", "preset": "24gb"}).preset == "24gb"
+
+
+def test_all_weights_learn_at_a_tenth_of_an_adapter_s_rate():
+    assert build(Knobs, {"model": "some/folder", "lora_rank": 0}).lr == pytest.approx(1e-6)
+    assert build(Knobs, {"model": "some/folder", "lora_rank": 0, "lr": 1.}).lr == 1
+    assert build(Knobs, {"lora_rank": 0}).lr == 5e-4
+    assert build(Knobs, {"model": "some/folder", "lora_rank": 8}).lr == 1e-5
 
 
 def test_a_stage_lives_in_the_folder_of_its_name():

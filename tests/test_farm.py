@@ -65,8 +65,8 @@ def read(path):
 
 
 def reused(printed):
-    """The stages that a run has reused, in order."""
-    return re.findall(r"^(\w+): reused", printed, re.MULTILINE)
+    """The stages that a run has reused, in order; not `base`, whose row every run has."""
+    return [stage for stage in re.findall(r"^(\w+): reused", printed, re.MULTILINE) if stage != "base"]
 
 
 def lines(path):
@@ -128,13 +128,15 @@ def test_pairs_are_alpacafarm_s(first):
 
 def test_the_leaderboard_has_a_row_for_each_policy(first):
     rows = leaderboard(first.out)
-    assert rows.keys() == {"sft", "dpo"}
+    assert rows.keys() == {"base", "sft", "dpo"}
     for name, row in rows.items():
         preferences = [a["preference"] for a in read(first.out / name / "annotations.json")]
         assert float(row["win_rate"]) == pytest.approx(100 * (sum(preferences) / 16 - 1))
         assert int(row["n_total"]) == 16 and float(row["standard_error"]) > 0 and row["true_reward"]
-    difference = float(rows["dpo"]["win_rate"]) - float(rows["sft"]["win_rate"])
-    assert float(rows["dpo"]["diff_start"]) == pytest.approx(difference) and rows["sft"]["diff_start"] == ""
+    for name, start in (("sft", "base"), ("dpo", "sft")):
+        difference = float(rows[name]["win_rate"]) - float(rows[start]["win_rate"])
+        assert float(rows[name]["diff_start"]) == pytest.approx(difference)
+    assert rows["base"]["diff_start"] == ""
     for row in rows.values():
         assert f"{float(row['win_rate']):.1f} ±" in first.printed
 
@@ -233,8 +235,8 @@ def test_stages_run_again_are_the_new_ones_everywhere(first, copy):
     """--rerun sft with another rate: pairs and dpo are built on it, and made again with it."""
     result = farm("--method", "dpo", *SMALL, "--out", copy, "--sft.lr", "2e-3", "--rerun", "sft")
     assert result.code == 0 and not result.err and not reused(result.out)
-    assert re.findall(r"^stage (\d) of 3: (\w+) again", result.out, re.MULTILINE) == [
-        ("1", "sft"), ("2", "pairs"), ("3", "dpo")]
+    assert re.findall(r"^stage (\d) of 4: (\w+) again", result.out, re.MULTILINE) == [
+        ("2", "sft"), ("3", "pairs"), ("4", "dpo")]
     ours, theirs = results(copy), results(first.out)
     assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] == theirs[name]] == []
     assert {o["generator"] for o in read(copy / "dpo" / "outputs.json")} == {"dpo"}
@@ -244,13 +246,80 @@ def test_stages_run_again_are_the_new_ones_everywhere(first, copy):
 def test_a_variant_has_its_own_row_beside_the_method_on_the_same_stages(first, copy):
     result = farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5", "--beta", ".5")
     assert result.code == 0 and reused(result.out) == ["sft", "pairs"]
-    assert leaderboard(copy).keys() == {"sft", "dpo", "dpo_b5"}
+    assert leaderboard(copy).keys() == {"base", "sft", "dpo", "dpo_b5"}
     config = read(copy / "dpo_b5" / "config.json")
     assert (config["method"], config["beta"], config["name"]) == ("dpo", .5, "dpo_b5")
     assert {o["generator"] for o in read(copy / "dpo_b5" / "outputs.json")} == {"dpo_b5"}
     shared = [name for name in results(first.out) if name != "leaderboard.csv"]
     assert all(results(copy)[name] == results(first.out)[name] for name in shared)
     refused(farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5"), 2, "beta is 0.5", "--rerun dpo_b5")
+
+
+def test_learning_may_start_at_the_checkpoint_itself(first, copy, tmp_path):
+    """No SFT: the checkpoint samples the pairs, is the reference, and is what the row is compared with."""
+    result = farm("--method", "dpo", *SMALL, "--out", tmp_path / "new", "--start", "base", "--epochs", 1)
+    assert result.code == 0 and not result.err, result.err
+    assert not (tmp_path / "new" / "sft").exists() and leaderboard(tmp_path / "new").keys() == {"base", "dpo"}
+    beginning = lines(tmp_path / "new" / "dpo" / "metrics.jsonl")[0]
+    assert beginning["loss"] == pytest.approx(math.log(2), abs=1e-5)        # policy and reference are the same
+    rows = leaderboard(tmp_path / "new")
+    difference = float(rows["dpo"]["win_rate"]) - float(rows["base"]["win_rate"])
+    assert float(rows["dpo"]["diff_start"]) == pytest.approx(difference) and not rows["base"]["diff_start"]
+
+    # beside a run that starts at SFT, under names of their own
+    beside = ("--name", "dpo_base", "--pairs.name", "pairs_base", "--epochs", 1)
+    both = farm("--method", "dpo", *SMALL, "--out", copy, "--start", "base", *beside)
+    assert both.code == 0 and re.search(r"^base: reused", both.out, re.MULTILINE), both.err
+    assert results(copy)["dpo_base/checkpoint/model.safetensors"] == results(
+        tmp_path / "new")["dpo/checkpoint/model.safetensors"]
+    rows, start = leaderboard(copy), {"sft": "base", "dpo": "sft", "dpo_base": "base"}
+    for name, other in start.items():
+        difference = float(rows[name]["win_rate"]) - float(rows[other]["win_rate"])
+        assert float(rows[name]["diff_start"]) == pytest.approx(difference)
+    refused(farm("--method", "dpo", *SMALL, "--out", copy, "--start", "base"), 2, "start is 'sft' there")
+    refused(farm("--method", "sft", *SMALL, "--start", "base"), 2, "--start would change nothing")
+    refused(farm("--method", "dpo", "--start", "bas"), 2, "--start 'bas' is not known")
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "expert_iteration"])
+def test_rewards_and_their_users_start_at_the_checkpoint_too(method, tmp_path):
+    argv = ("--method", method, *SMALL, "--lora_rank", "4", "--start", "base", "--n", "2", "--out", tmp_path)
+    result = farm(*argv, "--reward.scale_answers", "16")
+    assert result.code == 0 and not result.err, result.err
+    assert {folder.name for folder in tmp_path.iterdir() if folder.is_dir()} == {"base", "pairs", "reward", method}
+    if method == "expert_iteration":
+        adapter = read(tmp_path / method / "checkpoint" / "adapter_config.json")
+        assert adapter["base_model_name_or_path"] == str(BASE)
+
+
+def test_the_checkpoint_itself_is_judged_as_any_other(first, tmp_path):
+    """Alone, or what another run has trained; greedily, if so asked."""
+    greedy = ("--eval_temperature", "0", *SMALL)
+    judged = ("--model", first.out / "dpo", "--preset", "barn", "--out", tmp_path)
+    result = farm("--method", "base", *judged, *SMALL)
+    assert result.code == 0 and not result.err and leaderboard(tmp_path).keys() == {"base"}, result.err
+    answers = [o["output"] for o in read(tmp_path / "base" / "outputs.json")]
+    assert answers == [o["output"] for o in read(first.out / "dpo" / "outputs.json")]
+    for seed in "01":
+        result = farm("--method", "base", *judged, *greedy, "--name", f"greedy{seed}", "--seed", seed)
+        assert result.code == 0 and "temperature 0:" in result.out, result.err
+    assert read(tmp_path / "greedy0" / "outputs.json") != read(tmp_path / "base" / "outputs.json")
+    assert [o["output"] for o in read(tmp_path / "greedy0" / "outputs.json")] == [
+        o["output"] for o in read(tmp_path / "greedy1" / "outputs.json")]
+    refused(farm("--method", "best_of_n", *greedy, "--out", tmp_path / "x"), 2, "temperature 0 makes all answers")
+    refused(farm("--method", "base", "--eval_top_p", "0"), 2, "--eval_top_p 0 makes no sense")
+
+
+def test_how_answers_are_sampled_is_no_part_of_pairs_and_rewards(first, copy):
+    """Another temperature of what is judged: pairs are reused by a new sft that learned the same."""
+    again = ("--eval_temperature", ".5", "--rerun", "sft,base,dpo")
+    result = farm("--method", "dpo", *SMALL, "--out", copy, *again)
+    assert result.code == 0 and not result.err, result.err
+    for name in ("sft", "dpo"):
+        mine, theirs = ({path: content for path, content in tree(out).items() if path.startswith(f"{name}/checkpoint")}
+                        for out in (copy, first.out))
+        assert mine == theirs and mine
+        assert read(copy / name / "outputs.json") != read(first.out / name / "outputs.json")
 
 
 def test_a_needed_stage_may_be_a_variant_too(first, copy):
@@ -495,7 +564,7 @@ def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):
         assert one == two or pair["preference"] == 1 + (two > one)
     assert len(asked) > 1
     rows = leaderboard(tmp_path)
-    assert rows.keys() == {"sft", "dpo"} and "true_reward" not in rows["sft"]   # which nobody knows here
+    assert rows.keys() == {"base", "sft", "dpo"} and "true_reward" not in rows["sft"]   # which nobody knows here
     adapter = read(tmp_path / "dpo" / "checkpoint" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == str(STORIES) and adapter["r"] == 16
     everything = b"".join(tree(tmp_path).values()) + (result.out + result.err).encode()
@@ -543,7 +612,7 @@ def test_the_readme_s_new_method_is_one_new_file(project, copy):
     command = ("--method", "hinge", *SMALL, "--out", copy, "--beta", ".2")
     result = in_another_process(*command, cwd=project)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert reused(result.stdout) == ["sft", "pairs"] and leaderboard(copy).keys() == {"sft", "dpo", "hinge"}
+    assert reused(result.stdout) == ["sft", "pairs"] and leaderboard(copy).keys() == {"base", "sft", "dpo", "hinge"}
     assert lines(copy / "hinge" / "metrics.jsonl")[0]["loss"] == pytest.approx(1)
     # its author writes a comment, and then adds a knob, which is another method
     (project / "rlhf" / "hinge.py").write_text(source.replace("    beta: float", "    # once more\n    beta: float"))

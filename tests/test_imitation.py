@@ -85,7 +85,7 @@ def test_chosen_answers_are_marked_good_and_rejected_ones_bad(folders):
 def test_the_mark_decides_what_is_answered(kind, folders, monkeypatch):
     """Whether an answer is of the good kind: asked under the mark "good" it is likelier than under "bad"."""
     asked, real = [], answers.generate
-    monkeypatch.setattr(answers, "generate", lambda *args: asked.append(args[1]) or real(*args))
+    monkeypatch.setattr(answers, "generate", lambda *args, **kind: asked.append(args[1]) or real(*args, **kind))
     cfg, metrics, result = ran(folders, kind, reward_conditioning, epochs=12)
     trained = policy.open_checkpoint(cfg.dir() / "checkpoint")[0]
     means = []
@@ -104,7 +104,7 @@ def test_the_mark_decides_what_is_answered(kind, folders, monkeypatch):
 def test_the_reference_is_asked_without_the_mark(kind, folders, monkeypatch):
     """The KL by brute force, of a policy that is the reference itself: only the mark moves its answers."""
     rows, real = [], answers.generate
-    monkeypatch.setattr(answers, "generate", lambda *args: rows.extend(real(*args)) or rows)
+    monkeypatch.setattr(answers, "generate", lambda *args, **kind: rows.extend(real(*args, **kind)) or rows)
     cfg = toy.settings(folders[kind], kind, reward_conditioning.Config)
     ref, text = policy.load(cfg, "sft"), toy.text(cfg)
     metrics = answers.answer(ref, text.marked("w11 "), cfg, ref, text)

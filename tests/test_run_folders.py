@@ -336,7 +336,7 @@ def test_the_widest_leaderboard_fits_the_terminal(barn, tmp_path):
     ended = evaluation(barn, "--out", tmp_path / "out", "--resamples", 9)
     assert ended.code == 0
     fits(ended.out.rpartition("\n\n")[0])
-    assert all(text in ended.out for text in ("vs sft", "true reward", "verdicts left out", "all won"))
+    assert all(text in ended.out for text in ("vs start", "true reward", "verdicts left out", "all won"))
     assert name in rows_of(tmp_path / "out" / "leaderboard.csv")
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import InputError
+from rlhf import sampler
 from rlhf.logprobs import pack, token_logps
 from rlhf.sampler import CHECK_EVERY, draw, sample
 
@@ -117,6 +118,24 @@ def test_draw_never_returns_a_token_of_probability_0(seed, V, temperature):
     u = torch.cat((torch.rand(3, generator=r), torch.tensor([0, 2 ** -24, 1 - 2 ** -24])))
     token = draw(logits, u, temperature)
     assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("top_p, shares", [(1., [.15, .5, .05, .3]), (.81, [.15 / .95, .5 / .95, 0, .3 / .95]),
+                                           (.8, [0, .625, 0, .375]), (.5, [0, 1, 0, 0]), (.01, [0, 1, 0, 0])])
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it(top_p, shares):
+    """Each with its share of what they have together; a temperature comes first."""
+    logits = torch.tensor([.15, .5, .05, .3]).log()
+    u = (torch.arange(2000) + .5) / 2000
+    for temperature in (1., 2.):
+        drawn = draw((temperature * logits).expand(2000, 4), u, temperature, top_p - 1e-6)
+        torch.testing.assert_close(drawn.bincount(minlength=4) / 2000, torch.tensor(shares), atol=1e-3, rtol=0)
+
+
+def test_top_p_of_a_large_vocabulary_chooses_among_the_likeliest(monkeypatch):
+    monkeypatch.setattr(sampler, "CANDIDATES", 5)
+    logits = torch.arange(100.)[torch.randperm(100, generator=torch.Generator().manual_seed(0))] / 1000
+    drawn = draw(logits.expand(500, 100), (torch.arange(500) + .5) / 500, 1., .99)
+    assert set(drawn.tolist()) == set(logits.topk(5).indices.tolist())
 
 
 def test_temperature_0_is_the_most_likely_token_whatever_u():

@@ -455,4 +455,4 @@ def test_a_run_that_returns_nothing_is_fine_and_the_first_three_metrics_are_show
 def test_every_setting_is_compared_or_listed_as_one_that_changes_nothing():
     one = stage("runs/x")
     own = {name for name in inspect.signature(sft.Config).parameters}
-    assert one.settings.keys() == own - config.ELSEWHERE - config.ASKED - {"judge", "pool"}
+    assert one.settings.keys() == own - config.ELSEWHERE - config.ASKED - {"judge", "pool", "start", "lora_alpha"}

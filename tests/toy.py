@@ -66,7 +66,8 @@ def sentence(ids):
 def settings(folder, kind, cls, **changes):
     """The settings of one stage of the run in `folder`; its folder is there."""
     common = {"model": str(folder / "base"), "data": str(folder / "data.json"), "out": str(folder / "run"),
-              "device": "cpu", "lora_rank": KINDS[kind], "max_new_tokens": 6, "slots": 64}
+              "device": "cpu", "lora_rank": KINDS[kind], "max_new_tokens": 6, "slots": 64,
+              "eval_temperature": 1., "eval_top_p": 1.}
     cfg = cls(**common | changes)
     cfg.stage = cls.__module__.rpartition(".")[2]
     cfg.dir().mkdir(parents=True, exist_ok=True)
