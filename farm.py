@@ -224,9 +224,7 @@ def command(argv):
                  "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
         train(args.method, configs, given[args.method])
         if cfg.merge:
-            merged = policy.merge(cfg)
-            print(f"the adapter, merged into its base: {merged}" if merged else
-                  f"{cfg.dir()} has no adapter to merge")
+            print(policy.merge(cfg))
     if cfg.judge == "none":
         said = (f"answers that nobody has judged are in {cfg.dir()}:\n"
                 "eval.py has them judged, serve.py lets you ask")

@@ -3,7 +3,6 @@
 Plain LoRA only: W + scale B A for some weights W of a base model that stays unchanged. An adapter folder that uses
 other options of PEFT (DoRA, modules_to_save, ...) is refused, and the error names the options.
 """
-import itertools
 import json
 import math
 import re
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from data import classifiers, read_json
 from data.hub import INDEX
 from data.weights import (TOKENIZER_FILES, WHOLE, WeightsError, absent, copy_files, copy_into, load_weights,
-                          new_folder, parse_json, raw_bytes, read_header, read_safetensors, refuse, write_safetensors,
-                          write_whole)
+                          new_folder, parse_json, read_header, read_safetensors, refuse, write_each, write_index,
+                          write_safetensors, write_whole)
 
 # {option of PEFT: the values with which an adapter is plain LoRA}
 PLAIN_LORA = {
@@ -83,48 +83,124 @@ def lora_scale(config):
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-@torch.no_grad()
-def merge(folder, adapter, base):
-    """Merge the PEFT folder `adapter` into the checkpoint folder `base`, and write the result to `folder`.
+class Merged:
+    """The tensors of a checkpoint with an adapter merged into it, each computed when it is asked for.
 
-    W + scale B A is computed in fp32 and rounded once to the dtype of W. All other tensors are copied from the base,
-    byte for byte. One tensor of the base is in memory at a time. WeightsError if the two do not fit each other, or
-    if a merged weight is not finite in its dtype.
+    W + scale B A is computed in fp32 and rounded once, to `dtype`, or without one to the dtype of W. What is not merged
+    and has its dtype already is as in the base, byte for byte.
     """
-    folder, base = Path(folder), Path(base)
-    if folder.resolve() in (base.resolve(), Path(adapter).resolve()):
-        raise WeightsError(f"{folder}: would be replaced by the model that is merged from it; name another folder")
-    if not (base / "config.json").exists():
-        raise absent(base, "config.json")
+
+    def __init__(self, base, adapter, dtype):
+        """base: a checkpoint folder. WeightsError if the PEFT folder `adapter` does not fit it."""
+        self.base, self.adapter, self.dtype = base, adapter, dtype
+        self.places = load_weights(base).data
+        self.factors = factors(adapter, base, self.places) if adapter else {}
+        self.lost = self.whole = 0.                     # sums of squares over the updates so far
+
+    def dtype_of(self, name):
+        own = self.places[name].dtype
+        return self.dtype if self.dtype and own.is_floating_point else own
+
+    def tensor(self, name):
+        """WeightsError if a value is not finite in its new dtype."""
+        W, dtype = self.places[name].tensor(), self.dtype_of(name)
+        if name not in self.factors:
+            return W if W.dtype == dtype else self.rounded(name, W, dtype)
+        left, right = self.factors[name]
+        update = left @ right
+        out = self.rounded(name, W + update, dtype)
+        arrived = out.float() - W.to(dtype).float()
+        self.lost += (update - arrived).square().sum().item()
+        self.whole += update.square().sum().item()
+        return out
+
+    def rounded(self, name, values, dtype):
+        out = torch.empty(values.shape, dtype=dtype)
+        if not copy_into(out, values):
+            cause = f" once {self.adapter} is merged into it" if name in self.factors else ""
+            raise WeightsError(f"{self.base}: {name} is not finite as {dtype}{cause}")
+        return out
+
+    @property
+    def share_lost(self):
+        """The share of the update that rounding has lost: |D - (round(W + D) - round(W))| / |D|, where D = scale B A
+        and |.| is over all merged weights. In bf16 neighbouring numbers differ by 1/256 to 1/128 of their size, and
+        an update that is small beside that is lost."""
+        return math.sqrt(self.lost / self.whole) if self.whole else 0.
+
+
+def factors(adapter, base, places):
+    """{name of a weight of the base: the two fp32 matrices whose product the PEFT folder `adapter` adds to it}.
+
+    places: {name: Place} of the base. One WeightsError lists all that does not fit.
+    """
     tensors, config = load_adapter(adapter)
-    transposed, scale, places = config.get("fan_in_fan_out"), lora_scale(config), load_weights(base).data
-    factors, faults = {}, {"missing": [], "wrong": []}
+    transposed, scale = config.get("fan_in_fan_out"), lora_scale(config)
+    found, faults = {}, {"missing": [], "wrong": []}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         # Some files on the hub leave out the first part of a name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
         names = f"{path}.weight", f"{path.partition('.')[2]}.weight"
         name = next((name for name in names if name in places), names[0])
         A, B = (tensors[f"{path}.lora_{ab}"].float() for ab in "AB")
-        left, right = factors[name] = (A.T, B.T) if transposed else (B, A)
+        left, right = (A.T, B.T) if transposed else (B, A)
+        found[name] = scale * left, right
         place, shape = places.get(name), [len(left), right.shape[1]]
         if place is None:
             faults["missing"].append(name)
         elif place.shape != shape or not place.dtype.is_floating_point or place.dtype.itemsize == 1:
             faults["wrong"].append(f"{name} (is {place.dtype} {place.shape}, should be floating point {shape})")
     refuse(f"{base}: these tensors do not fit the adapter {adapter}", faults)
+    return found
 
-    def merged(name, W):
-        if name in factors:
-            left, right = factors[name]
-            if not copy_into(W, W + scale * left @ right):
-                raise WeightsError(f"{base}: {name} is not finite as {W.dtype} once {adapter} is merged into it")
-        return W
+
+@torch.no_grad()
+def merge(folder, adapter, base, dtype=None, head=None):
+    """Merge the PEFT folder `adapter` into the checkpoint folder `base`, and write the result to `folder`. Returns the
+    share of the update that rounding lost, as in Merged.
+
+    dtype: of what is written (default: as in the base). head: a classifiers.Head, with which the result is a reward
+    model; then `adapter` may be None. The result is split into files as the base is, and one tensor of the base is in
+    memory at a time. WeightsError if base and adapter do not fit each other, or a tensor is not finite in its dtype.
+    """
+    folder, base = Path(folder), Path(base)
+    if folder.resolve() in [path.resolve() for path in (base, Path(adapter or base))]:
+        raise WeightsError(f"{folder}: would be replaced by the model that is merged from it; name another folder")
+    if not (base / "config.json").exists():
+        raise absent(base, "config.json")
+    merged, config = Merged(base, adapter, dtype), read_json(base / "config.json")
+    olds = classifiers.decoder_names(merged.places, config) if head else {name: name for name in merged.places}
+    files = {}                                          # {file of the base: {name: (dtype, shape)}}
+    for name, old in olds.items():
+        place = merged.places[old]
+        files.setdefault(place.path, {})[name] = merged.dtype_of(old), place.shape
+    if head:
+        files[max(files)][classifiers.HEAD] = dtype or torch.float32, list(head.weight.shape)
+
+    def tensor(name):
+        return head.weight.to(dtype or torch.float32) if name not in olds else merged.tensor(olds[name])
 
     with new_folder(folder) as temp:
         copy_files(("config.json", *TOKENIZER_FILES), base, temp)
-        copy_files(TOKENIZER_FILES, adapter, temp)
+        copy_files(TOKENIZER_FILES, adapter or base, temp)
         if not (base / WHOLE).exists():
             copy_files([INDEX], base, temp)
-        for path in sorted({place.path for place in places.values()}):
-            head, _, held = read_header(path)
-            data = (raw_bytes(merged(name, place.tensor())) for name, place in held.items())
-            write_whole(temp / path.name, itertools.chain([head], data))
+        for path, kinds in sorted(files.items()):
+            write_each(temp / path.name, kinds, tensor, read_header(path)[1])
+        if dtype or head:
+            sizes = {path.name: {name: math.prod(shape) * kind.itemsize for name, (kind, shape) in kinds.items()}
+                     for path, kinds in files.items()}
+            describe(temp, config, dtype, head, sizes)
+    return merged.share_lost
+
+
+def describe(folder, config, dtype, head, files):
+    """Make config.json, the index and the tokenizer's settings say what merge() has changed. files: as for
+    write_index()."""
+    if dtype:                           # transformers 5 reads "dtype", older ones "torch_dtype"
+        config = {**config, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
+    if head:
+        config = classifiers.config_of(config, head)
+        classifiers.set_padding(folder, head.pad[0])
+    write_whole(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
+    if (folder / INDEX).exists():
+        write_index(folder, files)

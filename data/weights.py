@@ -106,6 +106,12 @@ def write_safetensors(path, tensors, metadata=METADATA):
     Face leaves one of the names out, and callers should too. WeightsError for a dtype that the format does not have.
     """
     kinds = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+    write_each(path, kinds, tensors.__getitem__, metadata)
+
+
+def write_each(path, kinds, tensor, metadata=METADATA):
+    """write_safetensors() of tensors that are made one at a time. kinds: {name: (dtype, shape)}; tensor(name) makes a
+    tensor when its turn has come."""
     unknown = [f"{name} ({dtype})" for name, (dtype, _) in kinds.items() if dtype not in DTYPE_NAMES]
     if unknown:
         raise WeightsError(f"{path}: safetensors has no dtype for {', '.join(unknown)}")
@@ -118,7 +124,7 @@ def write_safetensors(path, tensors, metadata=METADATA):
     header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)             # so that the data begins at a multiple of 8 bytes
     check_header(path, header, end)                 # never write a file that read_header() would refuse
-    data = (raw_bytes(tensors[name].detach().cpu()) for name in kinds)
+    data = (raw_bytes(tensor(name).detach().cpu()) for name in kinds)
     write_whole(path, itertools.chain([len(header).to_bytes(8, "little"), header], data))
 
 
@@ -352,9 +358,15 @@ def save_pretrained(folder, tensors, config, tokenizer_from, shard_bytes=5_000_0
         for file, names in files.items():
             write_safetensors(temp / file, {name: tensors[name] for name in names})
         if WHOLE not in files:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write_whole(temp / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
+            write_index(temp, {file: {name: sizes[name] for name in names} for file, names in files.items()})
+
+
+def write_index(folder, files):
+    """Write the index of a checkpoint of several files. files: {file name: {tensor name: bytes}}."""
+    sizes = [size for tensors in files.values() for size in tensors.values()]
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    write_whole(folder / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
 
 
 def _shards(sizes, limit):

@@ -35,6 +35,9 @@ class Config(rewards.Config):
         if self.eval_temperature == 0 and self.n > 1:
             raise InputError("--eval_temperature 0 makes all answers to a prompt equal: there is no best one")
 
+    def idle(self):
+        return super().idle() | {"merge": "this method trains nothing"}
+
 
 def kl_bound(n):
     """Upper bound of KL(best-of-n || policy) in nats. It is exact if no two answers have the same score."""

@@ -35,12 +35,12 @@ ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # what e
 ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how it is asked
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
              "lora_alpha", "temperature", "int8", "dtype", "start", "eval_temperature", "eval_top_p"} | ASKED | ASKING
-COMMAND = {"name", "rerun", "merge"}    # said of the method of a command, and handed to no stage that it needs
+COMMAND = {"name", "rerun", "merge", "merge_dtype"}     # of the method of a command, not of stages that it needs
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens"}
 OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are judged are sampled
 # No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
-             "graph", "compile", "merge", "shared_prompt", "eval_data"} | ASKING
+             "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data"} | ASKING
 
 
 def stage(folder):
@@ -112,6 +112,7 @@ class Config:
     compile: bool = False               # compile the blocks for training: minutes once, then faster
     dtype: str = ""                     # of the base: float32, bfloat16, float16 (default: what suits the machine)
     merge: bool = False                 # write the trained adapter merged into its base, too: a Hugging Face folder
+    merge_dtype: str = ""               # of that folder: float32, bfloat16, float16 (default: as the base)
     int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
 
     CHOICES: ClassVar[dict] = {}        # {flag: its values}, of a method's own flags that are words
@@ -134,7 +135,8 @@ class Config:
             raise InputError("--temperature 0 makes no sense: learners need the probabilities of what was sampled")
         if self.int8 and not self.lora_rank:
             raise InputError("--int8 needs adapters, since all of an int8 base is frozen: give --lora_rank 16")
-        one_of("--dtype", self.dtype, ("", "float32", "bfloat16", "float16"))
+        for flag, dtype in (("--dtype", self.dtype), ("--merge_dtype", self.merge_dtype)):
+            one_of(flag, dtype, ("", "float32", "bfloat16", "float16"))
         if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
             raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
         if self.pool.endswith(".json"):             # a file of annotators, which names models
@@ -176,6 +178,8 @@ class Config:
             found |= dict.fromkeys({"pool"} | ASKED, "you are the only annotator")
         if not self.lora_rank:
             found |= dict.fromkeys(("lora_alpha", "merge"), "there are no adapters without --lora_rank")
+        if not self.merge:
+            found["merge_dtype"] = "without --merge nothing is merged"
         if self.device == "cpu":
             found["graph"] = "a CPU captures no decoding steps"
         return found

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 import model
-from data import InputError, adapters, text, weights
+from data import InputError, adapters, classifiers, text, weights
 from rlhf.config import Config, resolve, stage
 
+HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
+MUCH_LOST = .1                          # a share of an update that should not be lost in silence
 
 @dataclass
 class Policy:
@@ -145,7 +147,7 @@ def open_checkpoint(path, device="", int8=False, dtype=""):
     settings are those it ran with; else they are {}. InputError for a reward model."""
     path = str(path).removeprefix("https://huggingface.co/")
     folder, settings = resolve(path), stage(Path(path))
-    if (folder / "head.safetensors").exists():
+    if (folder / HEAD_FILE).exists():
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     adapted = (folder / "adapter_config.json").exists()
     base = "barn" if settings.get("model") == "barn" and adapted else str(folder)    # the project may have moved
@@ -155,10 +157,24 @@ def open_checkpoint(path, device="", int8=False, dtype=""):
 
 
 def merge(cfg):
-    """Merge the adapter of a finished stage into its base, as a Hugging Face checkpoint. Returns its folder, or None if
-    the stage has no adapter that answers."""
-    folder = cfg.dir() / "checkpoint"
-    if (folder / "head.safetensors").exists() or not (folder / "adapter_config.json").exists():
-        return None
-    adapters.merge(cfg.dir() / "merged", folder, cfg.checkpoint)
-    return cfg.dir() / "merged"
+    """Write what a finished stage has trained as one Hugging Face checkpoint: the adapter merged into its base. Of a
+    reward model that is a folder that transformers loads as a classifier with one label. Returns sentences about it."""
+    folder, merged = cfg.dir() / "checkpoint", cfg.dir() / "merged"
+    adapter = folder if (folder / "adapter_config.json").exists() else None
+    head = reward_head(cfg, folder) if (folder / HEAD_FILE).exists() else None
+    dtype = getattr(torch, cfg.merge_dtype) if cfg.merge_dtype else None
+    lost = adapters.merge(merged, adapter, cfg.checkpoint if adapter else folder, dtype, head)
+    said = [f"{'the reward model' if head else 'the adapter, merged into its base'}: {merged}"]
+    if adapter:
+        said.append(f"rounding lost {lost:.1%} of what the adapter adds to the weights")
+    if lost > MUCH_LOST:
+        said.append("which is much: give --merge_dtype float32, or use the adapter as it is")
+    if head:
+        said.append(f"the run's scores are these plus {head.bias:.6g}, which config.json has as score_bias")
+    return "\n".join(said)
+
+
+def reward_head(cfg, folder):
+    """The Head of a reward model in a stage's folder."""
+    tensors, _ = weights.read_safetensors(folder / HEAD_FILE)
+    return classifiers.Head(tensors["score.weight"], tensors["score.bias"].item(), classifiers.padding(cfg.text()))

@@ -50,6 +50,11 @@ class Config(config.Config):
         if self.held_out >= 1:
             raise InputError(f"--held_out {self.held_out} leaves nothing to train on")
 
+    def idle(self):
+        found = super().idle()
+        found.pop("merge", None)        # makes a folder for transformers with all weights trained, too
+        return found
+
 
 @dataclass
 class Critic(policy.Policy):
@@ -160,13 +165,13 @@ def normalise(model, rows, cfg):
 def save(model, cfg):
     policy.save(model, cfg)
     head = {f"score.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    write_safetensors(cfg.dir() / "checkpoint" / "head.safetensors", head)
+    write_safetensors(cfg.dir() / "checkpoint" / policy.HEAD_FILE, head)
 
 
 def load(cfg, beside):
     """The reward model of the run, frozen; with LoRA it is an adapter on the base of the policy `beside`."""
     model = fresh(policy.load(cfg, "reward", beside))
-    file = cfg.dir("reward") / "checkpoint" / "head.safetensors"
+    file = cfg.dir("reward") / "checkpoint" / policy.HEAD_FILE
     tensors, _ = read_safetensors(file)
     assign({f"score.{name}": tensor for name, tensor in model.head.state_dict().items()}, tensors, str(file))
     model.head.requires_grad_(False)

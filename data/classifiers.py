@@ -1,0 +1,82 @@
+"""Reward models as others keep them: a `...ForSequenceClassification` folder with one label, whose tensor score.weight
+(1, D) is the head. transformers, TRL and vLLM load such folders, and the reward models of the hub are such folders.
+
+The score is read at the last token that is no padding. Answers must not end in the token that rows are padded with, or
+the score would be read one token too early. These classes have no bias, ours has one: a constant that gives the scores
+the mean 0. It is kept in config.json under BIAS, and is added where the folder is read here.
+"""
+import json
+import re
+from typing import NamedTuple
+
+import torch
+
+from data import families, read_json
+from data.weights import WeightsError, load_weights, write_whole
+
+CLASS, HEAD, BIAS = "ForSequenceClassification", "score.weight", "score_bias"
+
+
+class Head(NamedTuple):
+    """What makes a decoder a reward model: the score is weight . state + bias. pad: (token, its id)."""
+    weight: torch.Tensor                # (1, D)
+    bias: float
+    pad: tuple
+
+
+def padding(text):
+    """(token, its id) to pad rows with, of a Text: the tokenizer's own if no answer ends in it, else another special
+    token, else the last one of the vocabulary."""
+    tokens = text.tokenizer
+    special = [i for i, token in tokens.get_added_tokens_decoder().items() if token.special]
+    own = tokens.token_to_id(text.specials.get("pad_token", ""))
+    for i in (own, *sorted(special, reverse=True), *reversed(range(text.vocab))):
+        if i is not None and i < text.vocab and i not in text.stops and tokens.id_to_token(i):
+            return tokens.id_to_token(i), i
+
+
+def config_of(config, head):
+    """The config.json of a decoder -> that of the reward model made of it."""
+    named = config.get("architectures") or []
+    if config.get("model_type") == "gemma3_text":       # without Text in it, the class is that of images, too
+        named = ["Gemma3TextModel"]
+    named = [re.sub("(ForCausalLM|LMHeadModel|Model)$", "", name) + CLASS for name in named]
+    return {**config, "architectures": named, "id2label": {"0": "score"}, "label2id": {"score": 0},
+            "pad_token_id": head.pad[1], BIAS: head.bias}
+
+
+def set_padding(folder, token):
+    """Name the token that rows are padded with in the tokenizer's settings in a folder."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "tokenizer_config.json" or (folder / name).exists():
+            settings = {**read_json(folder / name), "pad_token": token}
+            write_whole(folder / name, [json.dumps(settings, indent=2).encode() + b"\n"])
+
+
+def decoder_names(names, config):
+    """{name in a reward model: name in the files of the decoder that it is made of}, without the language model's
+    head. Some files leave out the first part of all names, as those of GPT-2 do."""
+    ours = families.NAMES.get(config.get("model_type"), families.LLAMA_NAMES)
+    prefix, head = f"{ours.get('model', 'model')}.", f"{ours.get('lm_head', 'lm_head')}.weight"
+    added = "" if any(name.startswith(prefix) for name in names) else prefix
+    return {added + name: name for name in names if name != head}
+
+
+def is_classifier(folder):
+    """Whether a checkpoint folder says that it is one of a classifier."""
+    named = read_json(folder / "config.json").get("architectures")
+    return isinstance(named, list) and any(str(name).endswith(CLASS) for name in named)
+
+
+def read_head(folder):
+    """(weight (1, D), bias) of a reward model's folder. WeightsError if it has no head, or one of several labels."""
+    tensors = load_weights(folder)
+    if HEAD not in tensors:
+        raise WeightsError(f"{folder}: there is no {HEAD}, so this is no reward model that can be read here")
+    shape = tensors.data[HEAD].shape
+    if len(shape) != 2 or shape[0] != 1:
+        raise WeightsError(f"{folder}: {HEAD} is {shape}: a reward model gives one score, and this one gives several")
+    bias = read_json(folder / "config.json").get(BIAS, 0.)
+    if type(bias) not in (int, float):
+        raise WeightsError(f"{folder}: {BIAS} {bias!r:.99} in its config.json is no number")
+    return tensors[HEAD], float(bias)
