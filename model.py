@@ -568,9 +568,9 @@ class GPT(nn.Module):
         return F.linear(self.hidden(ids), self.head).float()
 
 
-def load(folder, device="cpu", dtype=torch.float32):
-    """A frozen GPT from a Hugging Face folder (config.json, *.safetensors). WeightsError says which file, setting or
-    tensor is missing, left over or not supported.
+def load(folder, device="cpu", dtype=torch.float32, classifier=False):
+    """A frozen GPT from a Hugging Face folder (config.json, *.safetensors); of a classifier, the decoder without its
+    head. WeightsError says which file, setting or tensor is missing, left over or not supported.
 
     Tensors are mapped from the files and copied to the device one at a time, so memory never holds a second copy.
     """
@@ -578,7 +578,7 @@ def load(folder, device="cpu", dtype=torch.float32):
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
     try:
-        config = GPTConfig.from_hf(read_json(path))
+        config = GPTConfig.from_hf(read_json(path) | ({"tie_word_embeddings": True} if classifier else {}))
         with torch.device("meta"):
             gpt = GPT(config)
     except (ValueError, RuntimeError) as error:         # torch raises RuntimeError for absurd sizes
@@ -587,7 +587,7 @@ def load(folder, device="cpu", dtype=torch.float32):
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
     if not any(name.startswith(prefix) for name in loaded):             # the decoder alone was saved, as GPT-2 was
         loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}
-    for name in [name for name in loaded if name not in names and families.BUFFERS.fullmatch(name)]:
+    for name in [name for name in loaded if name not in names and families.is_no_part(name, classifier)]:
         del loaded[name]
     if config.tie_word_embeddings and head in loaded:                   # some files hold a tied head as well
         if not torch.equal(loaded.pop(head), loaded.get(gpt.name("model.embed_tokens.weight"), torch.empty(0))):

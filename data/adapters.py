@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import classifiers, read_json
+from data import classifiers, families, read_json
 from data.hub import INDEX
 from data.weights import (TOKENIZER_FILES, WHOLE, WeightsError, absent, copy_files, copy_into, load_weights,
                           new_folder, parse_json, read_header, read_safetensors, refuse, write_each, write_index,
@@ -174,7 +174,7 @@ def merge(folder, adapter, base, dtype=None, head=None):
         place = merged.places[old]
         files.setdefault(place.path, {})[name] = merged.dtype_of(old), place.shape
     if head:
-        files[max(files)][classifiers.HEAD] = dtype or torch.float32, list(head.weight.shape)
+        files[max(files)][families.SCORE] = dtype or torch.float32, list(head.weight.shape)
 
     def tensor(name):
         return head.weight.to(dtype or torch.float32) if name not in olds else merged.tensor(olds[name])

@@ -1,9 +1,9 @@
-"""Reward models as others keep them: a `...ForSequenceClassification` folder with one label, whose tensor score.weight
-(1, D) is the head. transformers, TRL and vLLM load such folders, and the reward models of the hub are such folders.
+"""Reward models as others keep them: `...ForSequenceClassification` folders with one label.
 
-The score is read at the last token that is no padding. Answers must not end in the token that rows are padded with, or
-the score would be read one token too early. These classes have no bias, ours has one: a constant that gives the scores
-the mean 0. It is kept in config.json under BIAS, and is added where the folder is read here.
+transformers, TRL and vLLM load such folders, and most reward models on the hub are such folders. The tensor
+score.weight (1, D) is the head. They read the score at the last token that is not the padding token, so an answer must
+not end in the padding token. They have no bias, and ours has one: the constant that gives the scores the mean 0. It is
+kept in config.json under BIAS, and is added again where such a folder is read here.
 """
 import json
 import re
@@ -14,7 +14,7 @@ import torch
 from data import families, read_json
 from data.weights import WeightsError, load_weights, write_whole
 
-CLASS, HEAD, BIAS = "ForSequenceClassification", "score.weight", "score_bias"
+CLASS, BIAS = "ForSequenceClassification", "score_bias"
 
 
 class Head(NamedTuple):
@@ -63,20 +63,20 @@ def decoder_names(names, config):
 
 
 def is_classifier(folder):
-    """Whether a checkpoint folder says that it is one of a classifier."""
-    named = read_json(folder / "config.json").get("architectures")
-    return isinstance(named, list) and any(str(name).endswith(CLASS) for name in named)
+    """Whether config.json says that a checkpoint folder holds a classifier."""
+    config = read_json(folder / "config.json")
+    named = config.get("architectures")
+    return BIAS in config or isinstance(named, list) and any(str(name).endswith(CLASS) for name in named)
 
 
 def read_head(folder):
-    """(weight (1, D), bias) of a reward model's folder. WeightsError if it has no head, or one of several labels."""
-    tensors = load_weights(folder)
-    if HEAD not in tensors:
-        raise WeightsError(f"{folder}: there is no {HEAD}, so this is no reward model that can be read here")
-    shape = tensors.data[HEAD].shape
+    """(weight (1, D), bias) of the reward model in a folder. WeightsError if it is none, or gives several scores."""
+    config, tensors = read_json(folder / "config.json"), load_weights(folder)
+    if families.SCORE not in tensors:
+        raise WeightsError(f"{folder}: no reward model, since it has no tensor {families.SCORE}")
+    shape, bias = tensors.data[families.SCORE].shape, config.get(BIAS, 0.)
     if len(shape) != 2 or shape[0] != 1:
-        raise WeightsError(f"{folder}: {HEAD} is {shape}: a reward model gives one score, and this one gives several")
-    bias = read_json(folder / "config.json").get(BIAS, 0.)
+        raise WeightsError(f"{folder}: no reward model, which gives one score: its {families.SCORE} is {shape}")
     if type(bias) not in (int, float):
-        raise WeightsError(f"{folder}: {BIAS} {bias!r:.99} in its config.json is no number")
-    return tensors[HEAD], float(bias)
+        raise WeightsError(f"{folder}: {BIAS} {bias!r:.99} in config.json is no number")
+    return tensors[families.SCORE], bias

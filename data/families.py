@@ -69,6 +69,7 @@ NAMES = {
                  "self_attn": "attention", "qkv_proj": "query_key_value", "o_proj": "dense",
                  "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h", "lm_head": "embed_out"},
 }
+SCORE = "score.weight"                  # the head of a reward model
 # Names of tensors that old files contain although they are not weights.
 BUFFERS = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
 UNSUPPORTED = (  # keys that ask for other mathematics, unless they are absent, null, false or empty
@@ -127,6 +128,11 @@ def fields(config):
         "ropes": ropes, "rotary_dim": rotary_dim, "layer_ropes": tuple(layer_ropes),
         "names": NAMES.get(family, LLAMA_NAMES), **FIELDS[family],
     }
+
+
+def is_no_part(name, classifier=False):
+    """Whether a tensor of a checkpoint is no part of the decoder: a buffer, or the head of a classifier."""
+    return BUFFERS.fullmatch(name) is not None or classifier and name == SCORE
 
 
 def read_keys(config, family):

@@ -111,11 +111,11 @@ class Text:
             ids = ids if ids[:1] == [bos] or bos is None else [bos, *ids]
         return self.checked(ids)
 
-    def chat(self, messages):
+    def chat(self, messages, **variables):
         """The text of a conversation [{"role", "content"}] by the chat template, up to where the answer begins.
-        InputError if the template fails."""
+        variables: more that the template is given. InputError if it fails."""
         try:
-            return renderer(self.template)(messages, **self.specials)
+            return renderer(self.template)(messages, **{**self.specials, **variables})
         except InputError as error:
             raise InputError(f"{self.folder}: {error}") from None
 

@@ -166,8 +166,10 @@ class Config:
         return ("sft",) if self.start == "base" else ()
 
     def reads(self):
-        """{flag: content} of what a stage reads beside the records and the base; a method's Config adds its files."""
-        return {}
+        """{flag: content, or the folder of a checkpoint} of what a stage reads beside the records and the base; a
+        method's Config adds its files."""
+        served = self.asks_judge and self.judge.startswith("serve:")
+        return {"judge": resolve(self.judge.removeprefix("serve:"))} if served else {}
 
     def idle(self):
         """{flag: why it would change nothing}; a method's Config adds its own."""

@@ -24,7 +24,7 @@ NEEDS = ("sft", "reward")
 
 @dataclass
 class Config(rewards.Config):
-    reward: str = "judge"               # judge, model, rule, true (barn only), or FILE.py:function of your own
+    reward: str = "judge"               # judge, model, rule, true (barn), FILE.py:function, or a reward model's name
     rounds: int = 3                     # how often to sample, label and train
     prompts: int = 6000                 # prompts in a round, with one pair each
     lr: float = 1e-4                    # peak learning rate of a round

@@ -47,7 +47,8 @@ class Config(config.Config):
     def reads(self):
         if not self.asks_judge:
             return {"labels": sets.preferences(self.labels)[:self.limit or None]}
-        return {"pool": Path(self.pool).read_text(encoding="utf-8")} if self.pool.endswith(".json") else {}
+        own_pool = {"pool": Path(self.pool).read_text(encoding="utf-8")} if self.pool.endswith(".json") else {}
+        return super().reads() | own_pool
 
     def idle(self):
         trains = ("merge", "checkpointing", "micro_batch_tokens")

@@ -55,8 +55,8 @@ class Policy:
 
 # -- on disk -------------------------------------------------------------------------------------------------------
 
-def load_base(cfg):
-    """The base checkpoint of a run, frozen, on its device and in its precision."""
+def load_base(cfg, classifier=False):
+    """The base checkpoint of a run, frozen, on its device and in its precision; of a classifier, the decoder."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
@@ -65,7 +65,8 @@ def load_base(cfg):
         torch.set_float32_matmul_precision("high")      # TF32, where weights are fp32
     if device == "cuda" and cfg.lora_rank:
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, getattr(torch, cfg.dtype or dtype))
+    dtype = getattr(torch, cfg.dtype or dtype)
+    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype, classifier)
     if cfg.int8:
         gpt.quantise()                                  # before it moves to a GPU that may be too small for 16 bits
         gpt.to(device).make_contiguous()
@@ -147,13 +148,25 @@ def open_checkpoint(path, device="", int8=False, dtype=""):
     settings are those it ran with; else they are {}. InputError for a reward model."""
     path = str(path).removeprefix("https://huggingface.co/")
     folder, settings = resolve(path), stage(Path(path))
-    if (folder / HEAD_FILE).exists():
+    if (folder / HEAD_FILE).exists() or classifiers.is_classifier(folder):
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
+    cfg = config_of(path, device, int8, dtype)
+    return body_of(path, cfg), cfg, settings
+
+
+def config_of(path, device="", int8=False, dtype=""):
+    """The Config with which a checkpoint or a reward model is loaded."""
+    folder = resolve(path)
     adapted = (folder / "adapter_config.json").exists()
-    base = "barn" if settings.get("model") == "barn" and adapted else str(folder)    # the project may have moved
-    cfg = Config(model=base, device=device, int8=int8, dtype=dtype)
-    gpt = load_base(cfg)
-    return with_adapter(gpt, "policy", folder) if adapted else Policy(gpt), cfg, settings
+    moved = adapted and stage(Path(path)).get("model") == "barn"                    # the project may have moved
+    return Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype)
+
+
+def body_of(path, cfg):
+    """The policy of a checkpoint, or what a reward model is without its head. cfg: as config_of() gives it."""
+    folder = resolve(path)
+    gpt = load_base(cfg, classifiers.is_classifier(folder))
+    return with_adapter(gpt, "policy", folder) if (folder / "adapter_config.json").exists() else Policy(gpt)
 
 
 def merge(cfg):

@@ -19,10 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError
+from data import InputError, classifiers, read_json
 from data.alpaca_eval import question
 from data.barn.reward import true_reward
 from data.weights import assign, read_safetensors, write_safetensors
+from model import GPTConfig
 from rlhf import config, logprobs, policy, update
 from rlhf.pairs import load_pairs, pair_lengths, rows_of
 from rlhf.sampler import generate
@@ -170,12 +171,46 @@ def save(model, cfg):
 
 def load(cfg, beside):
     """The reward model of the run, frozen; with LoRA it is an adapter on the base of the policy `beside`."""
-    model = fresh(policy.load(cfg, "reward", beside))
-    file = cfg.dir("reward") / "checkpoint" / policy.HEAD_FILE
-    tensors, _ = read_safetensors(file)
+    return with_head(policy.load(cfg, "reward", beside), cfg.dir("reward") / "checkpoint")
+
+
+def with_head(body, folder):
+    """The frozen reward model of a body and of the head in a folder."""
+    model, file = fresh(body), folder / policy.HEAD_FILE
+    if file.exists():
+        tensors, _ = read_safetensors(file)
+    else:
+        weight, bias = classifiers.read_head(folder)
+        tensors, file = {"score.weight": weight, "score.bias": torch.tensor([bias])}, folder
     assign({f"score.{name}": tensor for name, tensor in model.head.state_dict().items()}, tensors, str(file))
     model.head.requires_grad_(False)
     return model
+
+
+# -- reward models that are there already --------------------------------------------------------------------------
+
+def examined(path):
+    """The folder of a reward model: a stage of a run, a folder, or a name on the hub. InputError if it is none, or one
+    that cannot be used, as far as this can be told without its weights."""
+    folder, cfg = config.resolve(path), policy.config_of(path)
+    if not (folder / policy.HEAD_FILE).exists():
+        if not classifiers.is_classifier(folder):
+            raise InputError(f"{path} is no reward model: its config.json names no ...{classifiers.CLASS}")
+        classifiers.read_head(folder)
+    cfg.text().render("")                               # its chat template is tried out
+    try:
+        GPTConfig.from_hf(read_json(cfg.checkpoint / "config.json"))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return folder
+
+
+def open_model(path, cfg):
+    """(model, its Text, whether it was trained here) of what examined() accepts, on the device of cfg; in 16 bits if
+    that is a GPU."""
+    folder, own = config.resolve(path), policy.config_of(path, cfg.device, cfg.int8)
+    trained_here = (folder / policy.HEAD_FILE).exists() or classifiers.BIAS in read_json(folder / "config.json")
+    return with_head(policy.body_of(path, own), folder), own.text(), trained_here
 
 
 def run(cfg):

@@ -7,6 +7,9 @@ under `answer` in the record, as in GSM8K and in countdown.
 true: the hidden true reward of the offline world, an upper bound for what feedback about it can teach.
 judge: 1 if the annotators prefer the answer to one of the SFT model, 0 if not, 0.5 if the two are equal.
 FILE.py:function: a function (instruction, output) -> float in a file of your own.
+A reward model that is there already: a folder or a name on the hub, a ...ForSequenceClassification with one label, as
+--merge writes it too; or the stage `reward` of another run. It reads texts with its own tokenizer and chat template, so
+it may be of another family than the policy. Its scores are taken as they are: kl_coef and penalties count in them.
 """
 import contextlib
 import math
@@ -29,13 +32,14 @@ from rlhf import config, reward
 from rlhf.answers import questions
 from rlhf.sampler import generate
 
+WORDS = ("model", "rule", "true", "judge")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @dataclass
 class Config(config.Config):
     """What methods with a choice of rewards share."""
-    reward: str = "model"               # model, rule, true (barn only), judge, or FILE.py:function of your own
+    reward: str = "model"               # model, rule, true (barn), judge, FILE.py:function, or a reward model's name
     flip: float = .25                   # share of the judge's labels that are flipped (of other pools than p_eval: 0)
 
     @classmethod
@@ -44,8 +48,9 @@ class Config(config.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if ".py" not in self.reward:
-            one_of("--reward", self.reward, ("model", "rule", "true", "judge", "FILE.py:function"))
+        self.reward = self.reward.removeprefix("https://huggingface.co/")
+        if ".py" not in self.reward and not self.ready_made:
+            one_of("--reward", self.reward, (*WORDS, "FILE.py:function", "ORG/NAME", "FOLDER"))
         if self.reward == "true" and self.data != "barn":
             raise InputError(f"--reward true: only the offline world has a true reward, and {self.data} has none")
         if (self.reward, self.judge) == ("judge", "none"):
@@ -57,20 +62,29 @@ class Config(config.Config):
     def asks_judge(self):
         return self.reward == "judge"
 
+    @property
+    def ready_made(self):
+        """Whether --reward names a reward model that is there already."""
+        if self.reward in WORDS:
+            return False
+        return Path(self.reward).is_dir() or "/" in self.reward and ".py" not in self.reward
+
     def unneeded(self):
         return super().unneeded() + (() if self.reward == "model" else ("reward",))
 
     def reads(self):
         """The user's files; InputError if the reward cannot be used, before anything is trained."""
+        if self.ready_made:
+            return {"reward": reward.examined(self.reward)}
         if self.reward == "rule":
             for record in self.splits()["unlabeled"]:
                 of_text(self)(record, "")
         if self.asks_judge and self.pool.endswith(".json"):
-            return {"pool": Path(self.pool).read_text(encoding="utf-8")}
+            return super().reads() | {"pool": Path(self.pool).read_text(encoding="utf-8")}
         if self.reward in ("true", "rule") and self.data == "barn":
             return {"reward": Path(barn_reward.__file__).read_text(encoding="utf-8")}
         if ".py" not in self.reward:
-            return {}
+            return super().reads()
         of_text(self)
         return {"reward": Path(self.reward.rpartition(":")[0]).read_text(encoding="utf-8")}
 
@@ -194,6 +208,48 @@ def against_sft(annotators, ref, text, cfg):
     return score
 
 
+# -- reward models that are there already --------------------------------------------------------------------------
+
+class ReadyMade:
+    """The reward model that --reward names, as a reward of the policy's rows: rows -> scores (B,).
+
+    text: the tokenizer and prompts of the policy. records: {prompt ids: record}. The answer crosses over as a text.
+    """
+
+    def __init__(self, cfg, text, records):
+        self.cfg, self.text, self.records, self.said = cfg, text, records, False
+        self.model, self.own, self.trained_here = reward.open_model(cfg.reward, cfg)
+
+    def __call__(self, rows):
+        texts = [self.tokens(self.records[tuple(prompt)], response) for prompt, response in rows]
+        longest = self.model.gpt.config.max_position_embeddings
+        long = sum(len(ids) > longest for ids in texts)
+        if long and not self.said:
+            Progress.close()
+            print(f"{long} of {len(texts)} answers are too long for the reward model: it reads {longest} tokens,\n"
+                  "so the middle of prompt and answer is left out", flush=True)
+            self.said = True
+        texts = [without_middle(ids, longest) for ids in texts]
+        return reward.scores(self.model, [(ids[:-1], ids[-1:]) for ids in texts], self.cfg)
+
+    def tokens(self, record, response):
+        """Prompt and answer as the reward model has seen them in its training: by its chat template, the turn of the
+        answer closed; or where it was trained here or has no template, up to EOS, without it if the answer was cut."""
+        ended = response[-1] in self.text.stops
+        output = self.text.decode(response[:-1] if ended else response)
+        if self.own.template and not self.trained_here:
+            turns = {"user": question(record), "assistant": output}
+            messages = [{"role": role, "content": content} for role, content in turns.items()]
+            return self.own.encode(self.own.chat(messages, add_generation_prompt=False))
+        prompt, answer = self.own.example(record, output)
+        return prompt + (answer if ended else answer[:-1])
+
+
+def without_middle(ids, longest):
+    """The ids, at most `longest` of them: the first half and the last half of what there is room for."""
+    return ids if len(ids) <= longest else ids[:longest // 2] + ids[longest // 2 - longest:]
+
+
 # -- what methods use ----------------------------------------------------------------------------------------------
 
 def scorer(cfg, text, ref, model=None):
@@ -202,6 +258,8 @@ def scorer(cfg, text, ref, model=None):
     if cfg.reward == "model":
         return reward.scorer(model or reward.load(cfg, ref), cfg)
     records = records_of(cfg, text, ref)
+    if cfg.ready_made:
+        return ReadyMade(cfg, text, records)
     if cfg.reward == "judge":
         return against_sft(Annotators(cfg, text, records), ref, text, cfg)
     worth = of_text(cfg)

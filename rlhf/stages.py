@@ -63,10 +63,15 @@ def files_of(folder):
     return digest(found)
 
 
+def checkpoint_of(folder):
+    """What a checkpoint is: the name of a folder from the hub, which is its commit, or a hash of the files."""
+    return folder.name if config.in_cache(folder) else files_of(folder.absolute())
+
+
 def base_of(cfg):
-    """A hash of the model that a run starts from. The name of a folder from the hub is its commit, which is enough."""
+    """A hash of the model that a run starts from."""
     folders = [cfg.checkpoint, cfg.adapter] if cfg.adapter else [cfg.checkpoint]
-    return digest([folder.name if config.in_cache(folder) else files_of(folder.absolute()) for folder in folders])
+    return digest([checkpoint_of(folder) for folder in folders])
 
 
 def canonical(node):
@@ -130,7 +135,8 @@ class Stage:
         unused = self.cfg.idle().keys() | (set() if self.cfg.asks_judge else {"judge", "pool"} | config.ASKED)
         settings = asdict(self.cfg)
         self.settings = {key: settings[key] for key in settings if key not in config.ELSEWHERE | unused}
-        reads = {what: digest(content) for what, content in self.cfg.reads().items()}
+        reads = {what: checkpoint_of(content) if isinstance(content, Path) else digest(content)
+                 for what, content in self.cfg.reads().items()}
         self.contents = {**self.contents, "model": base_of(self.cfg), **reads}
         self.made = {"method": self.method, "needs": self.needs, "contents": self.contents,
                      "sources": sources(self.method)}
