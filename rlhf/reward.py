@@ -44,17 +44,14 @@ class Config(config.Config):
     BARN_LORA = {"lr": 3e-3}
 
     def idle(self):
-        return super().idle() | dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
+        found = super().idle() | dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
+        found.pop("merge", None)        # without adapters, too, it makes a folder that transformers loads
+        return found
 
     def __post_init__(self):
         super().__post_init__()
         if self.held_out >= 1:
             raise InputError(f"--held_out {self.held_out} leaves nothing to train on")
-
-    def idle(self):
-        found = super().idle()
-        found.pop("merge", None)        # makes a folder for transformers with all weights trained, too
-        return found
 
 
 @dataclass
