@@ -128,6 +128,16 @@ def test_rows_are_padded_with_what_no_answer_ends_in(own, special, stops, token)
     assert classifiers.padding(text) == (token, words[token])
 
 
+@pytest.mark.parametrize("family, files, names", [
+    ("llama", ["model.norm.weight", "lm_head.weight"], {"model.norm.weight": "model.norm.weight"}),
+    ("gpt2", ["wte.weight", "h.0.attn.bias"], {"transformer.wte.weight": "wte.weight",
+                                               "transformer.h.0.attn.bias": "h.0.attn.bias"}),
+    ("gpt_neox", ["gpt_neox.embed_in.weight", "embed_out.weight"],
+     {"gpt_neox.embed_in.weight": "gpt_neox.embed_in.weight"})])
+def test_names_have_their_first_part_and_the_language_model_s_head_is_left_out(family, files, names):
+    assert classifiers.decoder_names(files, {"model_type": family}) == names
+
+
 def test_rounding_is_said_and_float32_loses_nothing(tmp_path):
     base_of(tmp_path, "llama", torch.bfloat16, max_shard_size="12KB")
     cfg, model = trained(tmp_path, "lora")
