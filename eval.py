@@ -113,7 +113,7 @@ def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
 
 
 def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None, resamples=1000, seed=0, starts=None,
-           barn=()):
+           costs=None, barn=()):
     """All that annotations say: {name: AlpacaEval records} of M models -> a dict that JSON can hold.
 
     asked       records of all instructions in their order, to know what is missing; `lc_data`, from
@@ -121,6 +121,7 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     baseline    the model that all are compared with; by default each is compared with the next on the leaderboard
     lc, lc_C    "default": aligned by instruction, with bootstrap errors; "alpaca_eval": as it was published; "none"
     starts      {name: name of the model that its training started from}; by default that is the model called sft
+    costs       {name: {kl, cpu_seconds, judge_calls}}, as far as they are known
     barn        names of the models that were asked instructions of the offline world, which knows the true reward
     All intervals are from the same `resamples` draws of the instructions.
 
@@ -145,6 +146,8 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
         if reference[name] == reference[start]:
             points, error = paired_difference(preferences[name], preferences[start])
             rows[name] |= {"diff_start": points, "diff_start_standard_error": error}
+    for name, spent in (costs or {}).items():
+        rows[name] |= spent
     datasets = list(dict.fromkeys(prompts.datasets))
     clusters = prompts.datasets if len(datasets) > 1 else None
     compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
@@ -445,7 +448,9 @@ def main(argv):
     if len(references) == 1 and len(set(stages.values())) == len(models):       # each model is a stage of a run
         methods, remarks = run_folders.by_method(stages)
     result = report(models, asked, "" if methods else args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed,
-                    run_folders.starts_of(stages) if stages else None, run_folders.in_the_barn(stages))
+                    run_folders.starts_of(stages) if stages else None,
+                    {name: run_folders.costs_of(folder) for name, folder in stages.items()},
+                    run_folders.in_the_barn(stages))
     if methods:
         what += ", mean over runs that differ in the seed"
         text = write_over_seeds(averaged(result, models, stages, methods, asked, args.baseline), args.out)

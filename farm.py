@@ -1,7 +1,9 @@
 """Learning from simulated human feedback, on one machine.
 
-    python farm.py --method dpo             all that dpo needs, then dpo itself
-    python farm.py --method dpo --help      its knobs
+    python farm.py --method dpo                 all that dpo needs, then dpo itself
+    python farm.py --method dpo --help          its knobs
+    python farm.py --method dpo,ppo             several methods, or all of them
+    python farm.py --method dpo --seeds 0,1,2   the mean over seeds, and its spread
 
 The stages that a method needs run first; finished ones are reused. Then all
 answers in the run folder are judged. --sft.epochs 3 is a flag of a stage that
@@ -47,8 +49,17 @@ def load(name):
     return importlib.import_module(f"rlhf.{name}")
 
 
+def chosen(said):
+    """The methods that --method names: one, several, or all that answer."""
+    if said == "all":
+        return [name for name in methods() if name not in ("base", "pairs", "reward")]
+    return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip()))
+
+
 def route(argv, name):
-    """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`."""
+    """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`. If that is "", since
+    there are several, everything else is a flag that all stages share. InputError for a flag of one stage that is for
+    the whole run or command."""
     routed, stage = {name: []}, name
     for token in argv:
         if match := re.match(r"--(\w+)\.(.+)", token):
@@ -56,8 +67,15 @@ def route(argv, name):
         elif token.startswith("--"):
             stage = name
         routed.setdefault(stage, []).append(token)
-    return {stage: config.parse(load(stage).Config, flags, f"farm.py --method {stage}", load(stage).__doc__)
-            for stage, flags in routed.items()}
+    given = {}
+    for stage, flags in routed.items():
+        about = load(stage) if stage else config
+        given[stage] = config.parse(about.Config, flags, f"farm.py --method {stage or 'all'}", about.__doc__)
+        if stage != name and (whole := given[stage].keys() & config.WHOLE_RUN):
+            raise InputError(f"--{stage}.{min(whole)} makes no sense: all stages of a run share it")
+        if stage != name and (whole := given[stage].keys() & (config.COMMAND - {"name"})):
+            raise InputError(f"--{stage}.{min(whole)} makes no sense: --{min(whole)} is for the whole command")
+    return given
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -74,35 +92,46 @@ def needs(method, cfg):
     return [need for need in load(method).NEEDS if need not in cfg.unneeded()]
 
 
-def plan(name, given=None):
-    """The methods that `name` needs with these flags (default: none are given), in order, and itself."""
+def plan(name, given=None, names=()):
+    """The methods that `name` needs with these flags (default: none are given), in order, and itself. `names` are
+    several methods instead, if `name` is ""."""
     given = given or {name: {}}
 
     def with_needs(method):
-        order = [each for need in needs(method, configure(given, name, method)) for each in with_needs(need)]
-        return list(dict.fromkeys([*order, method]))
-    return with_needs(name)
+        return [*(each for need in needs(method, configure(given, name, method)) for each in with_needs(need)), method]
+    return list(dict.fromkeys(each for method in names or [name] for each in with_needs(method)))
 
 
 def settings(given, name, needed):
     """{method: its Config} of a plan; InputError about flags that make no sense."""
-    if stray := given.keys() - set(needed):
-        raise InputError(f"{name} does not need {', '.join(stray)}, so its flags would change nothing")
-    for method, flags in given.items():
-        if method != name and (whole := flags.keys() & config.WHOLE_RUN):
-            raise InputError(f"--{method}.{min(whole)} makes no sense: all stages of a run share it")
-        if method != name and (whole := flags.keys() & (config.COMMAND - {"name"})):
-            raise InputError(f"--{method}.{min(whole)} makes no sense: --{min(whole)} is for the whole command")
+    if stray := given.keys() - {name, *needed}:
+        needing = f"{name} does" if name else "these methods do"
+        raise InputError(f"{needing} not need {', '.join(stray)}, so its flags would change nothing")
     common = {f.name for f in fields(config.Config)} - config.COMMAND
     configs = {method: configure(given, name, method) for method in needed}
     for method, flags in given.items():
         for flag in flags:                          # one that all stages share has to change something in one of them
-            heard = needed if method == name and flag in common else [method]
+            heard = needed if method == name and (flag in common or not name) else [method]
             why = [configs[each].idle().get(flag) for each in heard]
             if all(why):
                 dotted = "" if method == name else f"{method}."
                 raise InputError(f"--{dotted}{flag} would change nothing: {why[-1]}")
     return configs
+
+
+def configured(names, argv):
+    """{method: its Config} of all that a command runs: the checkpoint itself, what the methods need, the methods."""
+    name = names[0] if len(names) == 1 else ""
+    given = route(argv, name)
+    if not name and "name" in given[name]:
+        raise InputError(f"--name {given[name]['name']} is for one method: give --{names[0]}.name")
+    needed = plan(name, given, names)
+    configs = settings(given, name, needed if "base" in needed else ["base", *needed])
+    for method in () if name else names:
+        for flag in given[""].keys() & config.COMMAND:
+            setattr(configs[method], flag, given[""][flag])
+    call(configs)
+    return configs, "start" in given[name]
 
 
 def call(configs):
@@ -150,6 +179,7 @@ def leaderboard(cfg):
             write_whole(folder / "annotations.json", [json.dumps(models[folder.name], indent=1).encode()])
     baseline = next((name for name in ("sft", "base") if name in models), "")
     result = eval.report(models, reference, baseline=baseline, starts=run_folders.starts_of(folders),
+                         costs={name: run_folders.costs_of(folder) for name, folder in folders.items()},
                          barn=models if cfg.data == "barn" else ())
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as aside:
         shown = eval.write(result, Path(aside))
@@ -165,14 +195,14 @@ def front():
     return "\n".join([__doc__, "Methods:", *listed])
 
 
-def prepared(name, configs):
+def prepared(names, configs):
     """The Stages of a plan in order. What is wrong with files or settings shows here, not after an hour."""
     ids, found = {}, []
-    contents = stages.records_of(configs[name])
+    contents = stages.records_of(configs[names[0]])
     for method, cfg in configs.items():
         module = load(method)
         made_of = {need: ids[need] for need in needs(method, cfg)}
-        found.append(stages.Stage(module, cfg, made_of, contents, "" if method == name else f"{method}."))
+        found.append(stages.Stage(module, cfg, made_of, contents, "" if [method] == names else f"{method}."))
         ids[method] = found[-1].id
     return found
 
@@ -183,13 +213,13 @@ def neighbours(records):
              "output_2": other["output"]} for one, other in zip(records, records[1:])]
 
 
-def train(name, configs, given):
-    """Run every stage of a plan that has to run. given: {flag: value} of the command."""
-    cfg = configs[name]
-    options, found = annotate.options(cfg), prepared(name, configs)
+def train(names, configs, starts):
+    """Run every stage of a plan that has to run. starts: whether --start was given."""
+    cfg = configs[names[0]]
+    options, found = annotate.options(cfg), prepared(names, configs)
     if not cfg.judge:
         raise InputError(f"who judges the answers to {cfg.data}? Give --judge MODEL, serve:PATH or me, or --judge none")
-    if "start" not in given and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
+    if not starts and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
         print(f"{cfg.model} has a chat template: --start base trains it as it is, without SFT first")
     rerun = named(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})
@@ -204,9 +234,43 @@ def train(name, configs, given):
     again.end()
 
 
+def run_once(names, argv):
+    """Run the methods and judge their answers: the Config of the first, and the leaderboard as text, "" if nobody
+    judges."""
+    configs, starts = configured(names, argv)
+    cfg = configs[names[0]]
+    with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
+                 "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
+        train(names, configs, starts)
+        for method in names:
+            if configs[method].merge and "merge" not in configs[method].idle():
+                print(policy.merge(configs[method]))
+    return cfg, "" if cfg.judge == "none" else leaderboard(cfg)
+
+
+def run_seeds(names, argv, said):
+    """run_once() with each seed, in a folder of its own below --out; the Config and leaderboard of all of them."""
+    if not re.fullmatch(r"\d+(,\d+)*", said):
+        raise InputError(f"--seeds {said} are no numbers: give them as in --seeds 0,1,2")
+    configs, _ = configured(names, argv)
+    cfg, folders = configs[names[0]], []
+    if cfg.judge == "none":
+        raise InputError("--seeds compares verdicts, and --judge none gives none")
+    for seed in dict.fromkeys(said.split(",")):
+        out = Path(cfg.out) / f"seed{seed}"
+        print(f"seed {seed}, in {out}")
+        run_once(names, [*argv, "--seed", seed, "--out", str(out), "--cache", str(cfg.judge_cache)])
+        folders += [str(path.parent) for path in sorted(out.glob("*/annotations.json"))]
+    start = "sft" if cfg.start == "sft" else "base"
+    compared = ["--baseline", start] if any(Path(folder).name == start for folder in folders) else []
+    eval.main([*folders, "--out", cfg.out, *compared])
+    return cfg, ""
+
+
 def command(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", nargs="?")
+    parser.add_argument("--seeds", default="")
     args, rest = parser.parse_known_args(argv)
     if not args.method and (not argv or {"-h", "--help"} & set(rest)):
         return print(front())
@@ -215,26 +279,16 @@ def command(argv):
             if meant := did_you_mean(flag, ["--method"]):
                 raise InputError(f"{flag} is not known{meant}")
         raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
-    given = route(rest, args.method)
-    needed = plan(args.method, given)
-    configs = settings(given, args.method, needed if "base" in needed else ["base", *needed])
-    call(configs)
-    cfg, start = configs[args.method], time.perf_counter()
-    with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
-                 "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
-        train(args.method, configs, given[args.method])
-        if cfg.merge:
-            print(policy.merge(cfg))
-    if cfg.judge == "none":
-        said = (f"answers that nobody has judged are in {cfg.dir()}:\n"
-                "eval.py has them judged, serve.py lets you ask")
-    else:
+    names, start = chosen(args.method), time.perf_counter()
+    cfg, board = run_seeds(names, rest, args.seeds) if args.seeds else run_once(names, rest)
+    if board:
         top_p = f", top-p {cfg.eval_top_p:g}" * (0 < cfg.eval_temperature and cfg.eval_top_p < 1)
-        said = (f"win rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.eval_temperature:g}"
-                f"{top_p}:\n\n"
-                f"{leaderboard(cfg)}")
+        print(f"\nwin rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.eval_temperature:g}"
+              f"{top_p}:\n\n{board}")
+    elif cfg.judge == "none":
+        print(f"\nanswers that nobody has judged are in {cfg.dir()}:\neval.py has them judged, serve.py lets you ask")
     memory = f", {peak_gb():.2f} GB" if peak_gb() else ""
-    print(f"\n{said}\n\n{time.perf_counter() - start:.0f} s{memory}; everything is in {cfg.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s{memory}; everything is in {cfg.out}")
 
 
 def main(argv=None):

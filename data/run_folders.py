@@ -47,6 +47,24 @@ def start_of(folder):
     return "base" if made.get("method") in ("sft", "base") else made.get("start", "sft")
 
 
+def costs_of(folder):
+    """What a model cost, with all stages that it needed: its KL to the reference (nats an answer), the CPU seconds, and
+    the labels that the judge was asked for to learn from; {} for what is no stage of a run."""
+    result = read_json(folder / "result.json")
+    if not result:
+        return {}
+    beside = {settings(path.parent).get("id"): path.parent for path in folder.parent.glob("*/config.json")}
+
+    def needed(stage):
+        below = [beside[id] for id in settings(stage).get("needs", {}).values() if id in beside]
+        return {stage}.union(*map(needed, below))
+    results = [read_json(stage / "result.json") for stage in needed(folder)]
+    kl = result["metrics"].get("objective/kl")
+    return {"cpu_seconds": sum(each.get("cpu_seconds", 0) for each in results),
+            "judge_calls": sum(each["metrics"].get("judge/asked", 0) for each in results),
+            **({"kl": kl} if kl is not None else {})}
+
+
 def in_the_barn(stages):
     """The names of the models whose instructions are the offline world's, of {name: folder of a stage}."""
     return {name for name, folder in stages.items() if settings(folder).get("data") == "barn"}

@@ -87,7 +87,7 @@ def released(cfg):
 
 
 def label(cfg):
-    """Pairs of the SFT model's answers, labelled by the judge."""
+    """(pairs of the policy's answers that the judge prefers one of, how many it was asked about)."""
     asked = cfg.dir() / "unlabelled.json"
     if not asked.exists():              # a judge that failed must not cost the sampling again
         part = asked.with_suffix(".part")
@@ -96,18 +96,19 @@ def label(cfg):
     with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
+    asked = sum(pair["scored_by"] not in ("coin", "equal") for pair in pairs)
     decided = [pair for pair in pairs if pair["preference"] not in (None, 1.5)]
-    return [{**pair, "preference": round(pair["preference"])} for pair in decided]      # p_pairwise gives fractions
+    return [{**pair, "preference": round(pair["preference"])} for pair in decided], asked   # p_pairwise gives fractions
 
 
 def run(cfg):
-    pairs = label(cfg) if cfg.labels == "judge" else released(cfg)
+    pairs, asked = label(cfg) if cfg.labels == "judge" else (released(cfg), 0)
     if not pairs:
         raise InputError("no pair of different answers has a usable preference: raise --limit or --temperature")
     (cfg.dir() / "pairs.json").write_text(json.dumps(pairs, indent=1))
     found = {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
     coins = {"coins": sum(pair["scored_by"] == "coin" for pair in pairs)} if cfg.asks_judge else {}
-    return found | coins
+    return found | coins | {"judge/asked": asked}
 
 
 def load_pairs(cfg, text):

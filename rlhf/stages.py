@@ -374,11 +374,11 @@ def make(stage, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**config.provenance(cfg), **stage.made, "id": stage.id})
     cfg.folders = {**cfg.folders, stage.name: folder.name}
-    start = time.perf_counter()
+    start, work = time.perf_counter(), time.process_time()
     metrics = stage.module.run(cfg) or {}
-    seconds = time.perf_counter() - start
+    seconds, work = time.perf_counter() - start, time.process_time() - work
     cfg.folders = {**cfg.folders, stage.name: stage.name}
-    result = {"seconds": seconds, "metrics": metrics, "files": files_in(folder)}
+    result = {"seconds": seconds, "cpu_seconds": work, "metrics": metrics, "files": files_in(folder)}
     write_json(folder / "result.json", result)
     shown = [f"{key.rpartition('/')[2]} {value:.4g}" for key, value in metrics.items()
              if isinstance(value, (int, float))]

@@ -16,6 +16,7 @@ EXTRA = ["lc_name",                                                             
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
          "diff_start", "diff_start_standard_error",                                 # points over what it started from,
          "true_reward",                                                         # what only the offline world knows,
+         "kl", "cpu_seconds", "judge_calls",                                    # how far it is from the start; costs
          "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
          "diff_start_spread", "true_reward_spread"]                               # of runs that differ in the seed
 MANY = 12                               # models: more of them, and the terminal shows only the most important tables
@@ -120,16 +121,19 @@ def leaderboard(rows, path):
     """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
     rows = best_first(rows)
     write_csv(rows, path)
-    lines = [["model", "win rate", "LC", "length", "vs start", "true reward"]]
+    lines = [["model", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
     for name, row in rows.items():
         lines.append([name, plus_minus(row["win_rate"], row["standard_error"]),
                       plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")),
                       str(row["avg_length"]),
                       plus_minus(row.get("diff_start"), row.get("diff_start_standard_error"), "+.1f"),
-                      number(row.get("true_reward"))])
+                      number(row.get("true_reward")), *costs(row)])
     sizes = sorted({row["n_total"] for row in rows.values()})
     prompts = " to ".join(dict.fromkeys([str(sizes[0]), str(sizes[-1])]))
     parts = [table(*lines), f"±: standard error over {prompts} prompts, without the noise of training (seeds)"]
+    if any("cpu_seconds" in row for row in rows.values()):
+        parts.append(filled("KL: from the start, in nats an answer; CPU s, asked: of all stages that a model needed, "
+                            "asked are the labels to learn from"))
     return "\n\n".join(parts + left_out(rows))
 
 
@@ -183,11 +187,11 @@ def write_over_seeds(result, out):
 
 def over_seeds(result):
     """eval.averaged as text: the means, the numbers of each run, the differences between methods."""
-    lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward"]]
+    lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
     for name, row in result["rows"].items():
         lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
                       with_spread(row, "length_controlled_winrate"), number(row["avg_length"], ".0f"),
-                      with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f")])
+                      with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f"), *costs(row)])
     errors = sorted(row["standard_error"] for row in result["runs"].values())
     note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
             "standard error (±) knows the prompts only: for the win rate of one run it is "
@@ -197,6 +201,11 @@ def over_seeds(result):
     if len(lines) > 1:
         parts.append(f"{filled(title)}\n\n{table(*lines)}")
     return "\n\n".join(parts)
+
+
+def costs(row):
+    """The cells of what a model cost, with all stages that it needed."""
+    return [number(row.get("kl"), ".1f"), number(row.get("cpu_seconds"), ".0f"), number(row.get("judge_calls"), ".0f")]
 
 
 def with_spread(row, key, form=".1f"):

@@ -57,7 +57,10 @@ def tree(folder):
 def results(folder):
     """What must be the same wherever and however often a command runs: all but times, places and order."""
     same = ("s.jsonl", "outputs.json", "annotations.json", "pairs.json", ".csv", ".safetensors")
-    return {name: content for name, content in tree(folder).items() if name.endswith(same)}
+    found = {name: content for name, content in tree(folder).items() if name.endswith(same)}
+    if "leaderboard.csv" in found:
+        found["leaderboard.csv"] = {name: {**row, "cpu_seconds": ""} for name, row in leaderboard(folder).items()}
+    return found
 
 
 def read(path):
@@ -320,6 +323,44 @@ def test_how_answers_are_sampled_is_no_part_of_pairs_and_rewards(first, copy):
                         for out in (copy, first.out))
         assert mine == theirs and mine
         assert read(copy / name / "outputs.json") != read(first.out / name / "outputs.json")
+
+
+def test_several_methods_share_stages_and_a_leaderboard(first, copy):
+    """The same answers as alone; costs are those of all stages that a model needed."""
+    result = farm("--method", "dpo,simpo", *SMALL, "--out", copy, "--simpo.beta", "1")
+    assert result.code == 0 and not result.err and reused(result.out) == ["sft", "pairs", "dpo"], result.err
+    rows = leaderboard(copy)
+    assert rows.keys() == {"base", "sft", "dpo", "simpo"} and read(copy / "simpo" / "config.json")["beta"] == 1
+    spent = {name: read(copy / name / "result.json") for name in ("base", "sft", "pairs", "dpo")}
+    seconds = sum(spent[name]["cpu_seconds"] for name in ("sft", "pairs", "dpo"))
+    assert float(rows["dpo"]["cpu_seconds"]) == pytest.approx(seconds) and seconds > 0
+    asked = sum(pair["raw_completion"] is not None for pair in read(copy / "pairs" / "pairs.json"))
+    assert [int(rows[name]["judge_calls"]) for name in ("sft", "dpo", "simpo")] == [0, asked, asked]
+    assert float(rows["dpo"]["kl"]) == pytest.approx(spent["dpo"]["metrics"]["objective/kl"])
+    for argv, why in ((("--beta", "1"), "--beta is not known"), (("--name", "x"), "--dpo.name"),
+                      (("--ppo.lr", "1"), "these methods do not need ppo"), (("--simpo.limit", "3"), "share it"),
+                      (("--rerun", "simp"), "did you mean simpo")):
+        refused(farm("--method", "dpo,simpo", *SMALL, "--out", copy, *argv), 2, why)
+    refused(farm("--method", "dpo,simp"), 2, "method 'simp' is not known")
+
+
+def test_all_methods_are_those_that_answer():
+    from farm import chosen
+    assert set(chosen("all")) == set(methods()) - {"base", "pairs", "reward"}
+    assert chosen("dpo, ppo,dpo") == ["dpo", "ppo"]
+
+
+def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
+    result = farm("--method", "dpo", *SMALL, "--seeds", "0,1", "--out", tmp_path)
+    assert result.code == 0 and not result.err, result.err
+    assert results(tmp_path / "seed0").items() >= {
+        name: content for name, content in results(first.out).items() if name != "leaderboard.csv"}.items()
+    rows = leaderboard(tmp_path)
+    each = [float(leaderboard(tmp_path / seed)["dpo"]["win_rate"]) for seed in ("seed0", "seed1")]
+    assert float(rows["dpo"]["win_rate"]) == pytest.approx(sum(each) / 2) and rows["dpo"]["n_runs"] == "2"
+    assert float(rows["dpo"]["win_rate_spread"]) == pytest.approx(abs(each[0] - each[1]) / 2 ** .5)
+    assert "knows the prompts only" in " ".join(result.out.split())
+    refused(farm("--method", "dpo", *SMALL, "--seeds", "0;1", "--out", tmp_path), 2, "are no numbers")
 
 
 def test_a_needed_stage_may_be_a_variant_too(first, copy):
