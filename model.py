@@ -69,6 +69,8 @@ class GPTConfig:
     gated: bool = True                      # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     fused_gate_up: bool = False             # one linear layer for gate and up
     mlp_bias: bool = False
+    logits_scaling: float = 1.              # logits are divided by it
+    final_logit_softcapping: float = 0      # then they become cap x tanh(logit / cap); 0: they do not
 
     names: dict = field(default_factory=lambda: families.LLAMA_NAMES)       # {part of our name: the checkpoint's}
     transposed: bool = False                # the checkpoint stores linear weights as (in, out)
@@ -401,6 +403,15 @@ class Block(nn.Module):
         return x + normed(self.post_feedforward_layernorm, self.mlp(normed(self.pre_feedforward_layernorm, x), role))
 
 
+def logits(h, W, divisor=1., cap=0.):
+    """Logits (..., V) in fp32, a new tensor, from final hidden states h (..., D) and a head W (V, D): h W' / divisor.
+    With a cap they are bent into (-cap, cap)."""
+    x = F.linear(h, W).float()
+    if divisor != 1:
+        x = x / divisor
+    return cap * (x / cap).tanh() if cap else x
+
+
 def run_block(block, *args):
     return block(*args)
 
@@ -563,9 +574,13 @@ class GPT(nn.Module):
                 x = self.train_block(*args)
         return self.model.norm(x)
 
+    def logits(self, h):
+        """Logits (..., V) in fp32 of final hidden states h (..., D)."""
+        return logits(h, self.head, self.config.logits_scaling, self.config.final_logit_softcapping)
+
     def forward(self, ids):
         """Logits (B, T, V) in fp32."""
-        return F.linear(self.hidden(ids), self.head).float()
+        return self.logits(self.hidden(ids))
 
 
 def load(folder, device="cpu", dtype=torch.float32):

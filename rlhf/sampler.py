@@ -86,7 +86,7 @@ def draw(logits, u, temperature, top_p=1.):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)                                   # (B, V)
+    probs = (logits / temperature).softmax(-1)                                           # (B, V)
     if top_p < 1:
         probs, order = probs.topk(min(CANDIDATES, probs.shape[1]))                       # (B, candidates), sorted
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
@@ -250,7 +250,7 @@ class Engine:
         token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
         h = self.gpt.hidden(token, pos, self.cache.decode(pos, span))                    # (B, D)
         self.checksum += h.sum(dtype=torch.float32)
-        token.copy_(self.choose(F.linear(h, self.gpt.head), row, at))
+        token.copy_(self.choose(self.gpt.logits(h), row, at))
         self.written[row, at] = token
         pos += 1
         at += 1
