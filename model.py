@@ -1,8 +1,9 @@
 """A decoder for many families of open weights, with LoRA adapters that are switched by role.
 
-Families: Llama and its relatives (Mistral, Qwen, Phi, OLMo, SmolLM, Granite, Gemma), GPT-2 and GPT-NeoX. GPTConfig
-lists how they differ; data/families.py reads it from config.json. The KV cache is in rlhf/sampler.py.
-Left out: dropout, mixtures of experts.
+Families: Llama and its relatives (Mistral, Qwen, Phi, OLMo, SmolLM, Granite, Gemma, nanochat), GPT-2 and GPT-NeoX.
+GPTConfig lists how they differ; data/families.py reads it from config.json. Mixtures of experts are in mixture.py, the
+KV cache is in rlhf/sampler.py.
+Left out: dropout.
 
 Rows are right-padded. Causal attention only looks left, so pads change nothing, and neither a padding mask nor position
 ids are needed. Every layer but attention treats each token by itself, so tokens may come as rows (B, T) or in any other
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families
 from data.text import read_json
 from data.weights import WeightsError, assign, check, load_weights
+from mixture import Mixture
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -75,6 +77,10 @@ class GPTConfig:
     gated: bool = True                      # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     fused_gate_up: bool = False             # one linear layer for gate and up
     mlp_bias: bool = False
+    num_experts: int = 0                    # a mixture of so many experts is in the place of each MLP; 0: none is
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0          # of one expert
+    norm_topk_prob: bool = False            # the weights of a token's experts are divided by their sum
     logits_scaling: float = 1.              # logits are divided by it
     final_logit_softcapping: float = 0      # then they become cap x tanh(logit / cap); 0: they do not
 
@@ -351,6 +357,7 @@ class Attention(nn.Module):
             self.qkv = FusedLinears(self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = LoRALinear(self.sizes[0], c.hidden_size, c.o_bias)
         self.out = FusedLinears(self.o_proj)
+        self.linears = self.qkv, self.out
         self.q_norm, self.k_norm = (
             norm(c, c.head_dim if c.qk_norm == "head" else size, c.qk_norm) for size in self.sizes[:2])
 
@@ -399,6 +406,7 @@ class MLP(nn.Module):
             self.gate_up = FusedLinears(self.up_proj)
         self.down_proj = LoRALinear(inner, D, c.mlp_bias)
         self.down = FusedLinears(self.down_proj)
+        self.linears = self.gate_up, self.down
 
     def forward(self, x, role):
         outputs = self.gate_up(x, role)
@@ -415,7 +423,7 @@ class Block(nn.Module):
         self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = norm(c, c.hidden_size, c.norm_after)
         self.pre_feedforward_layernorm = norm(c, c.hidden_size, c.norm_before)
-        self.mlp = MLP(c)
+        self.mlp = Mixture(c, ACTIVATIONS[c.hidden_act]) if c.num_experts else MLP(c)
         self.post_feedforward_layernorm = norm(c, c.hidden_size, c.norm_after)
 
     def forward(self, x, ropes, role, attend, where=None):
@@ -496,8 +504,7 @@ class GPT(nn.Module):
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""
-        return [layers for block in self.model.layers for layers in (
-            block.self_attn.qkv, block.self_attn.out, block.mlp.gate_up, block.mlp.down)]
+        return [layers for block in self.model.layers for layers in (*block.self_attn.linears, *block.mlp.linears)]
 
     def make_contiguous(self):
         """Store q, k, v (and gate, up) one after the other, so that fusing is a view. Moving or copying undoes it."""

@@ -69,7 +69,8 @@ def load_adapter(folder):
     for key, tensor in read_safetensors(folder / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+\.lora_([AB]))\.weight", key)
         if match and tensor.dim() == 2 and tensor.shape["AB".index(match[2])] == rank:
-            tensors[match[1]] = tensor
+            # Before transformers 4.52 models that also see images named their parts so.
+            tensors[re.sub(r"^language_model\.model\.", "model.language_model.", match[1])] = tensor
         else:
             faults.append(f"{key} {list(tensor.shape)}")
     faults += [f"{name} without its lora_{other[name[-1]]}" for name in tensors

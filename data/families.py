@@ -43,6 +43,11 @@ DEFAULTS = {
                                        "mscale": 1., "mscale_all_dim": 1., "llama_4_scaling_beta": .1}},
     "qwen2": QWEN,
     "qwen3": {**QWEN, "head_dim": 128, "attention_bias": False},
+    "qwen3_moe": {**LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 4, "attention_bias": False,
+                  "sliding_window": 4096, "use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768, "norm_topk_prob": False},
+    "olmoe": {**LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": False,
+              "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
     "phi3": {**LLAMA, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
              "sliding_window": None, "partial_rotary_factor": 1.},
     "olmo2": {**LLAMA, "rms_norm_eps": 1e-5, "attention_bias": False},
@@ -72,7 +77,7 @@ OLMO2 = {"qk_norm": "all", "norm_before": False, "norm_after": True}
 FIELDS = {
     "llama": {}, "mistral": {}, "ministral3": {}, "smollm3": {}, "granite": {}, "olmo2": OLMO2, "olmo3": OLMO2,
     "qwen2": {"attention_bias": True, "o_bias": False},          # fixed in Qwen2, without a key
-    "qwen3": {"qk_norm": "head"},
+    "qwen3": {"qk_norm": "head"}, "qwen3_moe": {"qk_norm": "head"}, "olmoe": {"qk_norm": "all"},
     "phi3": {"fused_qkv": "rows", "fused_gate_up": True},
     "gemma": {"norm": "rms+1"}, "gemma2": {"norm": "rms+1", "norm_after": True},
     "gemma3_text": {"norm": "rms+1", "qk_norm": "head", "norm_after": True},
@@ -104,15 +109,16 @@ UNSUPPORTED = (
     "add_cross_attention", "is_encoder_decoder", "rope_interleaved", "alibi", "use_qk_norm", "qk_layernorm",
     "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size", "attn_temperature_tuning",
     "attn_output_gate", "llama_4_scaling_beta", "layer_scale_init_value", "layerscale_value", "use_layer_scale",
-    "kv_lora_rank", "num_kv_shared_layers", "hidden_size_per_layer_input", "lm_head_bias")
+    "kv_lora_rank", "num_kv_shared_layers", "hidden_size_per_layer_input", "lm_head_bias", "mlp_only_layers")
 FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
-           "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "embedding_scale", "scale_emb")
+           "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "embedding_scale", "scale_emb",
+           "decoder_sparse_step")
 # Keys for which null does not mean the default.
 OFF_BY_NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")     # their embeddings are multiplied by the root of hidden_size
 # Whether layer i attends only to a window of tokens; used if config.json has no layer_types.
 IS_SLIDING = {
-    "mistral": lambda c, i: True, "ministral3": lambda c, i: True, "phi3": lambda c, i: True,
+    **dict.fromkeys(("mistral", "ministral3", "phi3", "qwen3_moe"), lambda c, i: True),
     "qwen2": lambda c, i: i >= c["max_window_layers"], "qwen3": lambda c, i: i >= c["max_window_layers"],
     "smollm3": lambda c, i: not has_rope(c, i), "gemma3_text": lambda c, i: (i + 1) % c["sliding_window_pattern"] != 0,
     "olmo3": lambda c, i: (i + 1) % 4 != 0, "gemma2": lambda c, i: i % 2 == 0,
@@ -154,6 +160,8 @@ def fields(config):
         expect(isinstance(config.get("text_config"), dict), "text_config", config.get("text_config"), "an object")
     config = text_config(config)
     family = config.get("model_type")
+    if family == "qwen3_moe":                                       # transformers 5 has another name
+        config = {"num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}
     require_supported("model_type", family, DEFAULTS)
     refuse_other_mathematics(config, family)
     refuse_custom_code(config.get("auto_map") or {}, family)
@@ -189,6 +197,7 @@ def fields(config):
         "query_scale": c["attention_multiplier"] ** -2 if family == "granite" else c.get("query_pre_attn_scalar", 0),
         "windows": tuple(window if slides[i] else 0 for i in layers),
         "ropes": ropes, "rotary_dim": rotary_dim, "layer_ropes": tuple(layer_ropes),
+        **read_mixture(c),
         "names": NAMES.get(family, LLAMA_NAMES), "wrapper": wrapper, **FIELDS[family],
     }
 
@@ -200,6 +209,16 @@ def known_positions(c, family, ropes):
     if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
         return min(rope["original_max_position_embeddings"], c["max_position_embeddings"])
     return 0
+
+
+def read_mixture(c):
+    """The fields of a mixture of experts, {} for a model without."""
+    if "num_experts" not in c:
+        return {}
+    k, most = c["num_experts_per_tok"], c["num_experts"]
+    expect(k <= most, "num_experts_per_tok", k, f"at most {most}, the number of experts")
+    return {"num_experts": most, "num_experts_per_tok": k, "norm_topk_prob": c["norm_topk_prob"],
+            "moe_intermediate_size": c.get("moe_intermediate_size", c["intermediate_size"])}
 
 
 def read_keys(config, family):

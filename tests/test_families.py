@@ -78,6 +78,9 @@ FAMILIES = {                                # model_type: what its variants begi
     "granite": LLAMA | rope() | {"embedding_multiplier": 3., "residual_multiplier": .4, "attention_multiplier": .1,
                                  "logits_scaling": .6},
     "ministral3": MINISTRAL3,
+    "olmoe": LLAMA | rope() | {"num_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": LLAMA | rope() | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                   "norm_topk_prob": True},
     "nanochat": LLAMA | rope() | {"final_logit_softcapping": 3.},
     "olmo2": LLAMA | rope(),
     "olmo3": LLAMA | THREE | {"sliding_window": 8, "layer_types": MIXED},
@@ -236,6 +239,16 @@ VARIANTS = {
     "nanochat, linear, attention_bias": ("nanochat", {"attention_bias": True} | rope("linear", factor=4.)),
     "nanochat, defaults": ("nanochat", {"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "final_logit_softcapping": 15.}
                            | rope(theta=1e4), only()),
+    "olmoe": ("olmoe", {}),
+    "olmoe, normalised": ("olmoe", {"norm_topk_prob": True}),
+    "olmoe, defaults": ("olmoe", {"rms_norm_eps": 1e-5, "num_key_value_heads": 4, "num_experts": 10,
+                                  "num_experts_per_tok": 8} | rope(theta=1e4), only("num_experts")),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, older name, sliding": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, lambda config: {
+        "num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}),
+    "qwen3_moe, defaults": ("qwen3_moe", {
+        "rms_norm_eps": 1e-6, "num_experts": 10, "num_experts_per_tok": 8, "norm_topk_prob": False} | rope(theta=1e4),
+        only("num_key_value_heads", "num_local_experts", "moe_intermediate_size")),
     "olmo3": ("olmo3", {}),
     "olmo3, yarn in full layers": ("olmo3", both(yarn(5e5)["rope_parameters"]) | {"head_dim": 16}),
     "olmo3, two thetas": ("olmo3", both(rope(theta=40.)["rope_parameters"], 90.)),
@@ -274,6 +287,7 @@ NOT_APART = {"mistral, long window", "qwen2, a window not used", "qwen2, a windo
 PLAIN = {kind: name for name, (kind, *_) in reversed(VARIANTS.items())}     # the first variant of each kind
 every = pytest.mark.parametrize("name", VARIANTS)
 every_kind = pytest.mark.parametrize("name", PLAIN.values())
+OTHER_NUMBERS = re.compile("yarn|theta|linear|llama3|longrope|window|sliding|layer_types|normalised")   # same tensors
 ROPES = {name for name, (kind, changes, *_) in VARIANTS.items()
          if "factor" in str({**FAMILIES[kind], **changes}.get("rope_parameters"))}
 NEW_ONLY = {"olmo3, two thetas"}            # one rope_theta was for both kinds of layers
@@ -295,7 +309,7 @@ def loud(theirs, seed=0):
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape, generator=r), alpha=.3)         # from 1, or from 0
             else:
-                fan_in = p.shape[0 if "Conv1D" in type(module).__name__ else 1]
+                fan_in = p.shape[0 if "Conv1D" in type(module).__name__ else -1]
                 scale = .5 if hasattr(module, "embed_scale") else 1.5           # Gemma's embeddings are multiplied
                 p.copy_(torch.randn(p.shape, generator=r) * scale * fan_in ** -.5)
     theirs.tie_weights()
@@ -418,10 +432,21 @@ def gradients(gpt):
 
 
 def bare(names):
-    """On the hub GPT-2 has no prefix; in files GPT-NeoX has another name for its head than in transformers; of a model
-    that also sees images the language model."""
+    """On the hub GPT-2 has no prefix; in files GPT-NeoX has another name for its head than in transformers, and experts
+    are apart; of a model that also sees images the language model."""
     names = {name.removeprefix("transformer.").replace("embed_out.", "lm_head."): x for name, x in names.items()}
+    names = dict(part for name, x in names.items() for part in experts(name, x))
     return {name.replace("model.language_model.", "model."): x for name, x in names.items() if not is_eye(name)}
+
+
+def experts(name, x):
+    """transformers joins the weights of all experts, and those of gate and up; files hold them one by one."""
+    before, _, kind = name.partition(".experts.")
+    if kind not in ("gate_up_proj", "down_proj"):
+        return [(name, x)]
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    return [(f"{before}.experts.{e}.{part}.weight", y) for e in range(len(x))
+            for part, y in zip(parts, x[e].chunk(len(parts)))]
 
 
 def is_eye(name):
@@ -437,7 +462,7 @@ def far(pairs, tolerance):
 
 # --- that these tests can fail -----------------------------------------------------------------------------
 
-@every
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not OTHER_NUMBERS.search(name)])
 @torch.no_grad()
 def test_every_tensor_shows_in_the_logits(name, made):
     theirs = made(name).theirs
@@ -528,6 +553,19 @@ def test_packed_rows_that_share_prompts(name, made):
     assert not far(results[::-1], 1e-4)
 
 
+@torch.no_grad()
+def test_all_experts_compute_what_the_chosen_ones_do(made):
+    """The first is what a GPU does for few tokens; a step may also have none."""
+    mixture = model.load(made("qwen3_moe").folder).model.layers[0].mlp
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    share, chosen = mixture.gate(x).softmax(-1).topk(2)
+    wanted = sum(share[:, [i]] * torch.stack([mixture.experts[e](row) for e, row in zip(chosen[:, i], x)])
+                 for i in range(2))
+    for compute in (mixture.all_experts, mixture.chosen_experts):
+        assert off(compute(x, share, chosen), wanted) < 1e-6
+        assert compute(x[:0], share[:0], chosen[:0]).shape == (0, 32)
+
+
 @pytest.mark.parametrize("name", ["phi3, longrope", "ministral3"])
 @torch.no_grad()
 def test_no_text_is_longer_than_what_is_computed(name, made):
@@ -585,7 +623,7 @@ def test_peft_loads_an_adapter_of_ours_and_it_can_be_merged(name, made, tmp_path
         assert answer == worn(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].argmax(-1).tolist()
 
 
-@every
+@every_kind
 @torch.no_grad()
 def test_an_adapter_of_peft_on_some_of_the_layers_is_put_on(name, made, tmp_path):
     peft = pytest.importorskip("peft")
@@ -602,6 +640,11 @@ def test_an_adapter_of_peft_on_some_of_the_layers_is_put_on(name, made, tmp_path
         ours = gpt(IDS)
     assert off_at_real_tokens(worn(IDS).logits, made(name).logits) > .01
     assert off_at_real_tokens(ours, worn(IDS).logits) < 1e-5
+    file = tmp_path / "adapter_model.safetensors"
+    older = {name.replace("model.language_model.", "language_model.model."): x
+             for name, x in safetensors.load_file(file).items()}
+    safetensors.save_file(older, file)
+    assert adapters.load_adapter(tmp_path)[0].keys() <= gpt.adapter("theirs").keys()
 
 
 @torch.no_grad()
@@ -625,6 +668,59 @@ def test_a_real_configuration_means_a_model_of_the_same_tensors(name):
         tensor: p.shape for tensor, p in bare(dict(theirs.named_parameters())).items()}
 
 
+HUB = {                                     # config.json as on the hub, with two layers
+    "gemma-3-4b-it": {
+        "model_type": "gemma3", "eos_token_id": [1, 106], "mm_tokens_per_image": 256, "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 2,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+        "vision_config": EYE | {"model_type": "siglip_vision_model"}},
+    "Phi-4-mini-instruct": {
+        "model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0, "full_attn_mod": 1, "hidden_act": "silu",
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}, "hidden_size": 3072,
+        "interpolate_factor": 1, "intermediate_size": 8192, "lm_head_bias": False, "max_position_embeddings": 131072,
+        "mlp_bias": False, "num_attention_heads": 24, "num_hidden_layers": 2, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": .75, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"long_factor": [2.] * 48, "short_factor": [1.] * 48, "type": "longrope"}, "rope_theta": 1e4,
+        "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064},
+    "granite-3.3-2b-instruct": {
+        "model_type": "granite", "attention_bias": False, "attention_multiplier": .015625, "embedding_multiplier": 12.0,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192, "logits_scaling": 8.0, "mlp_bias": False,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 2, "num_key_value_heads": 8,
+        "residual_multiplier": .22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1e7,
+        "tie_word_embeddings": True, "vocab_size": 49159},
+    "gemma-2-2b-it": {
+        "model_type": "gemma2", "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "head_dim": 256,
+        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304, "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8,
+        "num_hidden_layers": 2, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rope_theta": 1e4,
+        "sliding_window": 4096, "vocab_size": 256000},
+    "Mistral-Small-3.1-24B-Instruct-2503": {
+        "model_type": "mistral3", "multimodal_projector_bias": False, "spatial_merge_size": 2, "text_config": {
+            "head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768, "max_position_embeddings": 131072,
+            "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 2, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e9, "sliding_window": None, "vocab_size": 131072},
+        "tie_word_embeddings": False, "vision_config": EYE | {"model_type": "pixtral"}},
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+        "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 2, "num_key_value_heads": 4,
+        "rope_scaling": None, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 151936},
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_configuration_of_the_hub_means_a_model_of_the_same_tensors(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB[name]))
+    wanted = transformers.AutoConfig.from_pretrained(tmp_path)
+    config = model.GPTConfig.from_hf(HUB[name])
+    with torch.device("meta"):
+        ours, theirs = model.GPT(config), auto(HUB[name]["model_type"]).from_config(wanted)
+    assert {tensor: x.shape for tensor, x in ours.weights().items()} == {
+        tensor: p.shape for tensor, p in bare(dict(theirs.named_parameters())).items()}
+
+
 # --- what is refused, and what is not ----------------------------------------------------------------------
 
 def strange_rope(kind, **more):
@@ -634,8 +730,8 @@ def strange_rope(kind, **more):
 FACTORS = {"short_factor": [1.] * 8, "long_factor": [2.] * 8, "original_max_position_embeddings": 64}
 REFUSED = [                                 # (variant, changes of its config.json, what the message names)
     *(("llama", {"model_type": kind}, ("model_type", kind)) for kind in (
-        "strange", "gemma4_text", "mixtral", "qwen2_moe", "qwen3_moe", "llama4_text", "deepseek_v3", "olmoe", "phimoe",
-        "gpt_oss", "gpt_neo", "qwen3_next", "qwen3_5", "granitemoehybrid")),
+        "strange", "gemma4_text", "mixtral", "qwen2_moe", "llama4_text", "deepseek_v3", "phimoe", "gpt_oss",
+        "gpt_neo", "qwen3_next", "qwen3_5", "granitemoehybrid")),
     ("llama", {"model_type": None}, ("model_type",)),
     *((name, {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ("auto_map", "modeling_own.Own"))
       for name in ("llama", "gpt2")),
@@ -670,6 +766,10 @@ REFUSED = [                                 # (variant, changes of its config.js
         ("num_experts", 4))),
     *((name, {key: 30.}, (key, "30.0")) for name in ("llama", "qwen3", "granite", "olmo3")
       for key in ("final_logit_softcapping", "attn_logit_softcapping")),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, ("decoder_sparse_step", "2")),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, ("mlp_only_layers", "[1]")),
+    ("qwen3_moe", {"num_experts_per_tok": 7}, ("num_experts_per_tok", "7")),
+    ("olmoe", {"clip_qkv": 8.}, ("clip_qkv", "8.0")),
     ("nanochat", {"attn_logit_softcapping": 30.}, ("attn_logit_softcapping", "30.0")),
     ("gemma3, with eyes", {"text_config": 3}, ("text_config", "3")),
     ("gemma3, with eyes", {"text_config": {"model_type": "llama4_text"}}, ("model_type", "llama4_text")),
