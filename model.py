@@ -1,8 +1,9 @@
 """A decoder for many families of open weights, with LoRA adapters that are switched by role.
 
-Families: Llama and its relatives (Mistral, Qwen, Phi, OLMo, SmolLM, Gemma), GPT-2 and GPT-NeoX. GPTConfig lists how
-they differ; data/families.py reads it from config.json. The KV cache is in rlhf/sampler.py.
-Left out: dropout, mixtures of experts.
+Families: Llama and its relatives (Mistral, Qwen, Phi, OLMo, SmolLM, Granite, Gemma, nanochat), GPT-2 and GPT-NeoX.
+GPTConfig lists how they differ; data/families.py reads it from config.json. Mixtures of experts are in mixture.py, the
+KV cache is in rlhf/sampler.py.
+Left out: dropout.
 
 Rows are right-padded. Causal attention only looks left, so pads change nothing, and neither a padding mask nor position
 ids are needed. Every layer but attention treats each token by itself, so tokens may come as rows (B, T) or in any other
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families
 from data.text import read_json
 from data.weights import WeightsError, assign, check, load_weights
+from mixture import Mixture
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -33,7 +35,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # On CUDA only FlashAttention (these cards, 16 bits, no mask) reads grouped keys and values without repeating them. The
 # fallback that torch would choose for them otherwise holds B x H x T x T numbers.
 FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+               "relu2": lambda x: F.relu(x).square()}
 
 
 @dataclass
@@ -47,37 +50,50 @@ class GPTConfig:
     num_key_value_heads: int = 0            # 0: as many as attention heads
     head_dim: int = 0                       # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
+    limited: bool = False                   # more positions than these cannot be computed, rather than were not learned
     tie_word_embeddings: bool = False       # the head is the embedding
-    scaled_embedding: bool = False          # embeddings are multiplied by sqrt(hidden_size)
+    embedding_multiplier: float = 1.        # embeddings are multiplied by it
     learned_positions: bool = False         # positions are embedded, and added
-    norm: str = "rms"                       # rms; rms+1 (RMSNorm, its weight stored minus 1); layer (LayerNorm)
+    norm: str = "rms"                       # rms (RMSNorm); rms+1 (weight stored minus 1); bare (no weight); layer
     rms_norm_eps: float = 1e-6
+    norm_embedding: bool = False            # the final norm, which is then bare, is also applied to the embeddings
     norm_before: bool = True                # a norm before attention, and one before the MLP
     norm_after: bool = False                # a norm after each of them
     parallel_residual: bool = False         # attention and MLP read the same input; both outputs are added to it
+    residual_multiplier: float = 1.         # outputs of attention and MLP are multiplied by it before they are added
 
     attention_bias: bool = False            # of queries, keys and values
     o_bias: bool = False                    # of attention's output
     fused_qkv: str = ""                     # one linear layer for q, k, v. rows: all q, all k, all v; heads: by head
     qk_norm: str = ""                       # norm of queries and keys. head: over each head; all: over all heads
     query_scale: float = 0                  # scores are divided by sqrt(query_scale); 0: head_dim
+    attn_logit_softcapping: float = 0       # scores become cap x tanh(score / cap); 0: they do not
     windows: tuple = ()                     # of each layer: a token attends to so many tokens, itself included; 0: all
     ropes: tuple = ({"rope_type": "default", "rope_theta": 10000.},)        # kinds of RoPE, as in config.json
     layer_ropes: tuple = ()                 # of each layer: the index of its kind in `ropes`; -1: no RoPE
     rotary_dim: int = 0                     # how many of a head's numbers are rotated; 0: all
-    hidden_act: str = "silu"                # silu, gelu, gelu_tanh
+    backwards: bool = False                 # the rotation is the other way round
+    hidden_act: str = "silu"                # one of ACTIVATIONS
     gated: bool = True                      # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     fused_gate_up: bool = False             # one linear layer for gate and up
     mlp_bias: bool = False
+    num_experts: int = 0                    # a mixture of so many experts is in the place of each MLP; 0: none is
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0          # of one expert
+    norm_topk_prob: bool = False            # the weights of a token's experts are divided by their sum
+    logits_scaling: float = 1.              # logits are divided by it
+    final_logit_softcapping: float = 0      # then they become cap x tanh(logit / cap); 0: they do not
 
     names: dict = field(default_factory=lambda: families.LLAMA_NAMES)       # {part of our name: the checkpoint's}
     transposed: bool = False                # the checkpoint stores linear weights as (in, out)
+    wrapper: str = ""                       # transformers' name for the decoder within a model that also sees images
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.query_scale = self.query_scale or self.head_dim
         self.rotary_dim = self.rotary_dim or self.head_dim
+        self.limited = self.limited or self.learned_positions
         self.windows = self.windows or (0,) * self.num_hidden_layers
         self.layer_ropes = self.layer_ropes or (0,) * self.num_hidden_layers
 
@@ -93,7 +109,8 @@ def frequencies(rope, dim):
     """How fast each pair of numbers is rotated: radians per position (dim / 2,), and a factor for cos and sin.
 
     Types: default (Su et al. 2021); linear (positions are divided by the factor); llama3 (only slow frequencies are);
-    yarn (Peng et al. 2023, section 3.2). Left out: dynamic and longrope, which depend on the length of the text.
+    longrope (Ding et al. 2024) for texts within the original context; yarn (Peng et al. 2023, section 3.2). Left out:
+    dynamic, which depends on the length of the text.
     """
     freq = rope["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)                        # (dim / 2,)
     kind = rope["rope_type"]
@@ -102,6 +119,9 @@ def frequencies(rope, dim):
     factor, context = rope["factor"], rope["original_max_position_embeddings"]
     if kind == "linear":
         return freq / factor, 1.
+    if kind == "longrope":
+        above = math.log(max(factor, 1)) / math.log(context)
+        return freq / torch.tensor(rope["short_factor"]), rope.get("attention_factor", math.sqrt(1 + above))
     if kind == "llama3":                    # `kept` is 1 for those that turn often within the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -258,41 +278,52 @@ class FusedLinears:
 # -- the decoder ---------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps, offset=0):
+    def __init__(self, size, eps, kind):
         super().__init__()
-        self.weight, self.eps, self.offset = nn.Parameter(torch.ones(size)), eps, offset
+        self.size, self.eps, self.kind = size, eps, kind
+        self.weight = None if kind == "bare" else nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        if self.offset:                     # in fp32: weight + 1 would round in 16 bits
-            weight = self.weight.float() + self.offset
-            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)                   # sums in fp32, whatever x is
+        if self.kind == "rms+1":            # in fp32: weight + 1 would round in 16 bits
+            return F.rms_norm(x.float(), (self.size,), self.weight.float() + 1, self.eps).to(x.dtype)
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)                        # sums in fp32, whatever x is
 
 
 def norm(c, size, there=True):
     """The family's norm over the last dimension, of this size; None if the family has none at this place."""
     if not there:
         return None
-    return nn.LayerNorm(size, c.rms_norm_eps) if c.norm == "layer" else RMSNorm(size, c.rms_norm_eps, c.norm == "rms+1")
+    return nn.LayerNorm(size, c.rms_norm_eps) if c.norm == "layer" else RMSNorm(size, c.rms_norm_eps, c.norm)
 
 
 def normed(norm, x):
     return x if norm is None else norm(x)
 
 
-def causal(q, k, v, window=0):
+def causal(q, k, v, window=0, cap=0.):
     """Causal attention within rows: q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd).
 
     A token attends to itself and the tokens before it; with a window, to that many tokens, itself included.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, heads, T, hd)
     mask, T, groups = None, q.shape[2], q.shape[1] // k.shape[1]
-    if 0 < window < T:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    if 0 < window < T or cap:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - (window or T))
+    if cap:
+        bias = torch.zeros(T, T, device=q.device).masked_fill(~mask, -torch.inf)
+        q = q.unflatten(1, (-1, groups))                                                 # (B, K, H/K, T, hd)
+        return capped_attention(q, k[:, :, None], v[:, :, None], bias, cap).flatten(1, 2).transpose(1, 2)
     if groups > 1 and q.is_cuda and not (FLASH and mask is None and q.dtype != torch.float32):
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     grouped = {"enable_gqa": True} if groups > 1 else {}    # a literal: torch 2.5 compiles no other
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **grouped).transpose(1, 2)
+
+
+def capped_attention(q, k, v, bias, cap):
+    """Attention whose scores are bent into (-cap, cap), which no kernel of torch does: q (..., n, hd), k and v
+    (..., S, hd), and a bias (..., n, S) of 0 where a query attends and -inf elsewhere -> (..., n, hd)."""
+    scores = (q @ k.mT).float() * q.shape[-1] ** -.5                                     # (..., n, S)
+    return (cap * (scores / cap).tanh() + bias).softmax(-1).to(v.dtype) @ v
 
 
 class PackedRows:
@@ -305,17 +336,17 @@ class PackedRows:
     def __init__(self, token, place):
         self.token, self.place = token, place
 
-    def __call__(self, q, k, v, window=0):
+    def __call__(self, q, k, v, window=0, cap=0.):
         """q (N, H, hd), k, v (N, K, hd) -> (N, H, hd). F.embedding, as the gradient of plain indexing is far slower."""
         q, k, v = (F.embedding(self.token, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))  # (B, T, ...)
-        return causal(q, k, v, window).flatten(0, 1)[self.place]                         # (N, H, hd)
+        return causal(q, k, v, window, cap).flatten(0, 1)[self.place]                    # (N, H, hd)
 
 
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.hd, self.fused, self.window, self.rope = c.head_dim, c.fused_qkv, c.windows[layer], c.layer_ropes[layer]
-        self.scale = (c.head_dim / c.query_scale) ** .5
+        self.scale, self.cap = (c.head_dim / c.query_scale) ** .5, c.attn_logit_softcapping
         self.sizes = [heads * c.head_dim for heads in (c.num_attention_heads, *2 * [c.num_key_value_heads])]
         if self.fused:
             self.qkv_proj = LoRALinear(c.hidden_size, sum(self.sizes), c.attention_bias)
@@ -326,6 +357,7 @@ class Attention(nn.Module):
             self.qkv = FusedLinears(self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = LoRALinear(self.sizes[0], c.hidden_size, c.o_bias)
         self.out = FusedLinears(self.o_proj)
+        self.linears = self.qkv, self.out
         self.q_norm, self.k_norm = (
             norm(c, c.head_dim if c.qk_norm == "head" else size, c.qk_norm) for size in self.sizes[:2])
 
@@ -334,7 +366,8 @@ class Attention(nn.Module):
         rope = ropes[self.rope]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        y = attend(q if self.scale == 1 else q * self.scale, k, v, self.window).flatten(-2)              # (..., H * hd)
+        q = q if self.scale == 1 else q * self.scale
+        y = attend(q, k, v, self.window, self.cap).flatten(-2)                           # (..., H * hd)
         y, = self.out(y if where is None else at_places(y, where), role)                    # (..., D) or (N, D)
         return y
 
@@ -346,8 +379,8 @@ class Attention(nn.Module):
         else:
             outputs = outputs[0].split(self.sizes, -1) if self.fused else outputs
             q, k, v = (y.view(*shape, self.hd) for y in outputs)
-        if self.q_norm is not None:         # over each head or over all: the size of the norm's weight says which
-            q, k = (norm(x.flatten(-2).unflatten(-1, (-1, len(norm.weight)))).view(x.shape)
+        if self.q_norm is not None:         # over each head or over all: the size of the norm says which
+            q, k = (norm(x.flatten(-2).unflatten(-1, (-1, norm.size))).view(x.shape)
                     for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return q, k, v
 
@@ -373,6 +406,7 @@ class MLP(nn.Module):
             self.gate_up = FusedLinears(self.up_proj)
         self.down_proj = LoRALinear(inner, D, c.mlp_bias)
         self.down = FusedLinears(self.down_proj)
+        self.linears = self.gate_up, self.down
 
     def forward(self, x, role):
         outputs = self.gate_up(x, role)
@@ -384,12 +418,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.parallel = c.parallel_residual
+        self.parallel, self.multiplier = c.parallel_residual, c.residual_multiplier
         self.input_layernorm = norm(c, c.hidden_size, c.norm_before)
         self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = norm(c, c.hidden_size, c.norm_after)
         self.pre_feedforward_layernorm = norm(c, c.hidden_size, c.norm_before)
-        self.mlp = MLP(c)
+        self.mlp = Mixture(c, ACTIVATIONS[c.hidden_act]) if c.num_experts else MLP(c)
         self.post_feedforward_layernorm = norm(c, c.hidden_size, c.norm_after)
 
     def forward(self, x, ropes, role, attend, where=None):
@@ -397,8 +431,18 @@ class Block(nn.Module):
         x = x if where is None else at_places(x, where)
         if self.parallel:
             return x + y + self.mlp(self.pre_feedforward_layernorm(x), role)
-        x = x + normed(self.post_attention_layernorm, y)
-        return x + normed(self.post_feedforward_layernorm, self.mlp(normed(self.pre_feedforward_layernorm, x), role))
+        x = torch.add(x, normed(self.post_attention_layernorm, y), alpha=self.multiplier)
+        y = self.mlp(normed(self.pre_feedforward_layernorm, x), role)
+        return torch.add(x, normed(self.post_feedforward_layernorm, y), alpha=self.multiplier)
+
+
+def logits(h, W, divisor=1., cap=0.):
+    """Logits (..., V) in fp32, a new tensor, from final hidden states h (..., D) and a head W (V, D): h W' / divisor.
+    With a cap they are bent into (-cap, cap)."""
+    x = F.linear(h, W).float()
+    if divisor != 1:
+        x = x / divisor
+    return cap * (x / cap).tanh() if cap else x
 
 
 def run_block(block, *args):
@@ -460,8 +504,7 @@ class GPT(nn.Module):
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""
-        return [layers for block in self.model.layers for layers in (
-            block.self_attn.qkv, block.self_attn.out, block.mlp.gate_up, block.mlp.down)]
+        return [layers for block in self.model.layers for layers in (*block.self_attn.linears, *block.mlp.linears)]
 
     def make_contiguous(self):
         """Store q, k, v (and gate, up) one after the other, so that fusing is a view. Moving or copying undoes it."""
@@ -493,12 +536,16 @@ class GPT(nn.Module):
         return self.renamed({name: w for name, w in self.state_dict().items() if ".lora_" not in name})
 
     def linears(self):
-        """[(the checkpoint's name, layer)] of all LoRALinear layers, in order."""
-        return [(self.name(path), m) for path, m in self.named_modules() if isinstance(m, LoRALinear)]
+        """[(transformers' name, layer)] of all LoRALinear layers, in order."""
+        outside = f"model.{self.config.wrapper}." if self.config.wrapper else ""
+        return [(outside + self.name(path).removeprefix("model." if outside else ""), m)
+                for path, m in self.named_modules() if isinstance(m, LoRALinear)]
 
     def targets(self):
-        """The last parts of these names: PEFT's target_modules."""
-        return sorted({path.rpartition(".")[2] for path, _ in self.linears()})
+        """PEFT's target_modules: the last parts of these names, or where a model has other layers of the same names, to
+        see images, a pattern."""
+        last = sorted({path.rpartition(".")[2] for path, _ in self.linears()})
+        return rf"model\.{self.config.wrapper}\..*\.({'|'.join(last)})" if self.config.wrapper else last
 
     def add_role(self, role, rank, alpha, start=None):
         """Give every LoRALinear an adapter for `role`: a fresh one, or a copy of that of role `start`."""
@@ -525,15 +572,18 @@ class GPT(nn.Module):
         """
         c = self.config
         if pos is None:
-            assert not c.learned_positions or ids.shape[-1] <= c.max_position_embeddings, "longer than what is known"
+            assert not c.limited or ids.shape[-1] <= c.max_position_embeddings, "longer than what is known"
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
-        if c.scaled_embedding:                  # Gemma rounds the factor to the precision of the weights
-            x = x * torch.tensor(c.hidden_size ** .5).to(x.dtype).item()
+        if c.embedding_multiplier != 1:         # Gemma rounds the factor to the precision of the weights
+            x = x * torch.tensor(c.embedding_multiplier).to(x.dtype).item()
         if c.learned_positions:                 # the sampler runs finished rows a few steps past the last position
             x = x + self.model.embed_positions(pos.clamp(max=c.max_position_embeddings - 1))
+        if c.norm_embedding:
+            x = self.model.norm(x)
         if self.ropes is None or self.ropes and self.ropes[0][0].device != ids.device:
-            self.ropes = [(torch.cat((-freq, freq)).to(ids.device), factor)              # (rotary_dim,)
+            sign = -1 if c.backwards else 1
+            self.ropes = [(torch.cat((-freq, freq)).to(ids.device) * sign, factor)       # (rotary_dim,)
                           for freq, factor in (frequencies(rope, c.rotary_dim) for rope in c.ropes)]
         turned = []
         for freq, factor in self.ropes:
@@ -563,9 +613,23 @@ class GPT(nn.Module):
                 x = self.train_block(*args)
         return self.model.norm(x)
 
+    def logits(self, h):
+        """Logits (..., V) in fp32 of final hidden states h (..., D)."""
+        return logits(h, self.head, self.config.logits_scaling, self.config.final_logit_softcapping)
+
     def forward(self, ids):
         """Logits (B, T, V) in fp32."""
-        return F.linear(self.hidden(ids), self.head).float()
+        return self.logits(self.hidden(ids))
+
+
+def unwrap(config, loaded):
+    """Leave in `loaded` the language model of a model that also sees images, under the names that it has alone.
+
+    Its head is tied if there is none in the files: what config.json says of that differs between versions.
+    """
+    names = {families.text_name(name): name for name in loaded.data}
+    loaded.data = {name: loaded.data[old] for name, old in names.items() if name is not None}
+    config.tie_word_embeddings = "lm_head.weight" not in loaded
 
 
 def load(folder, device="cpu", dtype=torch.float32, classifier=False):
@@ -579,11 +643,17 @@ def load(folder, device="cpu", dtype=torch.float32, classifier=False):
         raise WeightsError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder")
     try:
         config = GPTConfig.from_hf(read_json(path) | ({"tie_word_embeddings": True} if classifier else {}))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    loaded = load_weights(folder)
+    if config.wrapper:
+        unwrap(config, loaded)
+    try:
         with torch.device("meta"):
             gpt = GPT(config)
-    except (ValueError, RuntimeError) as error:         # torch raises RuntimeError for absurd sizes
+    except RuntimeError as error:                       # torch raises it for absurd sizes
         raise WeightsError(f"{path}: {error}") from None
-    names, loaded = gpt.weights().keys(), load_weights(folder)
+    names = gpt.weights().keys()
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
     if not any(name.startswith(prefix) for name in loaded):             # the decoder alone was saved, as GPT-2 was
         loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}

@@ -32,12 +32,14 @@ def save_adapter(folder, tensors, rank, alpha, target_modules, base, fan_in_fan_
     """Write a LoRA adapter as a folder that PEFT loads. An adapter folder of this name is replaced as a whole.
 
     tensors: {name: tensor}, with names `<module path>.lora_A` (rank, in) and `<module path>.lora_B` (out, rank).
-    base, revision: the model that the adapter belongs to, a name on the hub or a folder. fan_in_fan_out: the weights of
-    the base are (in, out), as in GPT-2. tokenizer_from: a folder whose tokenizer is copied.
+    target_modules: a list of names, or a pattern. base, revision: the model that the adapter belongs to, a name on the
+    hub or a folder. fan_in_fan_out: the weights of the base are (in, out), as in GPT-2. tokenizer_from: a folder whose
+    tokenizer is copied.
     """
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
-        "r": rank, "lora_alpha": alpha, "target_modules": sorted(target_modules), "lora_dropout": 0, "bias": "none",
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0, "bias": "none",
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
         "fan_in_fan_out": fan_in_fan_out, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
     }
     with new_folder(folder) as temp:
@@ -67,7 +69,8 @@ def load_adapter(folder):
     for key, tensor in read_safetensors(folder / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+\.lora_([AB]))\.weight", key)
         if match and tensor.dim() == 2 and tensor.shape["AB".index(match[2])] == rank:
-            tensors[match[1]] = tensor
+            # Before transformers 4.52 models that also see images named their parts so.
+            tensors[re.sub(r"^language_model\.model\.", "model.language_model.", match[1])] = tensor
         else:
             faults.append(f"{key} {list(tensor.shape)}")
     faults += [f"{name} without its lora_{other[name[-1]]}" for name in tensors
@@ -139,7 +142,9 @@ def factors(adapter, base, places):
     found, faults = {}, {"missing": [], "wrong": []}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         # Some files on the hub leave out the first part of a name: h.0.attn.c_attn for transformer.h.0.attn.c_attn.
-        names = f"{path}.weight", f"{path.partition('.')[2]}.weight"
+        # Those of models that also see images have language_model.model for model.language_model.
+        swapped = path.replace("model.language_model.", "language_model.model.", 1)
+        names = [f"{name}.weight" for name in (path, path.partition(".")[2], swapped)]
         name = next((name for name in names if name in places), names[0])
         A, B = (tensors[f"{path}.lora_{ab}"].float() for ab in "AB")
         left, right = (A.T, B.T) if transposed else (B, A)

@@ -5,8 +5,9 @@ model.py has one decoder for all families. Three tables describe a family:
     FIELDS     the fields of GPTConfig in which it differs from Llama
     NAMES      its names of the parts of the model, as in the tensors' names
 RoPE's keys are read in both spellings, that of transformers 5 and the one before. A checkpoint that needs mathematics
-which model.py does not have (mixtures of experts, the capped logits of Gemma 2, dynamic RoPE) is refused, and the error
-names the key. Source: transformers, models/<family>/configuration_<family>.py.
+which model.py does not have (dynamic RoPE, multipliers that the family does not know) is refused, and the error names
+the key. Of a model that also sees images (WRAPPERS), the language model alone is read. Source: transformers,
+models/<family>/configuration_<family>.py.
 """
 import re
 
@@ -16,9 +17,15 @@ SPELLINGS = {  # {family: {its key: the key that Llama has for the same thing}}
              "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps"},
     "gpt_neox": {"layer_norm_eps": "rms_norm_eps", "rotary_emb_base": "rope_theta",
                  "rotary_pct": "partial_rotary_factor"},
+    "gemma2": {"hidden_activation": "hidden_act"},
     "gemma3_text": {"hidden_activation": "hidden_act"},
 }
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# Families that also see images: their language model, unless config.json names another one.
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+ARCHITECTURES = {  # of these language models, each by itself
+    "gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+               "relu2": "relu2"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COMMON = {"max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 ROTARY = {"rope_theta": 1e4, "rope_parameters": None, "rope_scaling": None, "original_max_position_embeddings": None}
@@ -30,41 +37,63 @@ GEMMA = {**LLAMA, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_
 DEFAULTS = {
     "llama": {**LLAMA, "attention_bias": False, "mlp_bias": False},
     "mistral": {**LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "ministral3": {**LLAMA, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5, "num_key_value_heads": 8,
+                   "head_dim": 128, "sliding_window": None, "rope_theta": 1e6,
+                   "rope_parameters": {"rope_type": "yarn", "factor": 16., "original_max_position_embeddings": 16384,
+                                       "mscale": 1., "mscale_all_dim": 1., "llama_4_scaling_beta": .1}},
     "qwen2": QWEN,
     "qwen3": {**QWEN, "head_dim": 128, "attention_bias": False},
-    "phi3": {**LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
-             "partial_rotary_factor": 1.},
+    "qwen3_moe": {**LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 4, "attention_bias": False,
+                  "sliding_window": 4096, "use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768, "norm_topk_prob": False},
+    "olmoe": {**LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": False,
+              "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    "phi3": {**LLAMA, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+             "sliding_window": None, "partial_rotary_factor": 1.},
     "olmo2": {**LLAMA, "rms_norm_eps": 1e-5, "attention_bias": False},
+    "olmo3": {**LLAMA, "rms_norm_eps": 1e-5, "attention_bias": False, "sliding_window": 4096, "layer_types": None,
+              "rope_theta": 5e5},
+    "granite": {**LLAMA, "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.,
+                "residual_multiplier": 1., "attention_multiplier": 1., "logits_scaling": 1.},
     "smollm3": {**LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
                 "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
                 "use_sliding_window": False, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
     "gemma": {**GEMMA, "max_position_embeddings": 8192, "num_key_value_heads": 16},
-    "gemma3_text": {**GEMMA, "max_position_embeddings": 131072, "num_key_value_heads": 4, "sliding_window": 4096,
-                    "layer_types": None, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "gemma2": {**GEMMA, "max_position_embeddings": 8192, "num_key_value_heads": 4, "sliding_window": 4096,
+               "layer_types": None, "query_pre_attn_scalar": 256., "attn_logit_softcapping": 50.,
+               "final_logit_softcapping": 30.},
+    "gemma3_text": {**GEMMA, "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216,
+                    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+                    "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None,
+                    "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
                     "query_pre_attn_scalar": 256.},
+    "nanochat": {**LLAMA, "hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.},
     "gpt2": {**COMMON, "max_position_embeddings": 1024, "hidden_act": "gelu_new", "rms_norm_eps": 1e-5,
              "tie_word_embeddings": True},
     "gpt_neox": {**COMMON, **ROTARY, "hidden_act": "gelu", "rms_norm_eps": 1e-5, "attention_bias": True,
                  "partial_rotary_factor": .25, "use_parallel_residual": True},
 }
+OLMO2 = {"qk_norm": "all", "norm_before": False, "norm_after": True}
 FIELDS = {
-    "llama": {}, "mistral": {}, "smollm3": {},
+    "llama": {}, "mistral": {}, "ministral3": {}, "smollm3": {}, "granite": {}, "olmo2": OLMO2, "olmo3": OLMO2,
     "qwen2": {"attention_bias": True, "o_bias": False},          # fixed in Qwen2, without a key
-    "qwen3": {"qk_norm": "head"},
+    "qwen3": {"qk_norm": "head"}, "qwen3_moe": {"qk_norm": "head"}, "olmoe": {"qk_norm": "all"},
     "phi3": {"fused_qkv": "rows", "fused_gate_up": True},
-    "olmo2": {"qk_norm": "all", "norm_before": False, "norm_after": True},
-    "gemma": {"norm": "rms+1", "scaled_embedding": True},
-    "gemma3_text": {"norm": "rms+1", "scaled_embedding": True, "qk_norm": "head", "norm_after": True},
+    "gemma": {"norm": "rms+1"}, "gemma2": {"norm": "rms+1", "norm_after": True},
+    "gemma3_text": {"norm": "rms+1", "qk_norm": "head", "norm_after": True},
     "gpt2": {"norm": "layer", "gated": False, "attention_bias": True, "o_bias": True, "mlp_bias": True,
              "fused_qkv": "rows", "learned_positions": True, "transposed": True},
     "gpt_neox": {"norm": "layer", "gated": False, "mlp_bias": True, "fused_qkv": "heads"},
+    # nanochat norms queries and keys after RoPE, which is the same, as a norm without weights does not see a rotation.
+    "nanochat": {"norm": "bare", "norm_embedding": True, "qk_norm": "head", "backwards": True, "gated": False},
 }
 LLAMA_NAMES = {"pre_feedforward_layernorm": "post_attention_layernorm"}     # the norm between attention and MLP
 NAMES = {
-    "olmo2": {}, "gemma3_text": {},
+    "olmo2": {}, "olmo3": {}, "gemma2": {}, "gemma3_text": {},
     "gpt2": {"model": "transformer", "embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "norm": "ln_f",
              "input_layernorm": "ln_1", "pre_feedforward_layernorm": "ln_2", "self_attn": "attn", "qkv_proj": "c_attn",
              "o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj"},
+    "nanochat": {**LLAMA_NAMES, "up_proj": "fc1", "down_proj": "fc2"},
     "gpt_neox": {**LLAMA_NAMES, "model": "gpt_neox", "embed_tokens": "embed_in", "norm": "final_layer_norm",
                  "self_attn": "attention", "qkv_proj": "query_key_value", "o_proj": "dense",
                  "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h", "lm_head": "embed_out"},
@@ -72,21 +101,54 @@ NAMES = {
 SCORE = "score.weight"                  # the head of a reward model
 # Names of tensors that old files contain although they are not weights.
 BUFFERS = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
-UNSUPPORTED = (  # keys that ask for other mathematics, unless they are absent, null, false or empty
+# Keys that ask for other mathematics, unless they are absent, null, false or empty; and factors, unless they are 1.
+# Every family refuses those that it does not have in DEFAULTS, even where transformers ignores them: the weights were
+# trained with what they say.
+UNSUPPORTED = (
     "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "num_experts",
-    "num_local_experts", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
-    "is_encoder_decoder", "rope_interleaved")
+    "num_local_experts", "n_routed_experts", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx",
+    "add_cross_attention", "is_encoder_decoder", "rope_interleaved", "alibi", "use_qk_norm", "qk_layernorm",
+    "attention_multiplier", "query_pre_attn_scalar", "attention_chunk_size", "attn_temperature_tuning",
+    "attn_output_gate", "llama_4_scaling_beta", "layer_scale_init_value", "layerscale_value", "use_layer_scale",
+    "kv_lora_rank", "num_kv_shared_layers", "hidden_size_per_layer_input", "lm_head_bias", "mlp_only_layers")
+FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
+           "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "embedding_scale", "scale_emb",
+           "decoder_sparse_step")
+# Keys for which null does not mean the default.
+OFF_BY_NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")     # their embeddings are multiplied by the root of hidden_size
 # Whether layer i attends only to a window of tokens; used if config.json has no layer_types.
 IS_SLIDING = {
-    "mistral": lambda c, i: True, "phi3": lambda c, i: True,
+    **dict.fromkeys(("mistral", "ministral3", "phi3", "qwen3_moe"), lambda c, i: True),
     "qwen2": lambda c, i: i >= c["max_window_layers"], "qwen3": lambda c, i: i >= c["max_window_layers"],
     "smollm3": lambda c, i: not has_rope(c, i), "gemma3_text": lambda c, i: (i + 1) % c["sliding_window_pattern"] != 0,
+    "olmo3": lambda c, i: (i + 1) % 4 != 0, "gemma2": lambda c, i: i % 2 == 0,
 }
+TWO_ROPES = ("gemma3_text", "olmo3")            # one kind of RoPE in full layers, another one in sliding layers
 # The kinds of RoPE, and the numbers that each must have.
 ROPES = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-         "yarn": ("factor",)}
+         "yarn": ("factor",), "longrope": ("factor",)}
 ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-                "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "partial_rotary_factor")
+                "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "partial_rotary_factor",
+                "llama_4_scaling_beta")
+
+
+def text_config(config):
+    """The config.json of a language model alone, as a dict. Most are that already; that of a model that also sees
+    images has it as a part."""
+    if config.get("model_type") not in tuple(WRAPPERS) or not isinstance(config.get("text_config"), dict):
+        return config
+    part = {"model_type": WRAPPERS[config["model_type"]], **config["text_config"]}
+    outside = {key: config[key] for key in ("eos_token_id", "quantization_config", "auto_map") if config.get(key)}
+    return {**part, **outside, "architectures": [ARCHITECTURES.get(part["model_type"])]}
+
+
+def text_name(name):
+    """The name of a tensor of a model that also sees images, in its language model alone; None if it is not a part of
+    that. Older files begin with language_model, newer ones with model.language_model."""
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        return None
+    return re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name).removeprefix("language_model.")
 
 
 def fields(config):
@@ -94,11 +156,15 @@ def fields(config):
 
     ValueError names the key that is missing, malformed, or asks for something that model.py does not compute.
     """
+    wrapper = "language_model" if config.get("model_type") in tuple(WRAPPERS) else ""
+    if wrapper:
+        expect(isinstance(config.get("text_config"), dict), "text_config", config.get("text_config"), "an object")
+    config = text_config(config)
     family = config.get("model_type")
+    if family == "qwen3_moe":                                       # transformers 5 has another name
+        config = {"num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}
     require_supported("model_type", family, DEFAULTS)
-    for key in UNSUPPORTED:
-        require_supported(key, config.get(key) or None, (None,))
-    require_supported("scale_attn_weights", config.get("scale_attn_weights", True), (True,))
+    refuse_other_mathematics(config, family)
     refuse_custom_code(config.get("auto_map") or {}, family)
     c = read_keys(config, family)
     if family == "gemma" and c["hidden_act"] == "gelu":
@@ -118,21 +184,47 @@ def fields(config):
     for i in layers:
         if ropes and has_rope(c, i):
             layer_ropes[i] = int(len(ropes) > 1 and slides[i])
+    limit = known_positions(c, family, ropes)
     return {
         **{key: c[key] for key in (*SIZES, *COMMON, "num_key_value_heads", "head_dim")},
+        "max_position_embeddings": limit or c["max_position_embeddings"], "limited": bool(limit),
         "hidden_act": ACTIVATIONS[c["hidden_act"]],
         "attention_bias": c.get("attention_bias", False), "o_bias": c.get("attention_bias", False),
         "mlp_bias": c.get("mlp_bias", False), "parallel_residual": c.get("use_parallel_residual", False),
-        "query_scale": c.get("query_pre_attn_scalar", 0),
+        "embedding_multiplier": c.get("embedding_multiplier", c["hidden_size"] ** .5 if family in GEMMAS else 1.),
+        "residual_multiplier": c.get("residual_multiplier", 1.), "logits_scaling": c.get("logits_scaling", 1.),
+        "attn_logit_softcapping": c.get("attn_logit_softcapping") or 0,
+        "final_logit_softcapping": c.get("final_logit_softcapping") or 0,
+        "query_scale": c["attention_multiplier"] ** -2 if family == "granite" else c.get("query_pre_attn_scalar", 0),
         "windows": tuple(window if slides[i] else 0 for i in layers),
         "ropes": ropes, "rotary_dim": rotary_dim, "layer_ropes": tuple(layer_ropes),
-        "names": NAMES.get(family, LLAMA_NAMES), **FIELDS[family],
+        **read_mixture(c),
+        "names": NAMES.get(family, LLAMA_NAMES), "wrapper": wrapper, **FIELDS[family],
     }
 
 
 def is_no_part(name, classifier=False):
     """Whether a tensor of a checkpoint is no part of the decoder: a buffer, or the head of a classifier."""
     return BUFFERS.fullmatch(name) is not None or classifier and name == SCORE
+
+
+def known_positions(c, family, ropes):
+    """How many positions are computed as transformers computes them, where that is fewer than a model may take: up to
+    here LongRoPE has its short factors, and Ministral 3 does not scale its queries. 0: any number."""
+    rope = ropes[0] if ropes else {}
+    if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
+        return min(rope["original_max_position_embeddings"], c["max_position_embeddings"])
+    return 0
+
+
+def read_mixture(c):
+    """The fields of a mixture of experts, {} for a model without."""
+    if "num_experts" not in c:
+        return {}
+    k, most = c["num_experts_per_tok"], c["num_experts"]
+    expect(k <= most, "num_experts_per_tok", k, f"at most {most}, the number of experts")
+    return {"num_experts": most, "num_experts_per_tok": k, "norm_topk_prob": c["norm_topk_prob"],
+            "moe_intermediate_size": c.get("moe_intermediate_size", c["intermediate_size"])}
 
 
 def read_keys(config, family):
@@ -144,9 +236,8 @@ def read_keys(config, family):
     replaced = spellings.values()                                   # Llama's spelling means nothing in this family
     given = {spellings.get(key, key): value for key, value in config.items() if key not in replaced}
     c |= {key: value for key, value in given.items() if key in c and value is not None}
-    if "sliding_window" in given and "sliding_window" in c:
-        c["sliding_window"] = given["sliding_window"]               # null means no window, not the default
-    c |= {key: given.get(key) for key in SIZES}
+    c |= {key: given[key] for key in OFF_BY_NULL if key in given and key in c}
+    c |= {key: given.get(key, c.get(key)) for key in SIZES}
     if family == "gpt2" and c["intermediate_size"] is None:
         c["intermediate_size"] = 4 * c["hidden_size"] if type(c["hidden_size"]) is int else None
     for key in c:
@@ -165,7 +256,7 @@ def check_value(c, key, family):
     elif isinstance(default, bool):
         expect(isinstance(value, bool), name, value, "true or false")
     elif isinstance(default, float):
-        expect(is_positive(value), name, value, "a number above 0")
+        expect(is_positive(value) or value is None and key in OFF_BY_NULL, name, value, "a number above 0")
     elif not isinstance(default, str):
         zero = type(value) is int and value == 0 and key == "max_window_layers"
         absent = value is None and key not in SIZES
@@ -195,6 +286,15 @@ def spelling(key, family):
         if ours == key:
             return theirs
     return key
+
+
+def refuse_other_mathematics(config, family):
+    """Raise ValueError for a key that asks for something that the family does not compute."""
+    for key in (*UNSUPPORTED, *FACTORS):
+        if key not in DEFAULTS[family]:
+            neutral = key in FACTORS and config.get(key) == 1
+            require_supported(key, None if neutral else config.get(key) or None, (None,))
+    require_supported("scale_attn_weights", config.get("scale_attn_weights", True), (True,))
 
 
 def refuse_custom_code(auto_map, family):
@@ -244,18 +344,18 @@ def layer_types(c, family):
 def read_ropes(c, family):
     """(ropes, rotary_dim): the parameters of each kind of RoPE, and how many numbers of each head RoPE rotates.
 
-    There is one kind for all layers; Gemma 3 has one for full layers and another one for sliding layers.
+    There is one kind for all layers; families in TWO_ROPES have one for full and another one for sliding layers.
     """
     if FIELDS[family].get("learned_positions"):
         return (), 0
     given = c["rope_scaling"] or c["rope_parameters"] or {}
     kinds = [given]
-    if family == "gemma3_text":
+    if family in TWO_ROPES:
         nested = {"full_attention", "sliding_attention"} & given.keys()
         if c["rope_parameters"] and not nested:
             raise ValueError("rope_parameters must be those of full_attention and those of sliding_attention")
         kinds = [given.get("full_attention", {} if nested else given),
-                 given.get("sliding_attention") or {"rope_theta": c["rope_local_base_freq"]}]
+                 given.get("sliding_attention") or {"rope_theta": c.get("rope_local_base_freq", c["rope_theta"])}]
     ropes = tuple(read_rope(c, family, given) for given in kinds)
     part = 1
     if "partial_rotary_factor" in c:
@@ -263,7 +363,17 @@ def read_ropes(c, family):
     rotary_dim = int(c["head_dim"] * part)
     even = 2 <= rotary_dim <= c["head_dim"] and rotary_dim % 2 == 0
     expect(even, "head_dim x partial_rotary_factor =", rotary_dim, "an even number up to head_dim")
+    for rope in ropes:
+        if rope["rope_type"] == "longrope":
+            check_factors(rope, rotary_dim // 2)
     return ropes, rotary_dim
+
+
+def check_factors(rope, n):
+    """Raise ValueError unless LongRoPE has a factor for each of n frequencies."""
+    factors = rope.get("short_factor")
+    enough = isinstance(factors, list) and len(factors) == n and all(map(is_positive, factors))
+    expect(enough, "RoPE's short_factor", factors, f"a list of {n} numbers above 0")
 
 
 def read_rope(c, family, given):
@@ -274,11 +384,12 @@ def read_rope(c, family, given):
             "original_max_position_embeddings": c["max_position_embeddings"], **given}
     if c["original_max_position_embeddings"]:                       # Phi has this key outside of rope_scaling
         rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    kind = rope["rope_type"]
-    supported = ("default",) if family == "phi3" else ROPES         # Phi's yarn is computed in another way
+    kind = rope["rope_type"] = "longrope" if rope["rope_type"] == "su" else rope["rope_type"]       # its first name
+    # Phi's yarn is computed in another way, and only Phi has been seen with longrope.
+    supported = ("default", "longrope") if family == "phi3" else [kind for kind in ROPES if kind != "longrope"]
     require_supported("rope_type", kind, supported)
     original = rope["original_max_position_embeddings"]
-    if kind == "yarn" and is_positive(original):
+    if kind in ("yarn", "longrope") and is_positive(original):
         rope.setdefault("factor", c["max_position_embeddings"] / original)
     for key in ROPE_NUMBERS:
         if key in rope or key in ROPES[kind]:

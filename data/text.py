@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data import InputError, read_json
+from data.families import text_config
 from data.template import renderer
 
 ALPACA = (
@@ -68,6 +69,7 @@ class Text:
         self.bos_token, eos_token = self.specials.get("bos_token"), self.specials.get("eos_token")
         stops = [self.tokenizer.token_to_id(eos_token)] if eos_token else []
         config, generation = (read_json(Path(model or folder) / f"{name}config.json") for name in ("", "generation_"))
+        config = text_config(config)
         for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
             stops += eos if isinstance(eos, list) else [eos]
         stops = [stop for stop in stops if stop is not None]

@@ -8,7 +8,7 @@ from itertools import repeat
 
 import torch
 
-from model import PackedRows
+from model import PackedRows, logits
 
 
 def pack(rows, device="cpu"):
@@ -35,28 +35,28 @@ def last_token(mask):
 
 
 class ChunkedLogProb(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] for a chunk of rows at a time, so that N x V numbers never exist, neither
-    in the forward nor in the backward pass.
+    """log softmax(logits / temperature)[target] for a chunk of rows at a time, so that N x V numbers never exist,
+    neither in the forward nor in the backward pass. The logits are model.logits(h, W, divisor, cap).
 
-    h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient of a log-prob with respect to its row of h is
-    (W[target] - sum_v p_v W_v) / temperature, times the gradient of the log-prob; it is computed in the forward pass,
-    where p is at hand. So with a frozen W the logits are computed once. If W learns, the backward pass computes them
-    again, except when one chunk held all rows: then p was kept.
+    h (N, D), W (V, D), targets (N,) -> (N,) in fp32. The gradient with respect to h is computed in the forward pass,
+    where the logits are at hand. So with a frozen W they are computed once. If W learns, the backward pass computes
+    them again, except when one chunk held all rows: then their gradient was kept.
     """
 
     @staticmethod
-    def forward(ctx, h, W, targets, temperature, chunk):
+    def forward(ctx, h, W, targets, temperature, chunk, divisor=1., cap=0.):
         logp = torch.empty(len(h), device=h.device)                                      # (N,), fp32
         learns, frozen = ctx.needs_input_grad[0], not ctx.needs_input_grad[1]
         dh, kept = torch.empty_like(h) if learns else None, (None, None)
+        settings = temperature, divisor, cap
         for i in range(0, len(h), chunk):
-            rows, target = slice(i, i + chunk), targets[i:i + chunk]
-            p, total, logp[rows] = exp_logits(h[rows], W, target, temperature)
+            rows = slice(i, i + chunk)
+            logp[rows], d, factor = logp_and_gradient(h[rows], W, targets[rows], *settings)
             if learns:
-                dh[rows] = (W[target] - p.to(W.dtype) @ W / total).div_(temperature)     # (chunk, D)
-                kept = (p, total) if len(h) <= chunk and not frozen else kept
+                dh[rows] = factor * (d.to(W.dtype) @ W)                                  # (chunk, D)
+                kept = (d, factor) if len(h) <= chunk and not frozen else kept
         ctx.save_for_backward(dh, *(() if frozen else (h, W, targets, *kept)))
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.chunk, ctx.settings = chunk, settings
         return logp
 
     @staticmethod
@@ -67,23 +67,32 @@ class ChunkedLogProb(torch.autograd.Function):
             h, W, targets, *kept = learning
             dW = torch.zeros(W.shape, device=W.device)
             for i in range(0, len(h), ctx.chunk):
-                rows, target = slice(i, i + ctx.chunk), targets[i:i + ctx.chunk]
-                p, total = kept if kept[0] is not None else exp_logits(h[rows], W, target, ctx.temperature)[:2]
-                g = grad[rows, None] / ctx.temperature                                   # (chunk, 1)
-                d = p.mul_(-g / total).scatter_add_(1, target[:, None], g)               # (chunk, V): g (1[target] - p)
-                dW += d.T @ h[rows].float()
+                rows = slice(i, i + ctx.chunk)
+                d, factor = kept
+                if d is None:
+                    _, d, factor = logp_and_gradient(h[rows], W, targets[rows], *ctx.settings)
+                dW += d.T @ (grad[rows, None] * factor * h[rows])
             dW = dW.to(W.dtype)
-        return dh * grad[:, None].to(dh.dtype), dW, None, None, None
+        return dh * grad[:, None].to(dh.dtype), dW, None, None, None, None, None
 
 
-def exp_logits(h, W, targets, temperature):
-    """The parts of a softmax over h W' / temperature, h (n, D), W (V, D): e^(logit - largest logit) (n, V), its sum
-    (n, 1), and the log-probs (n,) of the targets (n,). Done in place: the time goes into passes over n x V numbers."""
-    logits = (h @ W.T).float().div_(temperature)                                         # (n, V)
-    at_target, largest = logits.gather(1, targets[:, None]), logits.amax(-1, keepdim=True)
-    p = logits.sub_(largest).exp_()
-    total = p.sum(-1, keepdim=True)
-    return p, total, (at_target - largest - total.log())[:, 0]
+def logp_and_gradient(h, W, targets, temperature, divisor, cap):
+    """Log-probs (n,) of the targets (n,), and the gradient of each with respect to its row of h W', in two factors: d
+    (n, V) and factor (n, 1). h (n, D), W (V, D).
+
+    With p = softmax(x), x = logits / temperature: the gradient with respect to x is 1[target] - p, and the slope of a
+    cap is 1 - (logit / cap)^2. Done in place, for the time goes into passes over n x V numbers.
+    """
+    x = logits(h, W, divisor, cap)                                                       # (n, V)
+    slope = 1 - (x / cap) ** 2 if cap else None
+    x.div_(temperature)
+    at_target, largest = x.gather(1, targets[:, None]), x.amax(-1, keepdim=True)
+    d = x.sub_(largest).exp_()
+    total = d.sum(-1, keepdim=True)                                                      # p is d / total
+    d.scatter_add_(1, targets[:, None], -total)
+    if cap:
+        d.mul_(slope)
+    return (at_target - largest - total.log())[:, 0], d, -1 / (total * temperature * divisor)
 
 
 def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
@@ -93,7 +102,9 @@ def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
     """
     where = mask.flatten().nonzero()[:, 0]              # (N,); first, because this waits for the GPU
     h = encode(policy, ids[:, :-1], mask, where, shared)                                 # (N, D)
-    logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk)
+    c = policy.gpt.config
+    logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk, c.logits_scaling,
+                                c.final_logit_softcapping)
     return scatter(logp, where, mask.shape)                                              # (B, T-1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import model
-from data import InputError, adapters, classifiers, text, weights
+from data import InputError, adapters, classifiers, families, text, weights
 from rlhf.config import Config, resolve, stage
 
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
@@ -119,7 +119,9 @@ def save(policy, cfg):
         adapters.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
                              policy.gpt.config.transposed, cfg.revision or None, own_words)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
-        config = {**text.read_json(cfg.checkpoint / "config.json"), "dtype": "float32", "torch_dtype": "float32"}
+        config = {**families.text_config(text.read_json(cfg.checkpoint / "config.json")),
+                  "tie_word_embeddings": policy.gpt.config.tie_word_embeddings,
+                  "dtype": "float32", "torch_dtype": "float32"}
         weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.tokenizer[0])
 
 

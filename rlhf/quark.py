@@ -61,11 +61,9 @@ def quantiles_of(scores, k):
     return ranks * k // len(scores) + 1
 
 
-def nll_and_kl(h, W, ref_h, ref_W, targets, temperature):
-    """Sums over n tokens: -log pi(target), and the exact KL(ref || pi). Hidden states h, ref_h (n, D), heads W, ref_W
-    (V, D), targets (n,)."""
-    logp = ((h @ W.T).float() / temperature).log_softmax(-1)                             # (n, V)
-    ref_logp = ((ref_h @ ref_W.T).float() / temperature).log_softmax(-1)
+def nll_and_kl(logits, ref_logits, targets):
+    """Sums over n tokens: -log pi(target), and the exact KL(ref || pi), from logits (n, V) and targets (n,)."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)                  # (n, V)
     nll = -logp.gather(1, targets[:, None]).sum()
     return nll, (ref_logp.exp() * (ref_logp - logp)).sum()
 
@@ -76,8 +74,11 @@ def quark_losses(model, ref, rows, plain, temperature):
     h, targets = read(model, rows)                                                       # (N, D), (N,)
     with torch.no_grad():
         ref_h, _ = read(ref, plain)                                                      # (N, D)
-    sums = [checkpoint(nll_and_kl, h[i:i + CHUNK], model.gpt.head, ref_h[i:i + CHUNK], ref.gpt.head,
-                       targets[i:i + CHUNK], temperature, use_reentrant=False) for i in range(0, len(h), CHUNK)]
+
+    def losses_of(part):
+        return nll_and_kl(model.gpt.logits(h[part]) / temperature, ref.gpt.logits(ref_h[part]) / temperature,
+                          targets[part])
+    sums = [checkpoint(losses_of, slice(i, i + CHUNK), use_reentrant=False) for i in range(0, len(h), CHUNK)]
     return (sum(part) for part in zip(*sums))
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data import InputError
 from data.progress import Progress
-from model import causal
+from model import capped_attention, causal
 from rlhf.logprobs import pack
 from rlhf.update import micro_batches
 
@@ -46,12 +46,12 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
 
     A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
     row) and no such id. temperature and top_p: see draw(). slots: 0 for as many as fit into memory. graph: on CUDA,
-    replay a captured step. InputError if the model has too few learned positions.
+    replay a captured step. InputError if the model has too few positions.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
-    if c.learned_positions and longest > c.max_position_embeddings:
-        raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has learned "
+    if c.limited and longest > c.max_position_embeddings:
+        raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
     slots = min(slots or slots_that_fit(policy.gpt, longest), len(limits))
     engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, top_p,
@@ -86,7 +86,7 @@ def draw(logits, u, temperature, top_p=1.):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)                                   # (B, V)
+    probs = (logits / temperature).softmax(-1)                                           # (B, V)
     if top_p < 1:
         probs, order = probs.topk(min(CANDIDATES, probs.shape[1]))                       # (B, candidates), sorted
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
@@ -135,12 +135,12 @@ class KVCache:
         kept in slot slots[i]."""
         return [partial(self.attend_to_prompt, layer, slots, source) for layer in range(len(self.k))]
 
-    def attend_to_prompt(self, layer, slots, source, q, k, v, window):
+    def attend_to_prompt(self, layer, slots, source, q, k, v, window, cap):
         """Keep k and v (P, T, K, hd), and attend within the prompts."""
         T = k.shape[1]
         self.k[layer][slots, :, :T] = k.transpose(1, 2)[source]
         self.v[layer][slots, :, :T] = v.transpose(1, 2)[source]
-        return causal(q, k, v, window)
+        return causal(q, k, v, window, cap)
 
     def decode(self, pos, span):
         """Attention functions, one for each layer, for one more token of the rows in the first B slots, at columns pos
@@ -154,14 +154,16 @@ class KVCache:
             biases[window] = bias.masked_fill_(hidden, -torch.inf)
         return [partial(self.attend_to_cache, layer, cells, biases) for layer in range(len(self.k))]
 
-    def attend_to_cache(self, layer, cells, biases, q, k, v, window):
+    def attend_to_cache(self, layer, cells, biases, q, k, v, window, cap):
         """q (B, H, hd), k and v (B, K, hd) of one token a row -> (B, H, hd). The H / K query heads that share a kv head
         become the rows of one product, so that the cache is read once and never repeated."""
         self.update(layer, cells, k, v)
         (B, K, hd), bias = k.shape, biases[window]
         q_rows = q.reshape(B, K, -1, hd)                                                 # (B, K, H/K, hd)
         k, v = self.k[layer][:B, :, :bias.shape[-1]], self.v[layer][:B, :, :bias.shape[-1]]      # (B, K, span, hd)
-        if self.sdpa:
+        if cap:
+            y = capped_attention(q_rows, k, v, bias, cap)
+        elif self.sdpa:
             y = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias.expand(-1, -1, q_rows.shape[2], -1))
         else:
             y = (q_rows @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
@@ -250,7 +252,7 @@ class Engine:
         token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
         h = self.gpt.hidden(token, pos, self.cache.decode(pos, span))                    # (B, D)
         self.checksum += h.sum(dtype=torch.float32)
-        token.copy_(self.choose(F.linear(h, self.gpt.head), row, at))
+        token.copy_(self.choose(self.gpt.logits(h), row, at))
         self.written[row, at] = token
         pos += 1
         at += 1

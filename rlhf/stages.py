@@ -106,12 +106,13 @@ def imported(tree):
 
 
 def sources(method):
-    """{file: hash} of a method's source and of all that it imports from rlhf/ and model.py, directly or not."""
+    """{file: hash} of a method's source and of all that it imports from rlhf/, model.py and mixture.py, directly or
+    not."""
     left, found = [f"rlhf.{method}"], {}
     while left:
         file = f"{left.pop().replace('.', '/')}.py"
         path = FOLDER.parent / file
-        if file in found or not (file == "model.py" or file.startswith("rlhf/")) or not path.exists():
+        if file in found or not (file in ("model.py", "mixture.py") or file.startswith("rlhf/")) or not path.exists():
             continue
         found[file], further = hash_and_imports(path.read_text(encoding="utf-8"))
         if SEEN.setdefault(path, found[file]) != found[file]:

@@ -70,7 +70,7 @@ class ServingEngine(Engine):
         super().advance()
 
     def choose(self, logits, row, at):
-        logits, temperature = logits.float(), self.temperatures[row]                     # (B, V), (B, 1)
+        temperature = self.temperatures[row]                                            # (B, 1)
         drawn = draw(logits / temperature.clamp(min=GREEDY_BELOW), self.u[row, at], 1.)
         token = torch.where(temperature[:, 0] < GREEDY_BELOW, logits.argmax(-1), drawn)  # (B,)
         if self.want_logprobs:

@@ -20,7 +20,12 @@ ROWS = [(prompt, answer) for prompt, answer in zip(PROMPTS, tiny.texts([20, 7, 1
 
 
 FAMILIES = {  # what is not Llama's, several at a time
-    "windows": {"windows": (0, 9), "norm": "rms+1", "qk_norm": "head", "norm_after": True, "scaled_embedding": True},
+    "windows": {"windows": (0, 9), "norm": "rms+1", "qk_norm": "head", "norm_after": True,
+                "embedding_multiplier": 128 ** .5},
+    "caps": {"windows": (0, 9), "attn_logit_softcapping": 3., "final_logit_softcapping": 5., "norm": "bare",
+             "norm_embedding": True, "qk_norm": "head", "backwards": True, "gated": False, "hidden_act": "relu2",
+             "residual_multiplier": .5, "logits_scaling": 2.},
+    "mixture": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "gpt2": {"norm": "layer", "gated": False, "fused_qkv": "rows", "learned_positions": True, "ropes": (),
              "layer_ropes": (-1, -1), "hidden_act": "gelu_tanh", "num_key_value_heads": 4},
     "neox": {"norm": "layer", "gated": False, "fused_qkv": "heads", "rotary_dim": 8, "parallel_residual": True,

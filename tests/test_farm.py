@@ -775,7 +775,7 @@ BAD_INPUT = {                                           # name: (arguments, what
     "no tokenizer": ("--method sft --model {}/no_tokenizer", "no_tokenizer.*tokenizer.json"),
     "no config": ("--method sft --model {}/no_config", "no_config.*config.json"),
     "config that is no JSON": ("--method sft --model {}/bad_config", "bad_config.*config.json"),
-    "another architecture": ("--method sft --model {}/gemma2", "config.json: model_type 'gemma2'"),
+    "another architecture": ("--method sft --model {}/mixtral", "config.json: model_type 'mixtral'"),
     "cut weights": ("--method sft --model {}/cut", "cut.*model.safetensors"),
     "web page as weights": ("--method sft --model {}/page", "page.*model.safetensors.*web page"),
     "weights of another shape": ("--method sft --model {}/shape", "shape.*misshaped"),
@@ -805,7 +805,7 @@ def shelf(tmp_path_factory):
     model_folder(shelf / "no_tokenizer", without=["tokenizer.json"])
     model_folder(shelf / "no_config", without=["config.json"])
     model_folder(shelf / "bad_config", config_json=b"{")
-    model_folder(shelf / "gemma2", config_json=json.dumps({**CONFIG, "model_type": "gemma2"}).encode())
+    model_folder(shelf / "mixtral", config_json=json.dumps({**CONFIG, "model_type": "mixtral"}).encode())
     model_folder(shelf / "cut", model_safetensors=WEIGHTS[:-99])
     model_folder(shelf / "page", model_safetensors=b"<!doctype html><title>Sign in</title>")
     model_folder(shelf / "shape", config_json=json.dumps({**CONFIG, "intermediate_size": 64}).encode())

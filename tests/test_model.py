@@ -285,9 +285,9 @@ def test_strict_load_lists_all_that_does_not_fit_in_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("named, changes", [
-    ("model_type 'gemma2'", {"model_type": "gemma2"}),
+    ("model_type 'mixtral'", {"model_type": "mixtral"}),
     ("model_type None", {"model_type": None}),
-    ("hidden_act 'relu2'", {"hidden_act": "relu2"}),
+    ("hidden_act 'relu6'", {"hidden_act": "relu6"}),
     ("rope_type 'dynamic'", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.}}),
     ("rope_type 'longrope'", {"rope_parameters": None, "rope_scaling": {"type": "longrope", "factor": 2.}}),
     ("low_freq_factor", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.}}),

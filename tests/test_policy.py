@@ -67,15 +67,20 @@ def test_token_logps_and_gradients_equal_the_textbook(kind, chunk, temperature):
 
 
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_chunked_gradients_are_exact_to_fp32(frozen_head):
-    """Against autograd in fp64, so that the tolerance is about rounding alone."""
+@pytest.mark.parametrize("chunk", [3, 7])
+@pytest.mark.parametrize("divisor, cap", [(1., 0.), (3., 0.), (1., 2.), (.5, 2.)])
+def test_chunked_gradients_are_exact_to_fp32(frozen_head, chunk, divisor, cap):
+    """Against autograd in fp64, so that the tolerance is about rounding alone; also with a divisor and a cap."""
     r = torch.Generator().manual_seed(0)
     h, W, targets, pull = (torch.randn(7, 5, generator=r), torch.randn(11, 5, generator=r),
                            torch.randint(11, (7,), generator=r), torch.randn(7, generator=r))
     h, W = h.requires_grad_(), W.requires_grad_(not frozen_head)
     inputs = [h] if frozen_head else [h, W]
-    logp = ChunkedLogProb.apply(h, W, targets, 1.5, 3)
-    exact = (h.double() @ W.double().T / 1.5).log_softmax(-1)[range(7), targets]
+    logp = ChunkedLogProb.apply(h, W, targets, 1.5, chunk, divisor, cap)
+    exact = h.double() @ W.double().T / divisor
+    if cap:
+        exact = cap * (exact / cap).tanh()
+    exact = (exact / 1.5).log_softmax(-1)[range(7), targets]
     assert (logp - exact).abs().max() < 1e-6
     gradients = (torch.autograd.grad(x, inputs) for x in (logp @ pull, exact @ pull.double()))
     for a, b in zip(*gradients, strict=True):

@@ -153,5 +153,5 @@ def test_learned_positions_may_be_used_up_and_no_more(monkeypatch):
     assert [len(response) for _, response in rows] == limits
     assert rows == [row for prompt, limit in zip(prompts, limits)
                     for row in sample(model, [prompt], UNUSED, limit, temperature=0)]
-    with pytest.raises(InputError, match="may have 17 tokens, and the model has learned 16 positions"):
+    with pytest.raises(InputError, match="may have 17 tokens, and the model has 16 positions"):
         sample(model, prompts, UNUSED, 2)

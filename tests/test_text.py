@@ -361,6 +361,15 @@ def test_a_token_that_the_model_has_no_embedding_for_is_an_input_error(folder, t
                 Text(path).prompt({"instruction": "What do cows eat?"})
 
 
+def test_a_model_that_also_sees_images_says_in_a_part_of_its_config_what_ends_an_answer(folder):
+    path = folder(eos_token=None)
+    (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"eos_token_id": 5}}))
+    assert Text(path).stops == [5]
+    (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "eos_token_id": [3, 6],
+                                                  "text_config": {"eos_token_id": 5, "vocab_size": 9}}))
+    assert Text(path).stops == [3, 6] and Text(path).vocab == 9
+
+
 def test_a_bos_that_the_tokenizer_does_not_know_is_not_added(folder):
     text = Text(folder(chat_template=None, add_bos_token=True, bos_token="<nowhere>"))
     assert text.plain("cow") == text.tokenizer.encode("cow").ids
