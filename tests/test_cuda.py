@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from model import logits
 from rlhf import reward, sampler
 from rlhf.logprobs import ChunkedLogProb, pack, token_logps
 from rlhf.update import Updater
@@ -114,6 +115,16 @@ def test_chunked_gradients_where_head_and_states_are_bf16():
     chunked, h.grad = h.grad.float(), None
     (h.float() @ W.float().T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     assert (chunked - h.grad.float()).norm() < .02 * h.grad.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bits_are_rounded_to_fp32_only(dtype):
+    """With and without gradients, which are two ways to compute them."""
+    h, W = (torch.randn(n, 256, device="cuda", dtype=dtype) for n in (40, 1000))
+    exact = (h.double() @ W.double().T).float()
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            torch.testing.assert_close(logits(h, W), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,6 +11,7 @@ import model
 from data.text import Text
 from data.weights import WeightsError, load_weights, write_safetensors
 from model import GPTConfig, frequencies
+from rlhf.logprobs import ChunkedLogProb
 from rlhf.policy import Policy
 from rlhf.sampler import KVCache, sample
 
@@ -234,6 +235,23 @@ def test_adapters_stay_fp32_on_a_low_precision_base_and_logits_too(tmp_path):
     with gpt.using("sft"):
         assert gpt(ids).dtype == torch.float32
         close(gpt(ids), model.load(tmp_path)(ids), .2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", [7, 1000])
+def test_logits_of_16_bits_are_rounded_to_fp32_only(dtype, part, monkeypatch):
+    """Against a product in fp64, values and gradients; and in the log-probs that learners see."""
+    monkeypatch.setattr(model, "VOCABULARY_PART", part)
+    r = torch.Generator().manual_seed(0)
+    h, W = (torch.randn(n, 64, generator=r).to(dtype).requires_grad_() for n in (5, 61))
+    exact = h.double() @ W.double().T
+    torch.testing.assert_close(model.logits(h, W), exact.float(), rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.logsumexp(-1).sum(), (h, W)) for x in (model.logits(h, W), exact))
+    torch.testing.assert_close(ours, theirs, rtol=.05, atol=.02)
+    targets = torch.arange(5)
+    logp = ChunkedLogProb.apply(h, W, targets, .7, 2)
+    expected = (exact / .7).log_softmax(-1)[torch.arange(5), targets].float()
+    torch.testing.assert_close(logp, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_a_low_precision_model_is_never_held_in_fp32(tmp_path):
