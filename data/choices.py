@@ -110,7 +110,8 @@ class Answer:
 
     def completion_logprobs(self, entries):
         """The log-probs of a completion, in lists: its tokens, where each begins in the text, the log-probs, and for
-        each a dict of the likeliest tokens and itself."""
+        each a dict of the likeliest tokens and itself. Where a tokenizer adds spaces to a prompt, the places before
+        these are too low by as many."""
         ends = [*accumulate(map(characters, entries), initial=self.offset)]
         self.offset = ends.pop()
         return {"tokens": [each["token"] for each in entries], "text_offset": [max(0, end) for end in ends],
