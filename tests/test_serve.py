@@ -136,11 +136,11 @@ def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
 
 
 def test_no_answer_depends_on_those_beside_it(run, url):
-    """Ten at a time in four slots, every one with its own temperature, seed, length, stops and log-probs."""
+    """Ten at a time in four slots, each with its own temperature, likely tokens, seed, length, stops and log-probs."""
     r, cases = random.Random(0), []
     for i in range(40):
         how = {"max_new_tokens": r.randint(1, 30), "temperature": r.choice([0, .5, 1., 2.]), "seed": i,
-               "n": r.randint(1, 6)}
+               "n": r.randint(1, 6), **r.choice([{}, {"top_p": .6}, {"top_k": 3}, {"min_p": .1, "top_p": .9}])}
         cases.append((r.choice(QUESTIONS), how, {"stop": ["w3"]} if i % 5 == 0 else {"logprobs": i % 2 == 0}))
 
     def answers(case):

@@ -18,7 +18,7 @@ import annotate
 from annotate import POOLS, pool, price_of, probe
 from data import InputError, sets
 from data.judges import JudgeError
-from data.judges.servers import extra_of, served
+from data.judges.servers import extra_of
 
 THOUGHT = 300                           # tokens that a model of today thinks before it answers
 annotating = functools.partial(command, "annotate.py")
@@ -433,15 +433,10 @@ def test_a_judge_that_is_served_here_ends_with_who_started_it():
 
 def gone(url):
     try:
-        return not requests.get(url + "/models", timeout=60)
+        requests.get(url + "/models", timeout=60)
     except requests.ConnectionError:
         return True
-
-
-def test_a_judge_that_is_served_here_ends_with_the_work():
-    with served("serve:barn") as url:
-        assert not gone(url)
-    assert gone(url)
+    return False
 
 
 def test_prices_go_by_whole_names():
