@@ -1,5 +1,4 @@
-"""A few instructions with the answers of all models to them, one below the other, for people who want to read; and the
-answers of two, side by side."""
+"""A few instructions with the answers of all models to them, for people who want to read; two answers in columns."""
 import hashlib
 import textwrap
 from itertools import zip_longest
