@@ -16,7 +16,7 @@ from test_serve import BARN, events, lively, post, sampled, stage
 
 import serve
 from data.text import Text
-from rlhf import policy
+from rlhf import policy, sampler
 from rlhf.sampler import likely
 
 torch.set_num_threads(1)
@@ -234,12 +234,16 @@ RULES = st.tuples(st.sampled_from([1., .93, .51, .1, 0.]), st.sampled_from([0, 1
                   st.sampled_from([0., .04, .3, 1.]))
 
 
-@given(st.integers(0, 10_000), st.lists(RULES, min_size=1, max_size=6), st.sampled_from([.2, 1., 4.]))
-@settings(max_examples=100, deadline=None)
-def test_which_tokens_stay_by_definition_and_row_by_row(seed, rules, loudness):
+@given(st.integers(0, 10_000), st.lists(RULES, min_size=1, max_size=6), st.sampled_from([.2, 1., 4.]),
+       st.sampled_from([3, 12, 1024]))
+@settings(max_examples=150, deadline=None)
+def test_which_tokens_stay_by_definition_and_row_by_row(seed, rules, loudness, candidates):
+    """Also where the first candidates are not enough, for some rows or for all."""
     logits = torch.randn(len(rules), 20, generator=torch.Generator().manual_seed(seed)) * loudness
     top_p, top_k, min_p = (torch.tensor(rule, dtype=torch.float32)[:, None] for rule in zip(*rules))
-    kept = likely(logits, top_p, top_k, min_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "CANDIDATES", candidates)
+        kept = likely(logits, top_p, top_k, min_p)
     for row, all_, rule in zip(kept, logits, rules):
         stay = row.isfinite()
         assert set(stay.nonzero()[:, 0].tolist()) == by_definition(all_.tolist(), *rule)
