@@ -11,12 +11,13 @@ The server has one thread, the Writer in rlhf/writer.py, that owns the model
 and writes all answers in one batch. HTTP threads read requests and turn tokens
 into text. Each answer has its own temperature and random numbers, so that up
 to rounding it does not depend on the answers beside it.
-Left out: penalties, tools, images, API keys. What is not done is refused.
+Left out: penalties, tools, images, API keys. A request for what is left out is
+refused.
 """
 import gc
 import json
-import queue
 import os
+import queue
 import re
 import secrets
 import socket
@@ -81,8 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse_other_sites(self):
         """Refused for a request that a page of another site makes from a browser on this machine: its Origin is that
         site, or its Host, where the site has given its own name the address of this machine."""
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        named = [*([] if host is None else [f"http://{host}"]), *([] if origin is None else [origin])]
+        named = [f"http://{host}" for host in self.headers.get_all("Host", [])] + self.headers.get_all("Origin", [])
         if self.server.loopback and not all(map(on_this_machine, named)):
             raise Refused(403, "this server is for programs and pages of its own machine", "forbidden")
 
@@ -348,6 +348,8 @@ def answer(args):
     prompts = [sys.stdin.read() if args.ask == "-" else args.ask]
     if args.compare:
         prompts = [line for line in prompts[0].splitlines() if line.strip()] if args.ask == "-" else prompts
+        if not prompts:
+            raise InputError("standard input has no prompt")
         print(compare(other=args.compare, prompts=prompts, **given))
         return
     (answers,) = ask(prompts=prompts, **given)

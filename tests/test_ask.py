@@ -122,8 +122,10 @@ def test_only_the_likeliest_token_is_asked_for(run, flags):
     (("--ask", "x", "--until_eof"), "--until_eof would change nothing with --ask"),
     (("--ask", "x", "--top_p", 1.1), "--top_p and --min_p must be from 0 to 1"),
     (("--ask", "x", "--top_k", -1), "--top_k 0 or more"),
+    (("--ask", "-", "--compare", "barn"), "standard input has no prompt"),
     (("--ask", "x", "--compare", "nowhere/at all"), "there is no folder nowhere/at all")])
-def test_flags_that_make_no_sense(flags, said):
+def test_flags_that_make_no_sense(flags, said, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     refused(command("serve.py", "barn", *flags), 2, said)
 
 
