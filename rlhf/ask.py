@@ -53,10 +53,10 @@ def compare(path, other, prompts, device="", dtype="", int8=False, **how):
 
     how: see ask(). A base that both adapt is loaded once; otherwise one model is in memory at a time.
     """
+    base = config_of(other).checkpoint                  # first: if the name is wrong, nothing is loaded in vain
     opened = open_checkpoint(path, device, int8, dtype)
     answers = [ask(path, prompts, checkpoint=opened, **how)]
-    shared = opened[1].checkpoint == config_of(other).checkpoint
-    opened = opened[0] if shared else None
+    opened = opened[0] if opened[1].checkpoint == base else None
     opened = open_checkpoint(other, device, int8, dtype, beside=opened)
     answers.append(ask(other, prompts, checkpoint=opened, **how))
     parts = []

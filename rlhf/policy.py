@@ -11,6 +11,7 @@ import model
 from data import InputError, adapters, classifiers, families, text, weights
 from rlhf.config import Config, resolve, stage
 
+HUB = "https://huggingface.co/"         # a name on the hub may be copied from a browser
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
 MUCH_LOST = .1                          # a share of an update that should not be lost in silence
 
@@ -149,7 +150,7 @@ def open_checkpoint(path, device="", int8=False, dtype="", beside=None):
     """(policy, Config, settings) of anything that can answer: whatever --model takes, or a stage of a run, whose
     settings are those it ran with; else they are {}. beside: a policy on the same base, which is then not loaded again.
     InputError for a reward model."""
-    path = str(path).removeprefix("https://huggingface.co/")
+    path = str(path).removeprefix(HUB)
     folder, settings = resolve(path), stage(Path(path))
     if (folder / HEAD_FILE).exists() or classifiers.is_classifier(folder):
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
@@ -159,7 +160,7 @@ def open_checkpoint(path, device="", int8=False, dtype="", beside=None):
 
 def config_of(path, device="", int8=False, dtype=""):
     """The Config with which a checkpoint or a reward model is loaded."""
-    folder = resolve(path)
+    folder = resolve(str(path).removeprefix(HUB))
     adapted = (folder / "adapter_config.json").exists()
     moved = adapted and stage(Path(path)).get("model") == "barn"                    # the project may have moved
     return Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype)

@@ -82,7 +82,8 @@ def test_each_line_of_standard_input_is_a_prompt(run, monkeypatch):
 
 def test_a_base_that_both_adapt_is_loaded_once(run, monkeypatch):
     loaded, load = [], policy.load_base
-    monkeypatch.setattr(policy, "load_base", lambda cfg: loaded.append(str(cfg.checkpoint)) or load(cfg))
+    monkeypatch.setattr(policy, "load_base", lambda cfg, *how: loaded.append(str(cfg.checkpoint)) or load(
+        cfg, *how))
     sft, changed = (str(cfg.dir()) for cfg in run)
     base = run[0].model
     expected = {checkpoint: asked(checkpoint, QUESTIONS, temperature=0) for checkpoint in (sft, changed, base)}
@@ -99,10 +100,10 @@ def test_a_base_that_both_adapt_is_loaded_once(run, monkeypatch):
 def test_checkpoints_that_share_nothing_are_not_in_memory_together(run, monkeypatch):
     alive, load = [], policy.load_base
 
-    def watched(cfg):
+    def watched(*how):
         gc.collect()
         assert not [one for one in alive if one()]
-        gpt = load(cfg)
+        gpt = load(*how)
         alive.append(weakref.ref(gpt))
         return gpt
     monkeypatch.setattr(policy, "load_base", watched)
