@@ -504,7 +504,7 @@ def test_a_command_that_cannot_serve_says_why_in_a_sentence(run, tmp_path, monke
     refused(command("serve.py", "barn", "--slots", -1), 2, "must be 0 or more")
     refused(command("serve.py", "barn", "--slotz", 1), 2, "there is no")
 
-    def full(cfg):
+    def full(*how):
         raise MemoryError
     monkeypatch.setattr(policy, "load_base", full)
     refused(command("serve.py", "barn", "--port", 0), 4, "out of memory")
