@@ -116,7 +116,7 @@ class ServingEngine(Engine):
 
     def score_tokens(self, h, targets):
         """[(log-prob, likeliest ids, their log-probs)] of the tokens `targets` (N,) after the states h (N, D)."""
-        logp = self.gpt.logits(h).log_softmax(-1)                                          # (N, V)
+        logp = self.gpt.logits(h).log_softmax(-1)                                        # (N, V)
         best = logp.topk(self.best)                                                      # (N, best)
         columns = logp.gather(1, targets[:, None])[:, 0], best.indices, best.values
         return list(zip(*(x.tolist() for x in columns)))

@@ -129,7 +129,7 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it(top_p, share
     for temperature in (1., 2.):
         narrowed = likely((temperature * logits).expand(2000, 4) / temperature, top_p - 1e-6, 0, 0.)
         drawn = draw(narrowed, u, 1.)
-        torch.testing.assert_close(drawn.bincount(minlength=4) / 2000, torch.tensor(shares), atol=1e-3, rtol=0)
+        torch.testing.assert_close(drawn.bincount(minlength=4) / 2000, torch.tensor(shares).float(), atol=1e-3, rtol=0)
 
 
 def test_top_p_ranks_all_tokens_where_a_few_do_not_reach_it(monkeypatch):
