@@ -4,20 +4,22 @@
     python serve.py path/to/llama --port 8000   a Hugging Face folder, a PEFT
                                                 adapter, or barn
     python serve.py runs/barn/dpo --ask "..."   answers one question and ends
+    python serve.py runs/barn/sft --compare runs/barn/dpo --ask "..."
+                                                before training and after
 
 The server has one thread, the Writer in rlhf/writer.py, that owns the model
 and writes all answers in one batch. HTTP threads read requests and turn tokens
 into text. Each answer has its own temperature and random numbers, so that up
 to rounding it does not depend on the answers beside it.
-Left out: top-p and penalties (a request with them is refused), tools, images,
-API keys.
+Left out: penalties, tools, images, API keys. A request for what is left out is
+refused.
 """
 import gc
 import json
+import os
 import queue
 import re
 import secrets
-import select
 import socket
 import sys
 import threading
@@ -25,13 +27,16 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from data import InputError, run
+from data.choices import speller
 from data.flags import Parser
-from data.protocol import TOP, Refused, read_request, speller
+from data.judges.servers import on_this_machine
+from data.protocol import TOP, Refused, check_name, read_request
+from rlhf.ask import FORMS, ask, compare
 from rlhf.policy import open_checkpoint
-from rlhf.sampler import sample, slots_that_fit
+from rlhf.sampler import slots_that_fit
 from rlhf.update import plainly
 from rlhf.writer import ServingEngine, Writer
 
@@ -56,11 +61,14 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60                                        # seconds without a byte read or written end the connection
 
     begun = False                                       # whether a stream has begun; its connection is then closed
+    probed = False                                      # whether check_connection() has sent an interim reply
 
     def route(self):
         """Answer a request of any kind; an exception becomes an error in OpenAI's form."""
         try:
-            self.answer(urlsplit(self.path).path.rstrip("/"))
+            body = self.body()
+            self.refuse_other_sites()
+            self.answer(unquote(urlsplit(self.path).path).rstrip("/"), body)
         except OSError:                                 # the client has closed the connection
             raise
         except Exception as error:
@@ -71,22 +79,37 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(refused.status, refused.document)
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = route
 
-    def answer(self, path):
-        """Answer a request to one of the four paths; Refused for any other."""
-        model, body = self.server, self.body()
+    def refuse_other_sites(self):
+        """Refused for a request that a page of another site makes from a browser on this machine: its Origin is that
+        site, or its Host, where the site has given its own name the address of this machine."""
+        named = [f"http://{host}" for host in self.headers.get_all("Host", [])] + self.headers.get_all("Origin", [])
+        if self.server.loopback and not all(map(on_this_machine, named)):
+            raise Refused(403, "this server is for programs and pages of its own machine", "forbidden")
+
+    def answer(self, path, body):
+        """Answer a request to one of the paths; Refused for any other."""
+        model = self.server
         allowed = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET", "/health": "GET"}
-        if path not in allowed:
+        name = path.removeprefix("/v1/models/")         # it may contain slashes
+        if path not in allowed and name == path:
             raise Refused(404, f"there is no {path or '/'} here, only {', '.join(allowed)}", "unknown_url")
-        if self.command != allowed[path]:
-            raise Refused(405, f"{path} is for {allowed[path]} requests", "method_not_allowed")
+        if self.command != allowed.get(path, "GET"):
+            raise Refused(405, f"{path} is for {allowed.get(path, 'GET')} requests", "method_not_allowed")
         if path == "/health":
             self.reply(200, {"status": "ok", "slots": model.writer.engine.slots, "writing": len(model.writer.answers),
                              "waiting": len(model.writer.waiting)})
         elif path == "/v1/models":
-            one = {"id": model.names[0], "object": "model", "created": model.since, "owned_by": "local"}
-            self.reply(200, {"object": "list", "data": [one]})
-        else:
+            self.reply(200, {"object": "list", "data": [self.card(model.names[0])]})
+        elif path in allowed:
             self.complete(read_request(body, path == "/v1/chat/completions", model))
+        else:
+            self.reply(200, self.card(name))
+
+    def card(self, name):
+        """What /v1/models says of the model; Refused if it has another name."""
+        check_name(name, self.server)
+        return {"id": name, "object": "model", "created": self.server.since, "owned_by": "local",
+                "max_model_len": self.server.context}
 
     def body(self):
         """The body (bytes) of the request; Refused if it is too long or if its length is not given.
@@ -144,8 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         Raises ConnectionResetError if the client closes the connection, and the writer's exception if it fails.
         """
         while not all(answer.finish for answer in request.answers):
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                raise ConnectionResetError              # a closed connection is readable, but has no byte
+            self.check_connection()
             try:
                 event = request.events.get(timeout=.2)
             except queue.Empty:
@@ -155,6 +177,29 @@ class Handler(BaseHTTPRequestHandler):
             answer, *written = event
             if not answer.finish:
                 yield answer, *answer.take(*written)
+
+    def check_connection(self):
+        """ConnectionResetError if the client has gone. One that has only said all it has to say still waits.
+
+        Both look alike until something is sent, which only the one that has gone refuses: so it is sent an interim
+        reply, which clients have to skip (RFC 9110, section 15.2).
+        """
+        self.connection.settimeout(0)                   # select() cannot watch more than a thousand connections
+        try:
+            ended = not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:                         # it waits, as most do
+            ended = False
+        finally:
+            self.connection.settimeout(self.timeout)
+        if not ended:
+            return
+        if self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise ConnectionResetError
+        if not self.begun and not self.probed and self.request_version != "HTTP/1.0":
+            self.probed = self.close_connection = True
+            self.send_response_only(100)
+            self.end_headers()
+            self.wfile.flush()
 
     def head(self, status, **headers):
         """Send the status line and the headers; Content_Type=... is the header Content-Type."""
@@ -186,8 +231,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def usage(request):
-    """OpenAI's token counts: of the prompt, and of all answers to it."""
-    prompt, answers = len(request.prompt), sum(answer.count for answer in request.answers)
+    """OpenAI's token counts: of the prompts, and of all answers to them."""
+    prompt, answers = sum(map(len, request.prompts)), sum(answer.count for answer in request.answers)
     return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
 
@@ -216,7 +261,10 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
         server.text, longest = cfg.text(), settings.get("max_new_tokens", cfg.max_new_tokens)
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
         server.longest, server.since = max_new_tokens or longest, int(time.time())
-        server.names, server.spell = [name or str(path), str(path), Path(path).name], speller(server.text.tokenizer)
+        server.names = [name or str(path), str(path), str(path).rstrip("/"), Path(path).name]
+        server.spell, server.loopback = speller(server.text.tokenizer), on_this_machine(f"http://{host}")
+        longest_token = max(map(len, server.text.tokenizer.get_vocab()))
+        server.characters = server.context * (longest_token + 1)        # a space may stand between two tokens
         with policy.gpt.fused(policy.role):
             slots = slots or min(SLOTS, slots_that_fit(policy.gpt, server.context))
             server.writer = Writer(ServingEngine(policy.gpt, slots, server.context, server.text.stops, TOP, graph),
@@ -230,50 +278,11 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
                 server.writer.close()
 
 
-# -- one question ------------------------------------------------------------------------------------------------
-
-FORMS = {"chat": "in the checkpoint's chat template", "alpaca": "in AlpacaFarm's prompt format",
-         "text": "as a text to continue"}
-
-
-def prompt_ids(text, form, prompt):
-    """Token ids of a prompt (text) in one of FORMS; InputError if the checkpoint has no such form."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not UTF-8") from None
-    if form == "text":
-        return text.plain(prompt)
-    if form == "chat" and not text.template:
-        raise InputError(f"{text.folder}: there is no chat template: choose --form alpaca or text")
-    if form == "alpaca":
-        text.template = None
-    return text.prompt({"instruction": prompt})
-
-
-def ask(path, prompt, form="", n=1, temperature=1., seed=0, max_new_tokens=0, device="", dtype="", int8=False):
-    """n answers (strings) of a checkpoint to one prompt.
-
-    form: one of FORMS; by default chat if the checkpoint has a chat template, alpaca if it was trained by this project
-    without one, and otherwise text. temperature 0 takes the likeliest token each time. max_new_tokens 0: the number of
-    the checkpoint's own run. InputError if the prompt is too long for the model.
-    """
-    policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
-    text = cfg.text()
-    trained = policy.role or settings
-    ids = prompt_ids(text, form or ("chat" if text.template else "alpaca" if trained else "text"), prompt)
-    context = policy.gpt.config.max_position_embeddings
-    if not 0 < len(ids) < context:
-        raise InputError(f"the prompt has {len(ids)} tokens, and {path} has room for {context}, with the answer")
-    longest = min(context - len(ids), max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens))
-    rows = sample(policy, [ids], text.stops, longest, temperature, seed, n)
-    return [text.decode(response) for _, response in rows]
-
-
 # -- the command -------------------------------------------------------------------------------------------------
 
 # Flags that go with --ask only, and with the server only.
-ONLY = {"ask": ("form", "n", "temperature", "seed"), "serve": ("host", "port", "slots", "context", "name", "graph")}
+ONLY = {"ask": ("compare", "form", "n", "temperature", "seed", "top_p", "top_k", "min_p"),
+        "serve": ("host", "port", "slots", "context", "name", "graph", "until_eof")}
 
 
 def parse(argv):
@@ -289,10 +298,17 @@ def parse(argv):
     group = parser.add_argument_group("one question")
     add = group.add_argument
     add("--ask", metavar="PROMPT", help="answer this prompt and exit; - reads it from standard input")
+    add("--compare", metavar="OTHER", default="", help="print the answers of this checkpoint, too, side by side; with "
+        "--ask - each line is a prompt")
     add("--form", choices=FORMS, default="", help="; ".join(f"{form}: {what}" for form, what in FORMS.items())
         + " [chat if there is a chat template, alpaca for models of farm.py without one, else text]")
     add("--n", type=int, default=1, help="number of answers [1]")
     add("--temperature", type=float, default=1., help="of sampling; 0 always takes the likeliest token [1]")
+    add("--top_p", type=float, default=1., help="sample from the likeliest tokens with this share of the probability "
+        "[1: all]")
+    add("--top_k", type=int, default=0, help="sample from so many of the likeliest tokens [0: all]")
+    add("--min_p", type=float, default=0., help="sample from the tokens with this share of the probability of the "
+        "likeliest one [0: all]")
     add("--seed", type=int, default=0, help="seed of the random numbers [0]")
     group = parser.add_argument_group("the server")
     add = group.add_argument
@@ -304,6 +320,8 @@ def parse(argv):
     add("--context", type=int, default=0,
         help=f"most tokens of prompt and answer [the model's limit, at most {CONTEXT}]")
     add("--name", default="", help="name of the model in requests and replies [its path]")
+    add("--until_eof", action="store_true", help="end when standard input ends, as it does when the program that has "
+        "started the server ends")
     add("--no_graph", dest="graph", action="store_false", help="on a GPU, do not capture decoding steps as CUDA graphs")
     args = parser.parse(argv)
     other = "serve" if args.ask is not None else "ask"
@@ -313,21 +331,41 @@ def parse(argv):
         raise InputError("--slots, --context and --max_new_tokens must be 0 or more, --port from 0 to 65535")
     if args.n < 1 or not all(0 <= number < 1 << 63 for number in (args.max_new_tokens, args.temperature, args.seed)):
         raise InputError("--n must be 1 or more; --max_new_tokens, --temperature and --seed must be 0 or more")
+    if not 0 <= args.top_p <= 1 or not 0 <= args.min_p <= 1 or args.top_k < 0:
+        raise InputError("--top_p and --min_p must be from 0 to 1, --top_k 0 or more")
     return args
+
+
+def end_with_input():
+    """End this process when its standard input ends. The system closes that pipe however its writer ends."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def answer(args):
+    """Print the answers that --ask wants."""
+    given = {name: value for name, value in vars(args).items() if name not in ("ask", "compare", *ONLY["serve"])}
+    prompts = [sys.stdin.read() if args.ask == "-" else args.ask]
+    if args.compare:
+        prompts = [line for line in prompts[0].splitlines() if line.strip()] if args.ask == "-" else prompts
+        if not prompts:
+            raise InputError("standard input has no prompt")
+        print(compare(other=args.compare, prompts=prompts, **given))
+        return
+    (answers,) = ask(prompts=prompts, **given)
+    for i, said in enumerate(answers, 1):
+        print(f"[{i}] " * (args.n > 1) + said)
 
 
 def main(argv):
     args = parse(argv)
-    given = {name: value for name, value in vars(args).items() if name != "ask"}
     if args.ask is not None:
-        question = sys.stdin.read() if args.ask == "-" else args.ask
         with plainly("try fewer --n, a lower --max_new_tokens, --int8"):
-            settings = {name: value for name, value in given.items() if name not in ("path", *ONLY["serve"])}
-            answers = ask(args.path, question, **settings)
-        for i, answer in enumerate(answers, 1):
-            print(f"[{i}] " * (args.n > 1) + answer)
+            answer(args)
         return
-    settings = {name: value for name, value in given.items() if name not in ONLY["ask"]}
+    if args.until_eof:
+        threading.Thread(target=end_with_input, daemon=True).start()
+    settings = {name: value for name, value in vars(args).items() if name not in ("ask", "until_eof", *ONLY["ask"])}
     try:
         with plainly("try fewer --slots, a lower --context, --int8"), serving(**settings) as url:
             gc.freeze()                                 # without it, each garbage collection takes a third of a second

@@ -1,24 +1,42 @@
-"""OpenAI's protocol for serve.py: checks the requests, and turns the tokens of answers into text and `choices`.
+"""OpenAI's protocol for serve.py: what a request may ask for, and what is refused.
 
-Source: OpenAI's API reference, chat completions and completions (platform.openai.com/docs/api-reference).
+Source: OpenAI's API reference, chat completions and completions (platform.openai.com/docs/api-reference); top_k, min_p
+and chat_template_kwargs are named as in vLLM.
 """
 import json
 import queue
-import re
 import secrets
-from functools import cache
 from math import inf
 from types import SimpleNamespace
 
 import torch
-from tokenizers.decoders import ByteLevel
+
+from data import did_you_mean
+from data.choices import PART, Answer
 
 TOP = 20                                # most alternatives to a token in `top_logprobs`
-PART = "\ufffd"                         # the decoder's output for a character of which only some bytes are there yet
+ANSWERS = 1024                          # most answers to one request, with all its prompts
+STOPS = 16                              # most stop strings; OpenAI takes four
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Parameters that are not supported, and the values with which they change nothing; other values are refused.
-NEUTRAL = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "echo": False,
-           "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}}
+
+# What is done, in requests of both kinds, of chats, and of completions.
+DONE = {"model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream",
+        "stream_options", "logprobs"}
+DONE_IN_CHATS = DONE | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+DONE_IN_COMPLETIONS = DONE | {"prompt", "echo"}
+# What clients send for accounts, caches and bills: it does not touch the answers.
+BOOKKEEPING = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+               "prompt_cache_retention"}
+# The values of other parameters with which they ask for nothing; for all others these are null and what is empty.
+NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
+           "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+           "parallel_tool_calls": (True, False), "modalities": (["text"],), "reasoning_effort": ("none",),
+           "verbosity": ("medium",), "best_of": (1,), "echo": (False,), "min_tokens": (0,), "ignore_eos": (False,),
+           "use_beam_search": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+           "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
+           "continue_final_message": (False,)}
+# Of a message: besides role and content, the speaker's name and the thoughts before an earlier answer are left out.
+IN_MESSAGES = {"role", "content", "name", "reasoning", "reasoning_content"}
 
 
 class Refused(Exception):
@@ -45,177 +63,143 @@ def typed(body, name, kind, default):
     return value
 
 
+def check_name(name, model):
+    """Refused unless the model that is served has this name."""
+    if name not in model.names:
+        raise Refused(404, f"there is no model {name!r} here, only {model.names[0]!r}", "model_not_found", "model")
+
+
+def refuse_the_rest(body, done, param=None):
+    """Refused if anything but what is `done` is asked for, so that nothing is ignored but what changes no answer."""
+    for name, value in body.items():
+        nothing = (None, "", [], {}, *NEUTRAL.get(name, ()))
+        if name not in done | BOOKKEEPING and value not in nothing:
+            raise Refused(400, f"{name} is not supported here{did_you_mean(name, done)}", "unsupported_value",
+                          param or name)
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------
+
 def messages(body):
-    """The messages of a request as [{role, content}]; parts of a content are joined to one string. Refused if one of
-    them is malformed or not a text."""
+    """The messages of a request as [{role, content}]; parts of a content are joined to one string. An assistant's
+    content may be null. Refused if one of them is malformed, not a text, or calls tools."""
     found = []
     for message in typed(body, "messages", list, None) or [None]:
         try:
-            parts = message["content"]
+            role, parts = ROLES[message["role"]], message.get("content")
+            parts = "" if parts is None and role == "assistant" else parts
             parts = [{"text": parts}] if isinstance(parts, str) else parts
-            found.append({"role": ROLES[message["role"]], "content": "".join(part["text"] for part in parts)})
-        except (TypeError, LookupError):
+            found.append({"role": role, "content": "".join(part["text"] for part in parts)})
+        except (TypeError, LookupError, AttributeError):
             raise Refused(400, f"a message has a role, one of {', '.join(ROLES)}, and a content, a string or parts of "
                           "type text", param="messages") from None
+        refuse_the_rest(message, IN_MESSAGES, "messages")
     return found
 
 
-def tokens(text, body, chat):
-    """Token ids of the prompt. Without a chat template, the system messages and the last user message become one
-    instruction in AlpacaFarm's prompt format, as in training; earlier turns are dropped."""
-    said = messages(body) if chat else typed(body, "prompt", str, "")
+def conversation(body, model):
+    """Token ids of the prompt of a chat. Without a chat template, the system messages and the last user message become
+    one instruction in AlpacaFarm's prompt format, as in training; earlier turns are dropped."""
+    said, text = messages(body), model.text
+    variables = typed(body, "chat_template_kwargs", dict, {})
+    check_characters(sum(len(message["content"]) for message in said), model)
+    if text.template:
+        return text.encode(text.chat(said, **variables))
+    if variables:
+        raise Refused(400, "this model has no chat template, and so no variables", param="chat_template_kwargs")
+    system = [message["content"] for message in said if message["role"] == "system"]
+    user = [message["content"] for message in said if message["role"] == "user"]
+    return text.encode(text.render("\n\n".join([*system, *user[-1:]])))
+
+
+def check_characters(count, model):
+    """Refused if a prompt of so many characters is certainly too long: tokenising megabytes takes seconds."""
+    if count > model.characters:
+        raise Refused(400, f"the prompt has {count} characters; a context length of {model.context} tokens has room "
+                      f"for {model.characters} at most", "context_length_exceeded")
+
+
+def completion_prompts(body, model):
+    """[(token ids, text)] of the prompts of a completion: one prompt or a list, of texts or of lists of token ids."""
+    given = "" if body.get("prompt") is None else body["prompt"]
+    several = isinstance(given, list) and given and not isinstance(given[0], int)
+    found = []
+    for prompt in given if several else [given]:
+        if isinstance(prompt, str):
+            check_characters(len(prompt), model)
+            found.append((model.text.plain(prompt), prompt))
+        elif isinstance(prompt, list):
+            ids = model.text.checked(prompt)
+            found.append((ids, model.text.tokenizer.decode(ids, skip_special_tokens=False).rstrip(PART)))
+        else:
+            raise Refused(400, "prompt is a string, a list of strings, a list of token ids or a list of such lists",
+                          "invalid_type", "prompt")
+    return found
+
+
+def prompts(body, chat, model):
+    """[(token ids, text)] of the prompts of a request; a chat has one, whose text nobody asks for."""
     try:
-        if not chat:
-            return text.plain(said)
-        if text.template:
-            return text.encode(text.chat(said))
-        system = [message["content"] for message in said if message["role"] == "system"]
-        user = [message["content"] for message in said if message["role"] == "user"]
-        return text.encode(text.render("\n\n".join([*system, *user[-1:]])))
+        found = [(conversation(body, model), "")] if chat else completion_prompts(body, model)
+    except Refused:
+        raise
     except Exception as error:                          # half of a surrogate pair, or a template that fails
         raise Refused(400, f"no prompt can be made of this ({type(error).__name__}: {error})") from None
+    for ids, _ in found:
+        room = 0 if not chat and body.get("max_tokens") == 0 else 1
+        if len(ids) + room > model.context or not ids:
+            raise Refused(400, f"the prompt has {len(ids)} tokens; it needs one, and room for an answer in a context "
+                          f"length of {model.context}", "context_length_exceeded" if ids else "invalid_value")
+    return found
 
+
+# -- requests ----------------------------------------------------------------------------------------------------
 
 def read_request(body, chat, model):
     """Check the JSON body (bytes) of a request; returns the request in the form that rlhf/writer.py answers.
 
-    The result has the prompt's token ids, the sampling settings, and n answers. u (n, limit) are the uniform random
-    numbers with which their tokens are drawn. chat: whether it came to /chat/completions or to /completions. model: the
+    The result has the sampling settings, and n answers to each prompt. u (limit,) of an answer are the uniform random
+    numbers with which its tokens are drawn. chat: whether it came to /chat/completions or to /completions. model: the
     serve.Server. Raises Refused if anything is malformed or not supported.
     """
     try:
         body = typed({"body": json.loads(body)}, "body", dict, None)
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON", None) from None
-    if (name := typed(body, "model", str, model.names[0])) not in model.names:
-        raise Refused(404, f"there is no model {name!r} here, only {model.names[0]!r}", "model_not_found", "model")
-    for name, neutral in NEUTRAL.items():
-        if body.get(name) not in (None, neutral):
-            raise Refused(400, f"{name} is not supported here", "unsupported_value", name)
+    check_name(typed(body, "model", str, model.names[0]), model)
+    refuse_the_rest(body, DONE_IN_CHATS if chat else DONE_IN_COMPLETIONS)
     stops = [body["stop"]] if isinstance(body.get("stop"), str) else typed(body, "stop", list, [])
-    if len(stops) > 4 or not all(isinstance(each, str) and each for each in stops):
-        raise Refused(400, "stop is a string, or a list of up to four", param="stop")
+    if len(stops) > STOPS or not all(isinstance(each, str) and each for each in stops):
+        raise Refused(400, f"stop is a string, or a list of up to {STOPS}", param="stop")
     top = number(body, "top_logprobs" if chat else "logprobs", None, 0, TOP)
     logprobs = typed(body, "logprobs", bool, False) if chat else top is not None
-    prompt = tokens(model.text, body, chat)
-    room = model.context - len(prompt)
-    if room < 1 or not prompt:
-        raise Refused(400, f"the prompt has {len(prompt)} tokens; it needs one, and room for an answer in a context "
-                      f"length of {model.context}", "context_length_exceeded" if prompt else "invalid_value")
-    longest = number(body, "max_tokens", number(body, "max_completion_tokens", model.longest, 1, inf), 1, inf)
-    seed = number(body, "seed", None, -1 << 63, (1 << 63) - 1)
-    dice = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-    stream = typed(body, "stream", bool, False)
+    stream, how = typed(body, "stream", bool, False), sampling(body)
     request = SimpleNamespace(
-        chat=chat, prompt=prompt, temperature=number(body, "temperature", 1, 0, 2, float), stops=stops,
-        u=torch.rand(number(body, "n", 1, 1, 128), min(longest, room), generator=dice),  # drawn as in sampler.sample
-        logprobs=logprobs, top=top or 0, live=stream or bool(stops), stream=stream,
+        chat=chat, how=how, sorts=how[1:] != (1, 0, 0), stops=stops, logprobs=logprobs, top=top or 0, stream=stream,
+        echo=not chat and typed(body, "echo", bool, False), live=stream or bool(stops),
         counts=typed(typed(body, "stream_options", dict, {}), "include_usage", bool, False), events=queue.Queue())
-    request.answers = [Answer(request, i, model) for i in range(len(request.u))]
+    add_answers(request, body, model)
     return request
 
 
-class Answer:
-    """One answer of a request: its tokens, its text, and how much of the text the client has got.
-
-    The text may end in a part of a character, in a part of a stop string, or, in a chat, in whitespace that may turn
-    out to be the end of the answer. Such an end is held back until more tokens arrive. `sent` is the length of the text
-    that was not held back, `content` the text that was sent.
-    """
-
-    def __init__(self, request, index, model):
-        self.request, self.index, self.text, self.spell = request, index, model.text, model.spell
-        self.told, self.dropped, self.finish, self.count = 0, False, None, 0
-        # A completion is decoded together with the end of its prompt, as some tokenizers drop the space before the
-        # first word of a text. `before` and `begin` are how many characters and tokens belong to the prompt.
-        self.ids = [] if request.chat else request.prompt[-8:]
-        self.before, self.begin = 0, len(self.ids)
-        self.before = len(self.decode(self.begin).rstrip(PART))
-        self.sent, self.content, self.entries = 0, "", []
-
-    def decode(self, end):
-        """The text of the answer after its first tokens: of ids[:end], without the part that belongs to the prompt."""
-        return self.text.tokenizer.decode(self.ids[:end], skip_special_tokens=True)[self.before:]
-
-    def take(self, ids, logps, ended):
-        """Add new tokens to the answer; returns (new text for the client, new log-prob entries).
-
-        ids: the new token ids. logps: for each of them its log-prob and the best alternatives, as in entry().
-        ended: whether the writer has finished this answer.
-        """
-        eos, stops = bool(ended and ids[-1] in self.text.stops), self.request.stops
-        old = len(self.ids)
-        self.ids += ids[:-1] if eos else ids
-        raw = self.decode(len(self.ids))
-        if any(stop in raw for stop in stops):          # drop all tokens behind the one that completed a stop string
-            end = next(i for i in range(old + 1, len(self.ids) + 1) if any(stop in self.decode(i) for stop in stops))
-            del self.ids[end:]
-            raw = self.decode(end)
-            raw = raw[:min(raw.find(stop) for stop in stops if stop in raw)]
-            self.finish, self.dropped, eos = "stop", True, False
-        elif ended:
-            self.finish = "stop" if eos else "length"
-        self.count = len(self.ids) - self.begin + eos
-        entries = [self.entry(id, logp) for id, logp in zip(self.ids[old:], logps)]
-        self.entries += entries
-        return self.unsent(raw), entries
-
-    def unsent(self, raw):
-        """The part of the text `raw` that has not been sent yet and that later tokens cannot change."""
-        end = len(raw)
-        if not self.finish:
-            end = len(raw.rstrip(PART))
-            begun = [k for stop in self.request.stops for k in range(1, len(stop)) if raw.endswith(stop[:k], 0, end)]
-            end -= max(begun, default=0)
-        if self.request.chat:                           # chat answers have no whitespace around them, as in Text.decode
-            end = len(raw[:end].rstrip())
-        text = raw[self.sent:end] if self.content or not self.request.chat else raw[:end].lstrip()
-        self.sent, self.content = end, self.content + text
-        return text
-
-    def entry(self, id, logps):
-        """A token's log-prob and its alternatives in OpenAI's form.
-
-        logps: (its log-prob, ids of the likeliest tokens, their log-probs), as ServingEngine.read() gives them.
-        """
-        logp, *best = logps
-        tokens = [(id, logp), *zip(*best)][:1 + self.request.top]
-        entries = []
-        for id, logp in tokens:
-            data = self.spell(id)
-            entries.append({"token": data.decode(errors="backslashreplace"), "logprob": max(logp, -9999.),
-                            "bytes": list(data)})
-        return {**entries[0], "top_logprobs": entries[1:]}
-
-    def choice(self, kind, text, entries, finish, **role):
-        """An entry of `choices` in OpenAI's form. kind: "message" for a whole answer, "delta" for a piece of a stream.
-        role: role="assistant", for chats where OpenAI sends it."""
-        if self.request.chat:
-            said, logprobs = {kind: {**role, "content": text}}, {"content": entries, "refusal": None}
-        else:
-            best = [{one["token"]: one["logprob"] for one in entry["top_logprobs"]} for entry in entries]
-            said, logprobs = {"text": text}, {"tokens": [each["token"] for each in entries], "top_logprobs": best,
-                                              "token_logprobs": [each["logprob"] for each in entries]}
-        return {"index": self.index, **said, "logprobs": logprobs if self.request.logprobs else None,
-                "finish_reason": finish}
+def sampling(body):
+    """(temperature, top_p, top_k, min_p) of a request; vLLM's top_k -1 is 0, all tokens."""
+    return (number(body, "temperature", 1, 0, 2, float), number(body, "top_p", 1, 0, 1, float),
+            max(0, number(body, "top_k", 0, -1, 1 << 24)), number(body, "min_p", 0, 0, 1, float))
 
 
-def speller(tokenizer):
-    """A function that returns the bytes of a token id. Text.decode() cannot do it for parts of characters.
-
-    Tokenizers write bytes in one of two ways: GPT-2's alphabet, which has a printable character for each byte, or, for
-    single bytes, <0xE2> as SentencePiece does.
-    """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes whose character is printable as it is
-    printed = {chr(byte): byte for byte in plain}
-    printed |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*plain}))}
-
-    @cache
-    def spell(id):
-        piece = tokenizer.id_to_token(id) or ""
-        if isinstance(tokenizer.decoder, ByteLevel) and printed.keys() >= set(piece):
-            return bytes(printed[character] for character in piece)
-        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-            return bytes([int(match[1], 16)])
-        return piece.replace("\u2581", " ").encode()                    # SentencePiece's space
-    return spell
+def add_answers(request, body, model):
+    """Give the request its prompts, and n answers to each. The random numbers for a prompt are drawn as sampler.sample
+    draws them, and do not depend on the other prompts."""
+    least = 1 if request.chat else 0
+    longest = number(body, "max_completion_tokens", model.longest, least, inf)
+    longest, n = number(body, "max_tokens", longest, least, inf), number(body, "n", 1, 1, 128)
+    seed = number(body, "seed", None, -1 << 63, (1 << 63) - 1)
+    found = prompts(body, request.chat, model)
+    if len(found) * n > ANSWERS:
+        raise Refused(400, f"{len(found)} prompts with {n} answers each; {ANSWERS} answers at most", param="prompt")
+    request.prompts, request.answers = [ids for ids, _ in found], []
+    for ids, text in found:
+        dice = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        for u in torch.rand(n, min(longest, model.context - len(ids)), generator=dice):
+            request.answers.append(Answer(request, len(request.answers), ids, u, model, text))

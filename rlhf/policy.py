@@ -11,6 +11,7 @@ import model
 from data import InputError, adapters, classifiers, families, text, weights
 from rlhf.config import Config, resolve, stage
 
+HUB = "https://huggingface.co/"         # a name on the hub may be copied from a browser
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
 MUCH_LOST = .1                          # a share of an update that should not be lost in silence
 
@@ -145,30 +146,33 @@ def with_adapter(gpt, role, folder):
     return Policy(gpt, role)
 
 
-def open_checkpoint(path, device="", int8=False, dtype=""):
+def open_checkpoint(path, device="", int8=False, dtype="", beside=None):
     """(policy, Config, settings) of anything that can answer: whatever --model takes, or a stage of a run, whose
-    settings are those it ran with; else they are {}. InputError for a reward model."""
-    path = str(path).removeprefix("https://huggingface.co/")
+    settings are those it ran with; else they are {}. beside: a policy on the same base, which is then not loaded again.
+    InputError for a reward model."""
+    path = str(path).removeprefix(HUB)
     folder, settings = resolve(path), stage(Path(path))
     if (folder / HEAD_FILE).exists() or classifiers.is_classifier(folder):
         raise InputError(f"{path} is a reward model, which scores texts and writes none")
     cfg = config_of(path, device, int8, dtype)
-    return body_of(path, cfg), cfg, settings
+    return body_of(path, cfg, beside), cfg, settings
 
 
 def config_of(path, device="", int8=False, dtype=""):
     """The Config with which a checkpoint or a reward model is loaded."""
-    folder = resolve(path)
+    folder = resolve(str(path).removeprefix(HUB))
     adapted = (folder / "adapter_config.json").exists()
     moved = adapted and stage(Path(path)).get("model") == "barn"                    # the project may have moved
     return Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype)
 
 
-def body_of(path, cfg):
-    """The policy of a checkpoint, or what a reward model is without its head. cfg: as config_of() gives it."""
+def body_of(path, cfg, beside=None):
+    """The policy of a checkpoint, or what a reward model is without its head. cfg: as config_of() gives it. beside: a
+    policy on the same base."""
     folder = resolve(path)
-    gpt = load_base(cfg, classifiers.is_classifier(folder))
-    return with_adapter(gpt, "policy", folder) if (folder / "adapter_config.json").exists() else Policy(gpt)
+    gpt = beside.gpt if beside else load_base(cfg, classifiers.is_classifier(folder))
+    role = "other" if beside else "policy"
+    return with_adapter(gpt, role, folder) if (folder / "adapter_config.json").exists() else Policy(gpt)
 
 
 def merge(cfg):

@@ -7,7 +7,8 @@ captured as a graph and replayed, because launching its thousand small kernels t
 
 Every answer has its own stream of random numbers, so that up to rounding it does not depend on the slots or on the
 answers beside it. Learners need the log-probs of exactly the distribution that was sampled from, so what they learn
-from is sampled with a temperature alone. Answers that are judged may also have a top-p.
+from is sampled with a temperature alone. Answers that are judged may also have a top-p, and those of serve.py a top-k
+and a min-p.
 
 Letters: B rows, T tokens, S columns of the cache, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts,
 N answers.
@@ -27,8 +28,9 @@ from rlhf.update import micro_batches
 
 CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; an answer overshoots by half of that
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
-CANDIDATES = 1024                               # tokens of which top-p chooses
+CANDIDATES = 1024                               # likeliest tokens that are ranked, where these are enough
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
+NOT_FINITE = "the model's hidden states are not finite: its weights are broken, or fp16 overflowed"
 
 
 def generate(model, prompts, text, cfg, seed, n=1, judged=False):
@@ -41,12 +43,12 @@ def generate(model, prompts, text, cfg, seed, n=1, judged=False):
 
 @torch.inference_mode()
 def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None,
-           top_p=1.):
+           top_p=1., top_k=0, min_p=0.):
     """n answers to each prompt: rows [(prompt ids, response ids)], n for each prompt, in order.
 
     A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
-    row) and no such id. temperature and top_p: see draw(). slots: 0 for as many as fit into memory. graph: on CUDA,
-    replay a captured step. InputError if the model has too few positions.
+    row) and no such id. temperature 0 is greedy. slots: 0 for as many as fit into memory. graph: on CUDA, replay a
+    captured step. top_p, top_k, min_p: see likely(). InputError if the model has too few positions.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
@@ -54,8 +56,8 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
     slots = min(slots or slots_that_fit(policy.gpt, longest), len(limits))
-    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, top_p,
-                    seed, graph)
+    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, seed,
+                    graph, (top_p, top_k, min_p))
     waiting = shared_prompts(prompts, n, slots)
     with policy.gpt.fused(policy.role):
         while waiting or engine.busy():
@@ -78,22 +80,45 @@ def shared_prompts(prompts, n, slots):
     return deque(sorted(queue, key=lambda item: len(item[0])))
 
 
-def draw(logits, u, temperature, top_p=1.):
-    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy.
-
-    top_p: draw from the fewest likeliest tokens that have this probability together (Holtzman et al. 2019, 3.1), of the
-    CANDIDATES likeliest. To sort a whole vocabulary takes longer than a step of a small model.
-    """
+def draw(logits, u, temperature):
+    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)                                           # (B, V)
-    if top_p < 1:
-        probs, order = probs.topk(min(CANDIDATES, probs.shape[1]))                       # (B, candidates), sorted
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-    cdf = probs.cumsum(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1)                                  # (B, V)
     at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
-    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=cdf.shape[1] - 1)          # (B, 1)
-    return (order.gather(1, drawn) if top_p < 1 else drawn)[:, 0]
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def likely(logits, top_p, top_k, min_p):
+    """Logits (B, V), already divided by the temperature, with -inf for the tokens that are too unlikely to be drawn.
+
+    Each of the others is a number or (B, 1). top_k: only so many tokens stay (0: all). top_p: of the probability that
+    these have together, the fewest likeliest tokens that reach this share (1: all; Holtzman et al. 2019, 3.1). min_p:
+    tokens with at least this share of the probability of the likeliest (0: all; Nguyen et al. 2024). The likeliest
+    always stays.
+    """
+    probs = logits.softmax(-1)                                                           # (B, V)
+    ranked, ids = rank(probs, top_p, top_k)                                              # (B, C), sorted
+    place, every = torch.arange(ranked.shape[1], device=logits.device), (top_p >= 1) & (top_k == 0)
+    of_k = ranked.masked_fill((top_k > 0) & (place >= top_k), 0)
+    whole = of_k.sum(-1, keepdim=True) * (top_k > 0) + (top_k == 0)                      # (B, 1)
+    stays = (of_k > 0) & ((of_k.cumsum(-1) - of_k < top_p * whole) | (top_p >= 1)) | (place == 0)
+    stays = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, stays) | every
+    return logits.masked_fill(~stays | (probs < min_p * ranked[:, :1]), -torch.inf)
+
+
+def rank(probs, top_p, top_k):
+    """The largest of probs (B, V) and their ids, sorted, (B, C) each: as many as top_p and top_k may want.
+
+    On a CPU, sorting 50,000 numbers takes as long as a step of a small model, and the CANDIDATES likeliest are found in
+    a tenth of that. On a GPU sorting is quick, and to see whether they are enough would make the host wait.
+    """
+    if not probs.is_cuda:
+        ranked, ids = probs.topk(min(CANDIDATES, probs.shape[1]))
+        enough = (top_k > 0) & (top_k <= CANDIDATES) | (top_k == 0) & (ranked.sum(-1, keepdim=True) >= top_p)
+        if (enough | (top_p >= 1) & (top_k == 0)).all():
+            return ranked, ids
+    return probs.sort(-1, descending=True)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -192,8 +217,8 @@ class Engine:
     to row N, which nobody reads.
     """
 
-    def __init__(self, gpt, slots, length, stops, limits, temperature, top_p, seed, graph):
-        self.gpt, self.limits, self.temperature, self.top_p = gpt, limits, temperature, top_p
+    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph, narrow=(1., 0, 0.)):
+        self.gpt, self.limits, self.temperature, self.narrow = gpt, limits, temperature, narrow
         device, N, longest = gpt.device, len(limits), max(limits)
         self.check_every = CHECK_EVERY[device.type]
         self.graphs, self.pool = {} if graph and gpt.head.is_cuda else None, None
@@ -259,7 +284,9 @@ class Engine:
 
     def choose(self, logits, row, at):
         """The next token ids (B,) of rows (B,) at their places `at` (B,), from logits (B, V)."""
-        return draw(logits, self.u[row, at], self.temperature, self.top_p)
+        if self.temperature == 0 or self.narrow == (1., 0, 0.):
+            return draw(logits, self.u[row, at], self.temperature)
+        return draw(likely(logits / self.temperature, *self.narrow), self.u[row, at], 1.)
 
     def replay(self, width, span):
         """step() as a CUDA graph, which is captured when these sizes are first needed."""
@@ -303,8 +330,7 @@ class Engine:
         first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
         *first, checksum = torch.cat((first, self.checksum[None])).tolist()              # one wait for both
         if not math.isfinite(checksum):
-            raise FloatingPointError("the model's hidden states are not finite: its weights are broken, or fp16 "
-                                     "overflowed")
+            raise FloatingPointError(NOT_FINITE)
         return [int(first[slot]) for slot in slots]
 
     def release(self, slots):

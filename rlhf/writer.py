@@ -1,18 +1,22 @@
 """[kit] Answers for the clients of a server, written in one batch: an engine that keeps running, and its thread."""
 import threading
 from collections import deque
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 
-from rlhf.sampler import Engine, cache_length, draw
+from rlhf.logprobs import pack
+from rlhf.sampler import NOT_FINITE, PREFILL_TOKENS, Engine, cache_length, draw, likely
+from rlhf.update import micro_batches
 
 GREEDY_BELOW = 1e-5                     # temperatures below this are greedy
+SCORED = 128                            # tokens of prompts whose logits are held at a time
 
 
 class ServingEngine(Engine):
     """An engine that runs for as long as the server. Answers join and leave it one by one, each with its own
-    temperature, random numbers and limit, and log-probs are computed while somebody wants them.
+    temperature, top_p, top_k, min_p, random numbers and limit. Log-probs are computed, and logits sorted, only while
+    somebody wants it.
 
     There are as many rows as slots, and a row is reused: `free_rows` are those that no answer has.
     """
@@ -20,12 +24,12 @@ class ServingEngine(Engine):
     def __init__(self, gpt, slots, context, stops, best=20, graph=True):
         super().__init__(gpt, slots, cache_length(gpt.device, context), stops, [context] * slots, 1., 0, graph)
         self.slots, self.best = slots, min(best, gpt.config.vocab_size)
-        self.temperatures = torch.zeros(slots + 1, 1, device=gpt.device)
+        self.temperatures, self.top_p, self.top_k, self.min_p = torch.zeros(4, slots + 1, 1, device=gpt.device)
         self.logp = torch.zeros(self.u.shape, device=gpt.device)                         # (slots + 1, tokens)
         self.top_logp = torch.zeros(*self.u.shape, self.best, device=gpt.device)         # (slots + 1, tokens, best)
         self.top = torch.zeros(self.top_logp.shape, dtype=torch.long, device=gpt.device)
-        self.want_logprobs = False
-        self.captured = {wanted: None if self.graphs is None else {} for wanted in (False, True)}
+        self.want_logprobs = self.want_likely = False
+        self.captured = {wanted: None if self.graphs is None else {} for wanted in product((False, True), repeat=2)}
         self.reset()
 
     def reset(self):
@@ -36,12 +40,13 @@ class ServingEngine(Engine):
         for x in (self.pos, self.at, self.checksum):
             x.zero_()
 
-    def join(self, prompt, uniforms, temperature):
+    def join(self, prompt, uniforms, how):
         """Reserve rows for the answers to a prompt, one for each of the uniforms (n, limit): (prompt, rows), as
-        prefill() takes them."""
+        prefill() takes them. how: the temperature, top_p, top_k and min_p of these answers."""
         rows = [self.free_rows.pop() for _ in uniforms]
         for row, u in zip(rows, uniforms):
-            self.limits[row], self.lengths[row], self.temperatures[row] = len(u), None, temperature
+            self.limits[row], self.lengths[row] = len(u), None
+            self.temperatures[row], self.top_p[row], self.top_k[row], self.min_p[row] = how
             self.u[row, :len(u)] = u.to(self.u.device)
         return prompt, rows
 
@@ -65,13 +70,17 @@ class ServingEngine(Engine):
             self.free += range(width, wanted)
         super().prefill(waiting)
 
-    def advance(self, want_logprobs):
-        self.want_logprobs, self.graphs = want_logprobs, self.captured[want_logprobs]
+    def advance(self, want_logprobs, want_likely):
+        self.want_logprobs, self.want_likely = want_logprobs, want_likely
+        self.graphs = self.captured[want_logprobs, want_likely]
         super().advance()
 
     def choose(self, logits, row, at):
-        temperature = self.temperatures[row]                                            # (B, 1)
-        drawn = draw(logits / temperature.clamp(min=GREEDY_BELOW), self.u[row, at], 1.)
+        temperature = self.temperatures[row]                                             # (B, 1)
+        tempered = logits / temperature.clamp(min=GREEDY_BELOW)
+        if self.want_likely:
+            tempered = likely(tempered, self.top_p[row], self.top_k[row], self.min_p[row])
+        drawn = draw(tempered, self.u[row, at], 1.)
         token = torch.where(temperature[:, 0] < GREEDY_BELOW, logits.argmax(-1), drawn)  # (B,)
         if self.want_logprobs:
             logp = logits.log_softmax(-1)
@@ -88,15 +97,42 @@ class ServingEngine(Engine):
         ids = self.written[row, begin:end].tolist()
         return ids, list(zip(*(x[row, begin:end].tolist() for x in kept))), ended
 
+    def score(self, prompts):
+        """For each prompt what read() says of an answer's log-probs, of each of its tokens; None of the first."""
+        sizes, scores = [len(prompt) for prompt in prompts], [[None] for _ in prompts]
+        longer = [i for i, size in enumerate(sizes) if size > 1]
+        for micro in micro_batches(longer, sizes, PREFILL_TOKENS[self.gpt.device.type]):
+            ids, mask = pack([(prompts[i][:1], prompts[i][1:]) for i in micro], self.gpt.device)
+            where = mask.flatten().nonzero()[:, 0]                                       # (N,)
+            h, targets = self.gpt.hidden(ids[:, :-1], where=where), ids[:, 1:].flatten()[where]
+            if not h.isfinite().all():
+                raise FloatingPointError(NOT_FINITE)
+            scored = [each for i in range(0, len(h), SCORED)
+                      for each in self.score_tokens(h[i:i + SCORED], targets[i:i + SCORED])]
+            for i in micro:
+                scores[i] += scored[:sizes[i] - 1]
+                del scored[:sizes[i] - 1]
+        return scores
+
+    def score_tokens(self, h, targets):
+        """[(log-prob, likeliest ids, their log-probs)] of the tokens `targets` (N,) after the states h (N, D)."""
+        logp = self.gpt.logits(h).log_softmax(-1)                                        # (N, V)
+        best = logp.topk(self.best)                                                      # (N, best)
+        columns = logp.gather(1, targets[:, None])[:, 0], best.indices, best.values
+        return list(zip(*(x.tolist() for x in columns)))
+
 
 class Writer(threading.Thread):
     """The thread that runs a ServingEngine, and the queue of answers that wait for a row.
 
-    A request has a prompt, its `answers`, uniforms `u` (n, limit) for them, a temperature, `logprobs` (whether they are
-    wanted) and `live` (whether tokens are reported as they come, or only at the end). Its queue `events` gets tuples
-    (answer, *read()), or the exception that ended it; `farewell` is the exception for requests that are open when the
-    server closes. An answer has its `request`, its `index` in it, and `told`, the number of tokens that were reported.
-    Whoever no longer wants an answer sets its `dropped`.
+    A request has its `answers`, `how` (as ServingEngine.join() takes it), `sorts` (whether that is more than a
+    temperature), `logprobs` (whether they are wanted), `echo` (whether those of the prompt are wanted, too) and `live`
+    (whether tokens are reported as they come, or only at the end). Its queue `events` gets tuples (answer, *read()), or
+    the exception that ended it; `farewell` is the exception for requests that are open when the server closes.
+
+    An answer has its `request`, its `prompt`, a list that the answers to one prompt share, uniforms `u` (limit,), and
+    `told`, the number of tokens that were reported. Before anything is reported, `scores` becomes what score() says of
+    the prompt; with a limit of 0 that is all. Whoever no longer wants an answer sets its `dropped`.
     """
 
     def __init__(self, engine, farewell, most=1024):
@@ -149,24 +185,42 @@ class Writer(threading.Thread):
 
     def write(self, new):
         """Start new answers, write a few tokens of all answers, and report them."""
-        engine, prompts = self.engine, deque()
-        for _, group in groupby(new, key=lambda answer: id(answer.request)):            # they share a prefill
+        self.score([answer for answer in new if answer.request.echo and answer.request.logprobs])
+        for answer in new:
+            if not len(answer.u):
+                answer.request.events.put((answer, [], [], True))
+        self.begin([answer for answer in new if len(answer.u)])
+        if self.answers:
+            requests = [answer.request for answer in self.answers.values()]
+            self.engine.compact()
+            self.engine.advance(any(each.logprobs for each in requests), any(each.sorts for each in requests))
+        for row, answer in list(self.answers.items()):
+            self.report(row, answer)
+
+    def score(self, answers):
+        """Score the prompts of these answers, each prompt once."""
+        prompts = {id(answer.prompt): answer.prompt for answer in answers}
+        scores = dict(zip(prompts, self.engine.score([*prompts.values()])))
+        for answer in answers:
+            answer.scores = scores[id(answer.prompt)]
+
+    def begin(self, new):
+        """Give new answers their rows and their prompts' keys and values. Those to one prompt share its prefill."""
+        prompts = deque()
+        for _, group in groupby(new, key=lambda answer: id(answer.prompt)):
             group = list(group)
-            request = group[0].request
-            u = request.u[[answer.index for answer in group]]
-            prompts.append(engine.join(request.prompt, u, request.temperature))
+            prompts.append(self.engine.join(group[0].prompt, [answer.u for answer in group], group[0].request.how))
             self.answers |= zip(prompts[-1][1], group)
         if prompts:
-            engine.prefill(prompts)
-        if self.answers:
-            engine.compact()
-            engine.advance(any(answer.request.logprobs for answer in self.answers.values()))
-        for row, answer in list(self.answers.items()):
-            ended = engine.lengths[row] is not None
-            if not answer.dropped and (ended or answer.request.live):
-                news = engine.read(row, answer.told, answer.request.logprobs)
-                answer.told += len(news[0])
-                answer.request.events.put((answer, *news))
-            if ended or answer.dropped:
-                engine.leave(row)
-                del self.answers[row]
+            self.engine.prefill(prompts)
+
+    def report(self, row, answer):
+        """Tell the request of an answer what is new in its row, and free the row if the answer has ended."""
+        ended = self.engine.lengths[row] is not None
+        if not answer.dropped and (ended or answer.request.live):
+            news = self.engine.read(row, answer.told, answer.request.logprobs)
+            answer.told += len(news[0])
+            answer.request.events.put((answer, *news))
+        if ended or answer.dropped:
+            self.engine.leave(row)
+            del self.answers[row]

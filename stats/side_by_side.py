@@ -1,11 +1,12 @@
-"""A few instructions with the answers of all models to them, one below the other, for people who want to read."""
+"""A few instructions with the answers of all models to them, for people who want to read; two answers in columns."""
 import hashlib
 import textwrap
+from itertools import zip_longest
 
 import numpy as np
 
 from stats.ranking import best_first
-from stats.tables import WIDTH, filled, printable
+from stats.tables import WIDTH, filled, printable, shortened
 from stats.winrate import discrete, usable, win_rate
 
 LINES = 16                              # of an answer; the rest of a longer one is left out, and said to be
@@ -92,3 +93,13 @@ def wrapped(text, first):
     indent = " " * len(first)
     filled = [textwrap.fill(line, WIDTH, initial_indent=indent, subsequent_indent=indent) for line in lines]
     return first + "\n".join(filled)[len(first):]
+
+
+def columns(left, right):
+    """Two answers (whose it is, text) in two columns of a terminal, each below a line that says whose it is."""
+    width, sides = (WIDTH - 2) // 2, []
+    for by, text in (left, right):
+        lines = [printable(line.expandtabs(4)) for line in (text.strip() or "(nothing)").splitlines()]
+        wrapped = [part for line in lines for part in textwrap.wrap(line, width) or [""]]
+        sides.append([shortened(by, width), "-" * width, *wrapped])
+    return "\n".join(f"{a:{width}}  {b}".rstrip() for a, b in zip_longest(*sides, fillvalue=""))

@@ -1,6 +1,7 @@
 """What only a GPU can show: captured steps, waits, low precision, compiled code. Skipped where there is none."""
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import torch
 
 from model import logits
-from rlhf import reward, sampler
+from rlhf import reward, sampler, writer
 from rlhf.logprobs import ChunkedLogProb, pack, token_logps
 from rlhf.update import Updater
 
@@ -78,7 +79,35 @@ def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
         assert (best - chosen).max() < 1e-3                     # equal, or a tie within rounding
 
 
-def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
+LIKELY = {"top_p": .8, "top_k": 30, "min_p": .02}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likely_tokens_are_drawn_in_captured_steps(dtype):
+    model = on_gpu("lora", dtype)
+    eager, graph = (sampler.sample(model, PROMPTS, [7], 30, 1.5, 0, 2, 8, graph, **LIKELY) for graph in (False, True))
+    assert eager == graph != sampler.sample(model, PROMPTS, [7], 30, 1.5, 0, 2, 8)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_server_s_rows_have_their_own_likely_tokens_on_the_gpu(graph):
+    """Three of one prompt beside each other, each as sampler.sample draws it alone."""
+    model, u = on_gpu("lora"), torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    hows = [(1.5, *LIKELY.values()), (1.5, 1., 0, 0.), (0., .5, 0, 0.)]
+    with torch.inference_mode(), model.gpt.fused(model.role):
+        engine = writer.ServingEngine(model.gpt, 4, 64, [500], graph=graph)
+        joined = [engine.join(PROMPTS[0], u[i:i + 1], how) for i, how in enumerate(hows)]
+        engine.prefill(deque(joined))
+        while engine.busy():
+            engine.advance(want_logprobs=True, want_likely=True)
+        written = [engine.read(row, 0, False)[0] for _, (row,) in joined]
+    for response, how, row in zip(written, hows, range(3)):
+        rows = sampler.sample(model, [PROMPTS[0]], [500], 20, how[0], 0, 3, 4, graph, None, *how[1:])
+        assert rows[row][1] == response
+
+
+@pytest.mark.parametrize("narrow", [{}, LIKELY], ids=["all", "likely"])
+def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch, narrow):
     step = sampler.Engine.step
 
     def watched(self, width, span):
@@ -88,7 +117,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(sampler.Engine, "step", watched)
-    sampler.sample(on_gpu("lora", torch.bfloat16), PROMPTS, [7], 20, slots=4, graph=False)
+    sampler.sample(on_gpu("lora", torch.bfloat16), PROMPTS, [7], 20, slots=4, graph=False, **narrow)
 
 
 @pytest.mark.parametrize("kind, dtype", [("full", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16),

@@ -15,7 +15,7 @@ from data import InputError, hub, sets
 from data.adapters import load_adapter
 from data.text import Text
 from data.weights import load_weights
-from rlhf import pairs, policy, sampler, sft
+from rlhf import ask, pairs, policy, sft
 from rlhf.config import BASE, resolve
 from rlhf.sampler import sample
 
@@ -287,8 +287,8 @@ def test_a_prompt_is_asked_in_the_form_that_is_wanted(flags, form):
 
 def test_an_answer_ends_where_the_context_does(monkeypatch):
     asked = []
-    monkeypatch.setattr(sampler, "sample", lambda policy, prompts, stops, longest, *_: asked.append(
-        (len(prompts[0]), longest)) or [(prompts[0], [5])])
+    monkeypatch.setattr(ask, "sample", lambda policy, prompts, stops, limits, *_, **__: asked.append(
+        (len(prompts[0]), *limits)) or [(prompts[0], [5])])
     for cows in (3, 240):
         assert command("serve.py", "barn", "--ask", "cow " * cows, "--form", "text", "--max_new_tokens", 50).code == 0
     (_, short), (long, rest) = asked

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data import InputError
 from rlhf import sampler
 from rlhf.logprobs import pack, token_logps
-from rlhf.sampler import CHECK_EVERY, draw, sample
+from rlhf.sampler import CHECK_EVERY, draw, likely, sample
 
 torch.set_num_threads(1)
 PROMPTS = tiny.texts([3, 9, 1, 5, 5, 2, 7])
@@ -127,15 +127,17 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it(top_p, share
     logits = torch.tensor([.15, .5, .05, .3]).log()
     u = (torch.arange(2000) + .5) / 2000
     for temperature in (1., 2.):
-        drawn = draw((temperature * logits).expand(2000, 4), u, temperature, top_p - 1e-6)
-        torch.testing.assert_close(drawn.bincount(minlength=4) / 2000, torch.tensor(shares), atol=1e-3, rtol=0)
+        narrowed = likely((temperature * logits).expand(2000, 4) / temperature, top_p - 1e-6, 0, 0.)
+        drawn = draw(narrowed, u, 1.)
+        torch.testing.assert_close(drawn.bincount(minlength=4) / 2000, torch.tensor(shares).float(), atol=1e-3, rtol=0)
 
 
-def test_top_p_of_a_large_vocabulary_chooses_among_the_likeliest(monkeypatch):
+def test_top_p_ranks_all_tokens_where_a_few_do_not_reach_it(monkeypatch):
     monkeypatch.setattr(sampler, "CANDIDATES", 5)
     logits = torch.arange(100.)[torch.randperm(100, generator=torch.Generator().manual_seed(0))] / 1000
-    drawn = draw(logits.expand(500, 100), (torch.arange(500) + .5) / 500, 1., .99)
-    assert set(drawn.tolist()) == set(logits.topk(5).indices.tolist())
+    drawn = draw(likely(logits.expand(900, 100), .8, 0, 0.), (torch.arange(900) + .5) / 900, 1.)
+    fewest = (logits.softmax(-1).sort(descending=True).values.cumsum(-1) < .8).sum() + 1
+    assert set(drawn.tolist()) == set(logits.topk(fewest).indices.tolist()) and 70 < fewest < 85
 
 
 def test_temperature_0_is_the_most_likely_token_whatever_u():

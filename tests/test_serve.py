@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve
-from data import protocol
+from data import choices, protocol
 from data.text import Text
 from rlhf import config, policy, sampler, sft, writer
 from rlhf.config import BASE
@@ -136,16 +136,17 @@ def test_a_peft_folder_is_served_on_the_base_that_it_names(run):
 
 
 def test_no_answer_depends_on_those_beside_it(run, url):
-    """Ten at a time in four slots, every one with its own temperature, seed, length, stops and log-probs."""
+    """Ten at a time in four slots, each with its own temperature, likely tokens, seed, length, stops and log-probs."""
     r, cases = random.Random(0), []
     for i in range(40):
         how = {"max_new_tokens": r.randint(1, 30), "temperature": r.choice([0, .5, 1., 2.]), "seed": i,
-               "n": r.randint(1, 6)}
+               "n": r.randint(1, 6), **r.choice([{}, {"top_p": .6}, {"top_k": 3}, {"min_p": .1, "top_p": .9}])}
         cases.append((r.choice(QUESTIONS), how, {"stop": ["w3"]} if i % 5 == 0 else {"logprobs": i % 2 == 0}))
 
     def answers(case):
         question, how, rest = case
-        return ask(url, question, **{**how, "max_tokens": how["max_new_tokens"], **rest})
+        asked = {name.replace("max_new_", "max_"): value for name, value in how.items()}
+        return ask(url, question, **asked, **rest)
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(answers, cases))
     for (question, how, rest), texts in zip(cases, together):
@@ -202,7 +203,8 @@ def test_openais_client_gets_completions_models_and_usage(run, client):
                                     logprobs=2)
     assert raw.choices[0].text.strip() == texts[0] and raw.object == "text_completion"
     assert raw.choices[0].logprobs.tokens == texts[0].split()
-    assert [len(best) for best in raw.choices[0].logprobs.top_logprobs] == [2] * len(texts[0].split())
+    for token, best in zip(raw.choices[0].logprobs.tokens, raw.choices[0].logprobs.top_logprobs, strict=True):
+        assert len(best.keys() - {token}) in (1, 2) and token in best      # two, and the token itself beside them
 
 
 def test_a_stream_is_the_same_answer_piece_by_piece(run, client):
@@ -259,8 +261,9 @@ def test_openais_client_understands_refusals(client):
 # --- tokens become text ------------------------------------------------------------------------------------
 
 def answer(chat=True, stops=(), prompt=(5,)):
-    request = SimpleNamespace(chat=chat, stops=list(stops), logprobs=False, top=0, prompt=list(prompt))
-    return protocol.Answer(request, 0, SimpleNamespace(text=BARN, spell=protocol.speller(BARN.tokenizer)))
+    request = SimpleNamespace(chat=chat, stops=list(stops), logprobs=False, top=0, echo=False)
+    model = SimpleNamespace(text=BARN, spell=choices.speller(BARN.tokenizer))
+    return choices.Answer(request, 0, list(prompt), [], model)
 
 
 def fed(answer, ids, portions):
@@ -311,20 +314,21 @@ def test_a_raw_completion_goes_on_where_the_prompt_ends():
 
 
 def test_tokens_are_spelled_in_bytes():
-    text, spell = "The cow \u00e9\u20ac\U0001f404\n", protocol.speller(BARN.tokenizer)
+    text, spell = "The cow \u00e9\u20ac\U0001f404\n", choices.speller(BARN.tokenizer)
     ids = BARN.tokenizer.encode(text).ids
     assert b"".join(map(spell, ids)) == BARN.tokenizer.decode(ids).encode()
     cow = ids[[spell(i)[:1] for i in ids].index(b"\xf0")]
     entry = answer().entry(cow, (-1., (), ()))
     assert entry["token"] == "\\xf0" and entry["bytes"] == [0xf0]
     pieces = SimpleNamespace(decoder=None, id_to_token=["\u2581the", "<0xE2>", None].__getitem__)
-    assert [*map(protocol.speller(pieces), range(3))] == [b" the", b"\xe2", b""]
+    assert [*map(choices.speller(pieces), range(3))] == [b" the", b"\xe2", b""]
 
 
 # --- prompts -----------------------------------------------------------------------------------------------
 
 def prompt(text, *messages):
-    return protocol.tokens(text, {"messages": [dict(zip(("role", "content"), each)) for each in messages]}, True)
+    body = {"messages": [dict(zip(("role", "content"), each)) for each in messages]}
+    return protocol.conversation(body, SimpleNamespace(text=text, characters=1000))
 
 
 def test_messages_become_the_prompt_of_training():
@@ -361,11 +365,11 @@ HELLO = {"messages": [{"role": "user", "content": "w1"}]}
     ({**HELLO, "temperature": float("nan")}, 400, "temperature"), ({**HELLO, "n": 0}, 400, "n"),
     ({**HELLO, "n": True}, 400, "n"), ({**HELLO, "max_tokens": 0}, 400, "max_tokens"),
     ({**HELLO, "max_tokens": 2.5}, 400, "max_tokens"), ({**HELLO, "seed": 1 << 64}, 400, "seed"),
-    ({**HELLO, "stop": ["a"] * 5}, 400, "stop"), ({**HELLO, "stop": [""]}, 400, "stop"),
+    ({**HELLO, "stop": ["a"] * 17}, 400, "stop"), ({**HELLO, "stop": [""]}, 400, "stop"),
     ({**HELLO, "stop": 1}, 400, "stop"),
     ({**HELLO, "top_logprobs": 21}, 400, "top_logprobs"), ({**HELLO, "logprobs": 1}, 400, "logprobs"),
     ({**HELLO, "stream": "yes"}, 400, "stream"), ({**HELLO, "stream_options": []}, 400, "stream_options"),
-    ({**HELLO, "top_p": .5}, 400, "top_p"), ({**HELLO, "tools": [{}]}, 400, "tools"),
+    ({**HELLO, "top_p": 1.5}, 400, "top_p"), ({**HELLO, "tools": [{}]}, 400, "tools"),
 ])
 def test_what_makes_no_sense_is_refused_in_openais_form(url, body, status, param):
     data = body if isinstance(body, bytes) else json.dumps(body)
@@ -400,9 +404,9 @@ def test_routes_methods_and_sizes(url):
 def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, capfd):
     expected, advance = ask(url, QUESTIONS[1], seed=1), writer.ServingEngine.advance
 
-    def broken(self, explained):
+    def broken(self, *wanted):
         monkeypatch.setattr(writer.ServingEngine, "advance", advance)
-        advance(self, explained)
+        advance(self, *wanted)
         raise FloatingPointError("not finite\nat all")
     monkeypatch.setattr(writer.ServingEngine, "advance", broken)
     reply = post(url, n=9, **HELLO)
@@ -416,11 +420,11 @@ def test_a_fault_ends_the_answers_that_it_hit_and_no_others(url, monkeypatch, ca
 def test_a_fault_within_a_stream_is_told_in_it(url, monkeypatch):
     advance, calls = writer.ServingEngine.advance, []
 
-    def broken(self, explained):
+    def broken(self, *wanted):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("none left")
-        advance(self, explained)
+        advance(self, *wanted)
     monkeypatch.setattr(writer.ServingEngine, "advance", broken)
     reply = post(url, messages=[{"role": "user", "content": QUESTIONS[1]}], n=4, max_tokens=50, stream=True)
     *_, last = [line for line in reply.text.split("\n\n") if line]
@@ -500,7 +504,7 @@ def test_a_command_that_cannot_serve_says_why_in_a_sentence(run, tmp_path, monke
     refused(command("serve.py", "barn", "--slots", -1), 2, "must be 0 or more")
     refused(command("serve.py", "barn", "--slotz", 1), 2, "there is no")
 
-    def full(cfg):
+    def full(*how):
         raise MemoryError
     monkeypatch.setattr(policy, "load_base", full)
     refused(command("serve.py", "barn", "--port", 0), 4, "out of memory")

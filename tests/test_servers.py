@@ -4,11 +4,14 @@ import datetime
 import functools
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 
 import pytest
-from commands import command, refused, said
+import requests
+from commands import ROOT, child, command, refused, said, until
 from judged import Handler, ask, longer, make_pairs, prefer_longer, preferences
 
 import annotate
@@ -408,6 +411,32 @@ def test_barn_judges_its_own_world_only(pairs, tmp_path):
              for row in sets.load("barn", "", 3)["eval"]]
     (tmp_path / "barn.json").write_text(json.dumps(known))
     assert annotating(tmp_path / "barn.json", "--out", tmp_path / "labels.json").code == 0
+
+
+PARENT = """
+from data.judges.servers import served
+with served("serve:barn") as url:
+    print(url, flush=True)
+    input()
+"""
+
+
+def test_a_judge_that_is_served_here_ends_with_who_started_it():
+    """However that ends: killed, it can do nothing about its children any more."""
+    with child([sys.executable, "-c", PARENT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        url = parent.stdout.readline().strip()
+        assert requests.get(url + "/models", timeout=60).json()["data"][0]["id"] == "serve:barn"
+        parent.kill()
+        parent.wait(20)
+    until(lambda: gone(url))
+
+
+def gone(url):
+    try:
+        requests.get(url + "/models", timeout=60)
+    except requests.ConnectionError:
+        return True
+    return False
 
 
 def test_prices_go_by_whole_names():

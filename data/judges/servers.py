@@ -16,8 +16,9 @@ ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)
 
 
 def on_this_machine(url):
-    host = ADDRESS.match(url)[1]
-    return host in ("localhost", "[::1]") or host.startswith("127.")
+    """Whether an address leads to this machine, whoever answers for names: 127.evil.example does not."""
+    host = ADDRESS.fullmatch(url)
+    return bool(host) and bool(re.fullmatch(r"localhost|\[::1\]|127(\.\d{1,3}){3}", host[1], re.IGNORECASE))
 
 
 def remote(replay=False):
@@ -47,9 +48,13 @@ def remote(replay=False):
 
 @contextlib.contextmanager
 def served(judge):
-    """Serve the checkpoint of "serve:PATH" from a process of its own; yields the base URL."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "serve.py"), judge[6:], "--port", "0", "--name", judge]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    """Serve the checkpoint of "serve:PATH" from a process of its own; yields the base URL.
+
+    Its standard input is a pipe that closes with this process, however this one ends, and ends the server, too.
+    """
+    command = [sys.executable, str(Path(__file__).parents[2] / "serve.py"), judge[6:], "--port", "0", "--name", judge,
+               "--until_eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = next(filter(None, (re.search(r"http://\S+/v1", line) for line in server.stdout)), None)
             if not url:
