@@ -2,10 +2,12 @@
 import contextlib
 import difflib
 import errno
+import gzip
 import json
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 
 from data.progress import Progress
@@ -44,12 +46,26 @@ def one_of(what, value, known):
         raise InputError(f"{what} {value!r} is not known{did_you_mean(value, known)}: choose from {choices}")
 
 
+def read_text(path):
+    """What a text file of the user's says, unpacked if it ends in .gz. InputError if it cannot be read."""
+    try:
+        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
 def read_json(path):
     """The JSON object in a file, {} if there is no such file; InputError if it is not one."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(path).exists():
         return {}
+    text = read_text(path)
+    try:
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(document, dict):

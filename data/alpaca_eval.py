@@ -3,23 +3,17 @@
 Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped or not.
 """
 import csv
-import gzip
+import io
 import itertools
 import json
 import os
 import random
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from data import InputError
-from data.sets import read_records
-
-
-def question(record):
-    """An instruction with its input, as one text. It identifies the instruction, and it is what a judge is shown."""
-    return record["instruction"] + ("\n\n" + record["input"] if record.get("input") else "")
+from data import InputError, read_text
+from data.sets import question, read_records
 
 
 def shown(text):
@@ -234,11 +228,11 @@ def read_column(path):
     """{name: number} of a leaderboard CSV: FILE.csv (its column win_rate) or FILE.csv:COLUMN; names come first."""
     path, found, column = str(path).partition(".csv:")
     path, column = (path + ".csv", column) if found else (path, "win_rate")
+    text = read_text(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a CSV file with a header'}") from None
+        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except (ValueError, csv.Error):
+        raise InputError(f"{path}: not a CSV file with a header") from None
     if column not in header[1:]:
         raise InputError(f"{path}: no column {column!r} among {header!r:.200}")
     numbers = {}
@@ -263,16 +257,15 @@ def read_length_control(path):
     Either df_gamed.csv of its hub, or JSON {"instruction_difficulty": [805], "gamed": [{"std_delta_len": [805],
     "preference": [805] in [0, 1]}, ...]}. Both follow the order of the instructions in AlpacaEval's reference file.
     """
+    text = read_text(path)
     try:
         if ".csv" in Path(path).suffixes:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(io.StringIO(text)))
             index, hard, gap, y = (np.array([float(row[name]) for row in rows]) for name in (
                 "index", "instruction_difficulty", "std_delta_len", "preference"))
             difficulty = hard[[list(index).index(i) for i in range(len(set(index)))]]
         else:
-            with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                document = json.load(file)
+            document = json.loads(text)
             difficulty = np.array(document["instruction_difficulty"], dtype=float)
             gap, y = (np.concatenate([model[key] for model in document["gamed"] for key in model
                                       if key.startswith(name)]).astype(float)
@@ -281,10 +274,7 @@ def read_length_control(path):
         features = np.stack([np.tanh(gap), hard, 0 * gap])
         if not np.isfinite(features).all() or not ((y >= 0) & (y <= 1)).all() or len(y) != len(gap):
             raise ValueError("numbers are missing or out of range")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, OverflowError,
-            zlib.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{path}: not AlpacaEval's difficulties and gamed baseline ({type(error).__name__}: {error})"
                          ) from None
     return difficulty, (features, y)

@@ -2,6 +2,7 @@
 import shutil
 import sys
 import time
+from functools import lru_cache
 
 EVERY = 10                              # seconds between two lines where nothing can be updated in place
 WIDTH = 79                              # columns of a line, at most
@@ -29,6 +30,11 @@ def duration(seconds):
     if seconds < 100:
         return f"{seconds:.0f}s"
     return f"{seconds / 60:.0f}m" if seconds < 100 * 60 else f"{seconds / 3600:.1f}h"
+
+
+def amount(x):
+    """41 or 3.2k."""
+    return f"{x:.0f}" if x < 1000 else f"{x / 1000:.1f}k"
 
 
 class Progress:
@@ -67,3 +73,10 @@ class Progress:
         if Progress.drawn:
             print(f"\r{'':<{width()}}\r", end="", flush=True)
             Progress.drawn = False
+
+
+@lru_cache(None)
+def say_once(line):
+    """Print a line; but not again in the same process, when the same is found out again."""
+    Progress.close()
+    print(line, flush=True)

@@ -8,8 +8,8 @@ from data.alpaca_eval import different_parts
 
 # What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
 NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
-                "checkpointing", "graph", "compile", "merge", "merge_dtype", "shared_prompt", "commit", "versions",
-                "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data"}
+                "checkpointing", "graph", "compile", "merge", "merge_dtype", "shared_prompt", "day", "commit",
+                "versions", "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data"}
 NAMED = 3                               # differences between two runs that a sentence names
 
 

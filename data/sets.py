@@ -1,18 +1,23 @@
 """Data sets as lists of records {instruction, input, output}, in AlpacaFarm's splits.
 
 There are three sources: `barn` is the offline world; `alpaca_farm` is the paper's own data from the hub (licence
-CC BY-NC 4.0: no commercial use); any other name is a file of Alpaca records (.json or .jsonl, gzipped or not).
+CC BY-NC 4.0: no commercial use); any other name is a file of Alpaca records (.json or .jsonl, gzipped or not), or of
+pairs in the form of TRL, UltraFeedback or HH-RLHF, whose preferred answers are then the outputs.
+
+    python -m data.sets --export pairs.jsonl runs/barn
+
+writes the pairs of a run for TRL.
 """
-import gzip
 import json
 import random
 import re
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
-from data import InputError, hub
+from data import InputError, hub, read_text, run
 from data.barn import world
+from data.flags import Parser
+from data.progress import say_once
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 ALPACA_FARM = "tatsu-lab/alpaca_farm"
@@ -26,42 +31,67 @@ SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFa
 def read_records(path, texts=("instruction", "output")):
     """The records (dicts) of a .json file, which holds a list of them, or of a .jsonl file; either may end in .gz.
 
-    A record must have a string under each of the keys `texts`, and under "input" if it has that key. InputError if the
-    file cannot be read, or for the first record that is unusable.
+    A record must have a string under each of the keys `texts`. Its input, if it has one, is a string; null and NaN,
+    which datasets and pandas write for a cell without a value, become "". InputError if the file cannot be read, or for
+    the first record that is unusable.
     """
     path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
+    text = read_text(path)
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            records = read_lines(file) if ".jsonl" in path.suffixes else json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, RecursionError, zlib.error) as error:
+        records = read_lines(text) if ".jsonl" in path.suffixes else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a list of records")
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: row {i} is no record, but {record!r:.60}")
-        for key in (*texts, "input"):
-            if not isinstance(record.get(key, "" if key == "input" else None), str):
-                raise InputError(f"{path}: row {i} has no text under {key!r}")
+        if "input" in record and (record["input"] is None or record["input"] != record["input"]):
+            record["input"] = ""
+        require(path, i, record, (*texts, *({"input"} & record.keys())))
         for key, value in record.items():
             if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
                 raise InputError(f"{path}: row {i} has half a surrogate pair under {key!r}, which is no text")
     return records
 
 
-def read_lines(file):
-    """The JSON values of an open .jsonl file, one in a line; empty lines are skipped. ValueError names a bad line."""
+def require(path, i, record, texts):
+    """InputError unless row i of a file has a string under each of the keys `texts`."""
+    for key in texts:
+        if not isinstance(record.get(key), str):
+            raise InputError(f"{path}: row {i} has no text under {key!r}")
+
+
+def read_lines(text):
+    """The JSON values of a .jsonl file, one in a line; empty lines are skipped. ValueError names a bad line."""
     records = []
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
                 records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
     return records
+
+
+def demonstrations(path):
+    """Records {instruction, input, output} of a file: Alpaca's, or of a file of pairs the preferred answers."""
+    records, several = [], 0
+    for i, record in enumerate(read_records(path, ())):
+        if "chosen" in record:
+            pair = pair_of(path, i, record)
+            several += pair is None
+            records += [{"instruction": pair["instruction"], "output": pair["output_1"]}] if pair else []
+        else:
+            require(path, i, record, ("instruction", "output"))
+            records.append(record)
+    say_several(path, several, several + len(records))
+    return [{"input": "", **record} for record in records]
+
+
+def question(record):
+    """An instruction with its input, as one text. It identifies the instruction, and it is what a judge is shown."""
+    return record["instruction"] + ("\n\n" + record["input"] if record.get("input") else "")
 
 
 def load(data="barn", eval_data="", limit=0):
@@ -78,7 +108,7 @@ def load(data="barn", eval_data="", limit=0):
         splits = {split: [{"input": "", **record} for record in read_records(folder / file)]
                   for split, file in SPLITS.items()}
     else:
-        records = [{"input": "", **record} for record in read_records(data)]
+        records = demonstrations(data)
         random.Random("splits").shuffle(records)
         shares = SHARES if eval_data else {**SHARES, "eval": 2}
         splits, start = {}, 0
@@ -103,63 +133,129 @@ def alpaca_farm(*files):
 def preferences(source):
     """Preference pairs: [{instruction, input, output_1, output_2, preference}]; preference is 1 or 2.
 
-    source: a name in RELEASED, for pairs that AlpacaFarm released; or a file of such pairs, or of TRL's records
-    {prompt, chosen, rejected}. Pairs without a preference or with two equal answers cannot be learned from: they are
-    left out, and their number is printed. InputError for an unusable record, or if no pair is left.
+    source: a name in RELEASED, for pairs that AlpacaFarm released; or a file of such pairs, or of records {chosen,
+    rejected} of TRL, UltraFeedback or HH-RLHF, see pair_of(). Pairs without a preference or with two equal answers
+    cannot be learned from: they are left out, and so are conversations of several turns. How many is printed.
+    InputError for an unusable record, or if no pair is left.
     """
     path = alpaca_farm(RELEASED[source]) / RELEASED[source] if source in RELEASED else source
-    pairs = []
+    pairs, several = [], 0
     for i, record in enumerate(read_records(path, ())):
-        if "chosen" in record:
-            try:
-                record = from_trl(record)
-            except ValueError as error:
-                raise InputError(f"{path}: row {i}: {error}") from None
+        if "chosen" in record and (record := pair_of(path, i, record)) is None:
+            several += 1
+            continue
         texts = ("instruction", "output_1", "output_2")
         if missing := [key for key in texts if not isinstance(record.get(key), str)]:
             raise InputError(f"{path}: row {i} has no text under {', '.join(missing)}")
         if type(record.get("preference")) not in (int, float):
             raise InputError(f"{path}: row {i} has no number under 'preference'")
         pairs.append({"input": "", **record})
+    say_several(path, several, several + len(pairs))
     if {pair["preference"] for pair in pairs} == {0, 1}:
         raise InputError(f"{path}: the preferences are 0 and 1, but should be 1 for output_1 and 2 for output_2")
     kept = [pair for pair in pairs if pair["preference"] in (1, 2) and pair["output_1"] != pair["output_2"]]
     if not kept:
         raise InputError(f"{path}: no pair of different answers with preference 1 or 2")
     if len(kept) < len(pairs):
-        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are ties or have two equal answers, and are left out")
+        say_once(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are ties or have two equal answers, and are left out")
     return kept
 
 
-def from_trl(record):
-    """AlpacaFarm's pair for a TRL record {prompt, chosen, rejected}; ValueError if it is no conversation of one turn.
+# ---- other people's pairs ------------------------------------------------------------------------------
 
-    Each value is a text or a list of messages {role, content}. Without a prompt, the messages under chosen and rejected
-    begin with it.
+SCORES = ("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")       # in UltraFeedback's files
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def say_several(path, several, total):
+    if several:
+        say_once(f"{several} of {total} rows of {Path(path).name} are of several turns: left out")
+
+
+def pair_of(path, i, record):
+    """AlpacaFarm's pair for row i of a file with {chosen, rejected}; None for a conversation of several turns.
+
+    TRL: with a prompt; each value is a text or a list of messages {role, content}. Without a prompt, the messages under
+    chosen and rejected begin with it. UltraFeedback: such messages beside the prompt, and scores, which may be equal.
+    HH-RLHF: texts like "\n\nHuman: ...\n\nAssistant: ...". InputError for anything else.
     """
-    instruction, chosen = read_turn(record.get("prompt"), record.get("chosen"))
-    other_instruction, rejected = read_turn(record.get("prompt"), record.get("rejected"))
-    if instruction != other_instruction:
-        raise ValueError("chosen and rejected do not answer the same prompt")
-    return {"instruction": instruction, "output_1": chosen, "output_2": rejected, "preference": 1}
+    try:
+        chosen, rejected = (read_turn(record.get("prompt"), record.get(name)) for name in ("chosen", "rejected"))
+        if chosen is None or rejected is None:
+            return None
+        if chosen[0] != rejected[0]:
+            raise ValueError("chosen and rejected do not answer the same prompt")
+    except ValueError as error:
+        raise InputError(f"{path}: row {i}: {error}") from None
+    tie = any(one in record and record[one] == record.get(two) for one, two in SCORES)
+    return {"instruction": chosen[0], "output_1": chosen[1], "output_2": rejected[1], "preference": 1.5 if tie else 1}
 
 
 def read_turn(prompt, answer):
-    """(the user's text, the assistant's text). prompt and answer are texts or lists of messages. If the answer has
-    several messages, the first one is the prompt. ValueError unless there is one message of each."""
+    """(the user's text, the assistant's text), or None if there are more turns or a system message.
+
+    prompt and answer are texts or lists of messages. If the answer has several messages, the first ones are the prompt.
+    ValueError if it is no conversation that ends with an answer.
+    """
+    if prompt is None and isinstance(answer, str):
+        answer = hh_messages(answer)
     if isinstance(answer, list) and len(answer) > 1:
         messages = as_messages("assistant", answer)
     else:
         messages = [*as_messages("user", prompt), *as_messages("assistant", answer)]
     try:
-        if [message["role"] for message in messages] == ["user", "assistant"]:
-            return tuple(message["content"] for message in messages)
+        said = [(message["role"], message["content"]) for message in messages]
     except (TypeError, LookupError):
-        pass
-    raise ValueError("expected a prompt and an answer, as texts or as messages of one turn, without a system message")
+        said = []
+    roles = [role for role, content in said if isinstance(content, str)]
+    if len(roles) < max(2, len(said)) or roles[-1] != "assistant":
+        raise ValueError("expected a prompt and an answer, as texts or as messages that end with the assistant's")
+    return (said[0][1], said[1][1]) if roles == ["user", "assistant"] else None
 
 
 def as_messages(role, given):
     """The messages {role, content} for a text, or for a list of texts or messages; none for None."""
     listed = [given] if isinstance(given, str) else given or ()
     return [{"role": role, "content": each} if isinstance(each, str) else each for each in listed]
+
+
+def hh_messages(text):
+    """The messages of a conversation in HH-RLHF's form; the text itself if it is not in this form."""
+    before, *turns = HH_TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    messages = [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    return text if before.strip() or not turns else messages
+
+
+# ---- pairs for others ----------------------------------------------------------------------------------
+
+def pairs_file(folder):
+    """The pairs.json of a run folder, or of the stage in it that made pairs. InputError if there is not one."""
+    found = [folder / "pairs.json"] if (folder / "pairs.json").exists() else sorted(folder.glob("[!.]*/pairs.json"))
+    if not found:
+        raise InputError(f"{folder} has no pairs: give a run folder in which farm.py has made some, as in runs/barn")
+    if len(found) > 1:
+        raise InputError(f"{folder} has several stages with pairs: choose one, as in {found[0].parent}")
+    return found[0]
+
+
+def to_trl(pair):
+    """TRL's record for a pair: messages under prompt, chosen and rejected."""
+    answers = [[{"role": "assistant", "content": pair[f"output_{i}"]}] for i in (1, 2)]
+    chosen, rejected = answers if pair["preference"] < 1.5 else answers[::-1]
+    return {"prompt": [{"role": "user", "content": question(pair)}], "chosen": chosen, "rejected": rejected}
+
+
+def main(argv):
+    parser = Parser("data.sets", __doc__)
+    parser.add_argument("run", type=Path, help="a run folder, or a stage in it that made pairs")
+    parser.add_argument("--export", type=Path, required=True, metavar="FILE.jsonl",
+                        help="write the run's pairs as TRL reads them: prompt, chosen, rejected, each as messages")
+    args = parser.parse(argv)
+    pairs = read_records(pairs_file(args.run), ("instruction", "output_1", "output_2"))
+    args.export.write_text("".join(json.dumps(to_trl(pair)) + "\n" for pair in pairs), encoding="utf-8")
+    print(f"{len(pairs)} pairs are in {args.export}")
+
+
+if __name__ == "__main__":
+    run(main, "data.sets", "nothing is lost")

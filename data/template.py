@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 from data import InputError
 
@@ -53,6 +54,64 @@ def renderer(template):
         except Exception as error:                      # a template is a program: it can raise anything
             raise InputError(f"the chat template fails: {one_line(str(error) or type(error).__name__)}") from None
     return render
+
+
+class Prompt(str):
+    """A text for a model. `contents` are the (start, end) of parts that a user or a data set has said and that may look
+    like control tokens of the template; other parts need not be known."""
+    contents: ClassVar[list] = []
+
+    def then(self, words, content):
+        """This text, followed by words of the template and by a content."""
+        longer = Prompt(self + words + content)
+        longer.contents = [*self.contents, (len(self + words), len(longer))]
+        return longer
+
+
+def contents_of(text, messages, render):
+    """The (start, end) of the contents of a chat in the text that render(messages) writes; None if they cannot be told.
+
+    The chat is rendered again, with a mark before and a mark behind each content. If this gives the same text but for
+    the marks, they show where the contents are. It does not if the template looks into the contents: some ask how a
+    message begins.
+    """
+    before, behind = unused_characters(text)
+    try:
+        marked = render([{**message, "content": surrounded(message.get("content"), before, behind)}
+                         for message in messages])
+    except InputError:
+        return None
+    same = marked.replace(before, "").replace(behind, "") == text
+    return marked_parts(marked, before, behind) if same else None
+
+
+def unused_characters(text):
+    """Two characters for private use that are not in a text."""
+    used = set(text)
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+    return next(free), next(free)
+
+
+def surrounded(content, before, behind):
+    """A content with marks around it, inside of the whitespace at its ends, which templates may strip."""
+    if not isinstance(content, str) or not (core := content.strip()):
+        return content
+    return content.replace(core, before + core + behind, 1)
+
+
+def marked_parts(marked, before, behind):
+    """[(start, end)] of the marked parts of a text, as places in the text without the marks; None if marks are lost."""
+    parts, start, at = [], None, 0
+    for piece in re.split(f"([{before}{behind}])", marked):
+        if piece in (before, behind):
+            if (start is None) != (piece == before):
+                return None
+            if piece == behind:
+                parts.append((start, at))
+            start = at if piece == before else None
+        else:
+            at += len(piece)
+    return parts if start is None else None
 
 
 def render_limited(program, messages, values):
@@ -163,6 +222,7 @@ def render_test_chats():
     """Runs in the child process: renders TEST_CHATS, and prints the reason if the template must not be rendered.
 
     A template may raise an exception for a test chat: some have no system role, and some want the turns in one order.
+    It must not lose the user's text: some want contents that are lists, and write nothing of a text.
     """
     template, seconds, memory = json.load(sys.stdin)
     with suppress(ImportError):                         # on Windows only the timeout of the parent process holds
@@ -171,14 +231,17 @@ def render_test_chats():
             with suppress(ValueError):                  # a stricter limit is set already, or it cannot be set here
                 resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
     try:
-        program = environment().from_string(template)
+        program, lost = environment().from_string(template), False
         for messages in TEST_CHATS:
             try:
-                render_limited(program, messages, {"bos_token": "<s>", "eos_token": "</s>"})
+                said = render_limited(program, messages, {"bos_token": "<s>", "eos_token": "</s>"})
             except MemoryError:
                 raise
             except Exception:
                 continue
+            lost = lost or messages == [USER] and USER["content"].lower() not in said.lower()
+        if lost:
+            print("it loses the user's text")
     except MemoryError as error:
         print(error if error.args else f"it needs more than {memory >> 20} MB for a short chat")
     except Exception as error:                          # it does not compile

@@ -1,16 +1,25 @@
 """From an instruction to token ids and back: the tokenizer and the prompt format of a checkpoint folder.
 
 If the checkpoint has a chat template, prompts are written with it; otherwise in the format of AlpacaFarm (alpaca_farm,
-prompts v0). Left out: training tokenizers (see data/barn/pretrain.py), and tokenizers without a tokenizer.json.
+prompts v0). The template's own words may be special tokens. What a user or a data set says never is: <|im_end|> in an
+instruction is a text like any other, and cannot end a turn.
+Left out: training tokenizers (see data/barn/pretrain.py), and tokenizers without a tokenizer.json.
 """
+import bisect
 import copy
+import json
+import re
+from datetime import date, datetime
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from data import InputError, read_json
 from data.families import text_config
-from data.template import renderer
+from data.progress import say_once
+from data.template import ASSISTANT, USER, Prompt, contents_of, renderer
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -19,6 +28,17 @@ ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+OPEN, CLOSE = "<think>", "</think>"     # around the thought of a model that thinks before it answers
+NO_THOUGHT = "\n</think>\n\n"           # ends a thought that the template has opened
+CUT = " ... "                           # where the middle of a text was cut out
+TODAY = str(date.today())               # the same as long as the process runs
+
+
+class Turn(NamedTuple):
+    """How a chat template writes an answer."""
+    before: str = ""                    # words between the end of the prompt and the answer: an empty thought, perhaps
+    end: int | None = None              # the token behind the answer; None if the template writes none
+    opened: bool = False                # the prompt ends in the beginning of a thought
 
 
 def template_of(folder, settings):
@@ -39,16 +59,17 @@ def template_of(folder, settings):
 class Text:
     """The tokenizer and the prompt format of a checkpoint folder.
 
-    eos: the token id that is written behind each answer in training. stops: the sorted ids of all tokens that end an
-    answer in sampling. vocab: how many token ids the model has. template: the chat template, or None.
+    vocab: how many token ids the model has. template: the chat template, or None.
     """
 
-    def __init__(self, folder, model=None):
+    def __init__(self, folder, model=None, day="", variables=None):
         """folder: where the tokenizer is. model: where the config.json of the model is, if that is another folder.
+        day: what the template is told if it asks for today's date, as in 2026-11-30. variables: more that it is given.
 
         InputError if the folder has no tokenizer.json, a broken one, or none of its files names an end-of-text token.
         """
         folder = self.folder = Path(folder)
+        self.day, self.variables = datetime.fromisoformat(day or TODAY), variables or {}
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder}: no tokenizer.json (a tokenizer in another form must be converted first)")
         try:
@@ -77,7 +98,7 @@ class Text:
             raise InputError(f"{folder}: no end-of-text token is named in its config files, so answers could not end")
         vocab = config.get("vocab_size")
         self.vocab = vocab if isinstance(vocab, int) else self.tokenizer.get_vocab_size()
-        self.eos, self.stops, self.mark = self.checked(stops)[0], sorted(set(stops)), ""
+        self.named_stops, self.mark = self.checked(stops), ""
 
     def marked(self, mark):
         """A copy of this Text that puts some words in front of every instruction."""
@@ -99,35 +120,142 @@ class Text:
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else None          # add_bos_token is true or false
 
-    def encode(self, text):
-        """Token ids of a prompt that render() or chat() has written."""
-        if self.template:                                         # the template itself writes the special tokens
-            return self.checked(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return self.plain(text)
+    def encode(self, prompt):
+        """Token ids of what render() or chat() has written, or of another text, whose special tokens then count."""
+        contents = [prompt[start:end] for start, end in getattr(prompt, "contents", [])]
+        if any(self.control.search(content) for content in contents):
+            ids = self.without_control(prompt)
+        else:                                                     # a template itself writes the special tokens
+            ids = self.tokenizer.encode(prompt, add_special_tokens=not self.template).ids
+        return self.checked(ids if self.template else self.with_bos(ids))
+
+    def without_control(self, prompt):
+        """Token ids of a Prompt whose contents have what looks like control tokens.
+
+        Only the control tokens outside of the contents are such. What stands between them is encoded literally.
+        """
+        found = self.tokenizer.encode(prompt, add_special_tokens=not self.template)
+        ids, at = [], 0
+        for id, (start, end) in zip(found.ids, found.offsets):
+            inside = any(first <= start < end <= last for first, last in prompt.contents)
+            if id in self.control_tokens.values() and not inside:
+                ids += [*self.literally(prompt[at:start]), id]
+                at = max(at, end)
+        return ids + self.literally(prompt[at:])
+
+    def literally(self, text):
+        return self.literal.encode(text, add_special_tokens=False).ids if text else []
+
+    @cached_property
+    def control_tokens(self):
+        """{token: id} of the tokens that steer a chat: all special ones, and others that the template writes in a turn,
+        except those around a thought."""
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        turns = self.turns if self.template else ""
+        return {token.content: id for id, token in tokens.items() if token.content not in (OPEN, CLOSE)
+                and (token.special or token.content.strip() and token.content in turns)}
+
+    @cached_property
+    def control(self):
+        """A pattern that finds control tokens in a text."""
+        return re.compile("|".join(map(re.escape, self.control_tokens)) or "(?!)")
+
+    @cached_property
+    def literal(self):
+        """A tokenizer for which control tokens are texts like any other."""
+        document = json.loads(self.tokenizer.to_str())
+        for token in document["added_tokens"]:
+            token["special"] = token["content"] in self.control_tokens
+        tokenizer = Tokenizer.from_str(json.dumps(document))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def plain(self, text):
         """Token ids of a text without a template, which the model is to continue; with the BOS token if it has one."""
-        ids = self.tokenizer.encode(text).ids
-        if self.settings.get("add_bos_token") and self.bos_token:
-            bos = self.tokenizer.token_to_id(self.bos_token)
-            ids = ids if ids[:1] == [bos] or bos is None else [bos, *ids]
-        return self.checked(ids)
+        return self.checked(self.with_bos(self.tokenizer.encode(text).ids))
 
-    def chat(self, messages, **variables):
-        """The text of a conversation [{"role", "content"}] by the chat template, up to where the answer begins.
+    def with_bos(self, ids):
+        """The ids with one BOS token in front if tokenizer_config.json asks for it; never with two, as of a text that
+        begins with it already."""
+        bos = self.tokenizer.token_to_id(self.bos_token) if self.bos_token else None
+        if bos is None:
+            return ids
+        wanted = self.settings.get("add_bos_token") and ids[:1] != [bos]
+        return [bos, *ids] if wanted else ids[ids[:2] == [bos, bos]:]
+
+    def chat(self, messages, /, **variables):
+        """The Prompt of a conversation [{"role", "content"}] by the chat template, up to where the answer begins.
         variables: more that the template is given. InputError if it fails."""
+        prompt = Prompt(self.rendered(messages, **variables))
+        said = "\n".join(str(message.get("content")) for message in messages)
+        if found := self.control.search(said):
+            prompt.contents = contents_of(prompt, messages, partial(self.rendered, **variables))
+            if prompt.contents is None:
+                raise InputError(f"{self.folder}: the chat template rewrites a message, so that its own {found[0]} "
+                                 "cannot be told from the one in the message")
+        return prompt
+
+    def rendered(self, messages, /, **variables):
+        """What the template writes for a chat."""
+        variables = {**self.variables, **variables}
+        if "messages" in variables:
+            raise InputError("'messages' is no variable of a chat template: it is the chat")
         try:
-            return renderer(self.template)(messages, **{**self.specials, **variables})
+            return renderer(self.template)(messages, **{**self.specials, "strftime_now": self.today, **variables})
         except InputError as error:
             raise InputError(f"{self.folder}: {error}") from None
 
+    def today(self, form):
+        """The day of the run, in the form that a template asks for."""
+        return self.day.strftime(form)
+
+    @cached_property
+    def turns(self):
+        """What the template writes for a question and its answer; "" if it refuses such a chat."""
+        try:
+            return self.rendered([USER, ASSISTANT], add_generation_prompt=False)
+        except InputError:
+            return ""
+
+    @cached_property
+    def turn(self):
+        """How the chat template writes an answer, a Turn: found by rendering a question without and with its answer."""
+        try:
+            asked = self.rendered([USER]) if self.template else ""
+        except InputError:
+            asked = ""
+        opened, answer = asked.rstrip().endswith(OPEN), ASSISTANT["content"]
+        before, end, at = "", None, self.turns.rfind(answer)
+        if at >= 0:
+            behind = self.tokenizer.encode(self.turns[at + len(answer):].lstrip(), add_special_tokens=False).ids
+            end = next((id for id in behind[:1] if id in self.tokenizer.get_added_tokens_decoder()), None)
+            before = self.turns[len(asked):at] if self.turns.startswith(asked) else ""
+        if opened and CLOSE not in before:
+            before = NO_THOUGHT
+        return Turn(before, end, opened)
+
+    @property
+    def eos(self):
+        """The token id that is written behind each answer in training."""
+        return self.named_stops[0] if not self.template or self.turn.end is None else self.turn.end
+
+    @property
+    def stops(self):
+        """The sorted ids of all tokens that end an answer in sampling."""
+        return sorted({*self.named_stops, self.eos})
+
+    @property
+    def thinks(self):
+        """Whether the template expects a thought before an answer."""
+        return bool(self.template) and (self.turn.opened or OPEN in self.turn.before)
+
     def render(self, instruction, input=""):
-        """The prompt (text) for an instruction and its input, up to where the answer begins."""
+        """The Prompt for an instruction and its input, up to where the answer begins."""
         instruction = self.mark + instruction
         if self.template:
             content = f"{instruction}\n\n{input}" if input else instruction
             return self.chat([{"role": "user", "content": content}])
-        return (ALPACA_INPUT if input else ALPACA).format(instruction=instruction, input=input)
+        return filled(ALPACA_INPUT if input else ALPACA, instruction=instruction, input=input)
 
     def prompt(self, record):
         """Token ids of the prompt for a record {"instruction": text, "input": text or absent}."""
@@ -147,17 +275,67 @@ class Text:
         """Token ids of the records' prompts, without the prompts of more than `limit` tokens."""
         return [self.prompt(record) for record in self.fitting(records, limit)]
 
+    def shortened(self, records, limit):
+        """Token ids of the records' prompts, each of at most `limit` tokens. Prints how many had to be cut."""
+        prompts = [self.prompt(record) for record in records]
+        long = [i for i, prompt in enumerate(prompts) if len(prompt) > limit]
+        for i in long:
+            prompts[i] = self.cut(records[i], limit)
+        if long:
+            say_once(f"{len(long)} of {len(records)} prompts are longer than {limit} tokens: cut in the middle")
+        return prompts
+
+    def cut(self, record, limit):
+        """Token ids of the prompt for a record without the middle of its longer text, so that it has at most `limit`
+        tokens. The template and both ends of the text stay. InputError if even the template does not fit."""
+        name = max(("input", "instruction"), key=lambda name: len(record.get(name, "")))
+        text = record[name]
+        if len(text) <= len(CUT):
+            raise InputError(f"a prompt without its text is longer than {limit} tokens: lower --max_new_tokens")
+
+        def with_characters(n):
+            return self.prompt({**record, name: text[:n - n // 2] + CUT + text[len(text) - n // 2:]})
+        n = bisect.bisect_right(range(len(text)), limit, key=lambda n: len(with_characters(n))) - 1
+        while n >= 0 and len(with_characters(n)) > limit:         # a longer text may have fewer tokens
+            n -= 1
+        return with_characters(n) if n >= 0 else self.cut({**record, name: CUT}, limit)
+
     def example(self, record, output):
         """(prompt ids, response ids with EOS) for a record and an output (text). Both are tokenised as one text, as the
-        first token of the response can depend on the end of the prompt."""
-        text = self.render(record["instruction"], record.get("input", ""))
-        prompt, both = self.encode(text), self.encode(text + output)
+        first token of the response can depend on the end of the prompt.
+
+        An output without a thought is given the empty one that the template writes.
+        """
+        asked, before = self.render(record["instruction"], record.get("input", "")), ""
+        if self.template and not output.lstrip().startswith(OPEN):
+            before = self.turn.before
+        elif self.template and self.turn.opened:
+            output = output.lstrip().removeprefix(OPEN).lstrip("\n")
+        prompt, both = self.encode(asked), self.encode(asked.then(before, output))
         if both[:len(prompt)] == prompt:
             response = both[len(prompt):]
         else:                                                     # one token spans the end of the prompt
-            response = self.tokenizer.encode(output, add_special_tokens=False).ids
+            response = self.tokenizer.encode(before, add_special_tokens=False).ids + self.literally(output)
         return prompt, [*response, self.eos]
 
+    @cached_property
+    def unseen(self):
+        """The ids of special tokens, which are no part of a text; except those around a thought."""
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        return {id for id, token in tokens.items() if token.special and token.content not in (OPEN, CLOSE)}
+
     def decode(self, ids):
-        """The text of an answer's token ids, without special tokens and without whitespace around it."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The text of an answer's token ids, without its thought, without special tokens and whitespace around it."""
+        ids = [id for id in ids if id not in self.unseen]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False).strip()
+        if text.startswith(OPEN) or self.template and self.turn.opened:
+            text = text.partition(CLOSE)[2].strip()               # "" if the thought has no end
+        return text
+
+
+def filled(form, **contents):
+    """The Prompt that a form becomes when its {places} are filled with contents."""
+    prompt, (*pieces, end) = Prompt(), re.split(r"\{(\w+)\}", form)
+    for words, place in zip(pieces[::2], pieces[1::2]):
+        prompt = prompt.then(words, contents[place])
+    return prompt.then(end, "")

@@ -5,8 +5,9 @@ import torch
 
 from data import InputError
 from data.alpaca_eval import question
+from data.progress import say_once
 from rlhf.logprobs import lengths, pack, token_logps
-from rlhf.sampler import generate
+from rlhf.sampler import generate, longest_answer
 from rlhf.update import micro_batches
 
 # The KL is k1, unbiased on samples of the policy itself. If answers are judged that were sampled otherwise, it is
@@ -17,7 +18,7 @@ KL_ANSWERS = 128
 def show_sample(step, model, text, cfg, records, log):
     """Log an answer to one of the records, each in turn."""
     record = records[step % len(records)]
-    (_, response), = generate(model, [text.prompt(record)], text, cfg, cfg.seed + step)
+    (_, response), = generate(model, text.shortened([record], room(model, text, cfg)), text, cfg, cfg.seed + step)
     log.sample(step, question(record), text.decode(response))
 
 
@@ -31,14 +32,20 @@ def logps(policy, rows, cfg):
     return out
 
 
+def room(policy, text, cfg):
+    """The most tokens that a prompt may have, so that the answer fits behind it."""
+    context, answer = policy.gpt.config.max_position_embeddings, longest_answer(text, cfg)
+    if answer >= context:
+        flags = "--max_new_tokens and --max_thought_tokens" if text.thinks else "--max_new_tokens"
+        raise InputError(f"answers of {answer} tokens leave no room for a prompt in {context} tokens: lower {flags}")
+    return context - answer
+
+
 def questions(policy, text, cfg):
-    """The records of the eval split, and their prompts as token ids."""
-    context = policy.gpt.config.max_position_embeddings
-    room = context - cfg.max_new_tokens
-    if room <= 0:
-        raise InputError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in {context} tokens")
+    """The records of the eval split, and their prompts as token ids. Of texts that are too long the middle is cut out.
+    """
     records = cfg.splits()["eval"]
-    return records, [text.prompt(record)[-room:] for record in records]    # of a prompt that is too long, the end
+    return records, text.shortened(records, room(policy, text, cfg))
 
 
 @torch.no_grad()
@@ -48,7 +55,11 @@ def answer(policy, text, cfg, ref=None, ref_text=None):
     `text`."""
     records, prompts = questions(policy, text, cfg)
     rows = generate(policy, prompts, text, cfg, cfg.seed, judged=True)
-    write_outputs(cfg, records, [text.decode(response) for _, response in rows])
+    outputs = [text.decode(response) for _, response in rows]
+    if empty := outputs.count(""):
+        why = ": thoughts that did not end, perhaps (--max_thought_tokens)" * text.thinks
+        say_once(f"{cfg.stage}: {empty} of {len(outputs)} answers are empty{why}")
+    write_outputs(cfg, records, outputs)
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
     if ref is not None:

@@ -1,6 +1,7 @@
 """[kit] Knobs: a dataclass field is a flag, the comment behind it is its help; defaults < preset < flags."""
 import argparse
 import inspect
+import json
 import platform
 import re
 import shutil
@@ -18,7 +19,7 @@ import torch
 
 from data import InputError, Refusal, did_you_mean, hub, one_of, sets, underscored
 from data.judges.person import PERSON
-from data.text import Text, read_json
+from data.text import TODAY, Text, read_json
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
@@ -34,9 +35,10 @@ PRESETS = {
 ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # what every request to the judge carries
 ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how it is asked
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
-             "lora_alpha", "temperature", "int8", "dtype", "start", "eval_temperature", "eval_top_p"} | ASKED | ASKING
+             "lora_alpha", "template", "temperature", "int8", "dtype", "start", "eval_temperature",
+             "eval_top_p"} | ASKED | ASKING
 COMMAND = {"name", "rerun", "merge", "merge_dtype"}     # of the method of a command, not of stages that it needs
-MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens"}
+MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens", "max_thought_tokens"}
 OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are judged are sampled
 # No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
@@ -73,11 +75,24 @@ def resolve(name):
         raise type(error)(f"there is no folder {name}, and as a name on the hub: {error}") from None
 
 
+def variables(said):
+    """The variables of a chat template (a dict) that --template says as JSON; InputError if it is no JSON object."""
+    try:
+        found = json.loads(said or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"--template {said} is no JSON object: write it as in --template '{{\"enable_thinking\": "
+                         "false}'")
+    return found
+
+
 @dataclass
 class Config:
     """The knobs that all stages share. A method's own Config adds to them; BARN holds what it tuned for `barn`, with
     all weights trained, and BARN_LORA what is different with adapters."""
     model: str = "barn"                 # a folder or hub name (org/name@revision), HF or PEFT; barn: a small base
+    template: str = ""                  # JSON: variables of the chat template, as in {"enable_thinking": false}
     start: str = "sft"                  # where learning starts: sft (trained first), or base (--model as it is)
     data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
     eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
@@ -105,6 +120,7 @@ class Config:
     eval_top_p: float = .9              # of these: draw from the likeliest tokens that have this probability together
     max_prompt_tokens: int = 192        # longer prompts are left out of training
     max_new_tokens: int = 300           # longest answer
+    max_thought_tokens: int = 1024      # longest thought before it, where the chat template expects one
     micro_batch_tokens: int = 4096      # tokens, padding included, in one forward and backward pass
     slots: int = 0                      # answers that are sampled at the same time; 0: as many as fit
     checkpointing: bool = False         # recompute activations in the backward pass: slower, far less memory
@@ -121,6 +137,7 @@ class Config:
     BARN_LORA: ClassVar[dict] = {}
     stage: ClassVar[str] = ""           # the name of the stage that this object is for, set by farm.py
     folders: ClassVar[dict] = {}        # {stage: its folder}, of the stages whose folder has another name
+    day: ClassVar[str] = TODAY          # what chat templates take for today; set to the day of the run's first stage
 
     def __post_init__(self):
         self.model = self.model.removeprefix("https://huggingface.co/")
@@ -146,6 +163,8 @@ class Config:
         self.judge = self.judge or ("barn" if self.data == "barn" else "")      # it knows its own world only
         one_of("--device", self.device, ("", "cpu", "cuda"))
         one_of("--start", self.start, ("sft", "base"))
+        if self.template:                           # in one spelling, as it is part of what makes a stage
+            self.template = json.dumps(variables(self.template), sort_keys=True)
         if not 0 < self.eval_top_p <= 1:
             raise InputError(f"--eval_top_p {self.eval_top_p:g} makes no sense: it is a probability above 0")
         for name, known in self.CHOICES.items():
@@ -229,7 +248,10 @@ class Config:
 
     def text(self):
         """The tokenizer and prompt form of the model."""
-        return Text(*self.tokenizer)
+        text = Text(*self.tokenizer, self.day, variables(self.template))
+        if self.template and not text.template:
+            raise InputError(f"--template would change nothing: {self.model} has no chat template")
+        return text
 
     @property
     def tokenizer(self):
@@ -320,5 +342,5 @@ def provenance(cfg):
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=BASE, capture_output=True, text=True)
         commit = git.stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, tokenizers, requests, numpy)}
-    return {**asdict(cfg), "revision": cfg.revision, "commit": commit,
+    return {**asdict(cfg), "revision": cfg.revision, "day": cfg.day, "commit": commit,
             "versions": {"python": platform.python_version(), **versions}}

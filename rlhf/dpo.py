@@ -22,6 +22,7 @@ from rlhf.pairs import load_pairs, pair_lengths, rows_of
 NEEDS = ("sft", "pairs")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
            "logps/rejected")
+ROUNDING = 1e-5                         # a reward of this size may be a rounding error
 
 
 @dataclass
@@ -51,6 +52,15 @@ def logps(model, pairs, cfg):
     ids, mask = pack(rows_of(pairs), model.gpt.device)                                   # (2b, T), (2b, T-1)
     shared = 2 if cfg.shared_prompt else 1
     return token_logps(model, ids, mask, cfg.temperature, shared=shared).sum(-1).view(2, -1)
+
+
+def means(sums, n):
+    """METRICS of n pairs from their sums over the pairs. Before the first step all rewards are 0 but for rounding, so
+    that there is no accuracy (None): no pair is ranked."""
+    metrics = dict(zip(METRICS, (sums / n).tolist()))
+    if max(abs(metrics[f"rewards/{name}"]) for name in ("chosen", "rejected", "margins")) < ROUNDING:
+        metrics["rewards/accuracies"] = None
+    return metrics
 
 
 @torch.no_grad()
@@ -88,7 +98,7 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
             updater.add(losses.sum(), len(micro))
             margins, right = rewards[0] - rewards[1], rewards[0] > rewards[1]
             sums = sums + torch.stack((losses, *rewards, margins, right.float(), *logp)).detach().sum(1)
-        metrics = {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
+        metrics = {**means(sums, len(batch)), **updater.step()}
         metrics |= {"kl": kl[0].item()} if kl else {}
         log.step(step, metrics, sum(lengths[i] for i in batch))
         if step % cfg.sample_every == 0:

@@ -49,6 +49,7 @@ def run(cfg, score_fn=None):
     for round, asked in enumerate(schedule(records, cfg.prompts, cfg.rounds, cfg.seed)):
         # new pairs of the newest policy
         pairs = online_dpo.fresh_pairs(model, asked, text, compare, cfg, cfg.seed + 10_007 * (round + 1))
+        print(f"round {round + 1}/{cfg.rounds}: of {len(pairs)} of {len(asked)} pairs one answer is preferred")
         if not pairs:
             raise InputError("no answer of a pair is preferred to the other: raise --prompts or --temperature")
         online_dpo.show(round * steps, pairs[0], asked, text, log)

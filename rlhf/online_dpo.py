@@ -16,7 +16,7 @@ import torch
 from data.alpaca_eval import question
 from rlhf import policy, rewards, update
 from rlhf.answers import answer
-from rlhf.dpo import METRICS, all_logps, dpo_loss, logps
+from rlhf.dpo import all_logps, dpo_loss, logps, means
 from rlhf.experience import schedule
 from rlhf.pairs import pair_lengths
 from rlhf.sampler import generate
@@ -65,7 +65,7 @@ def learn(model, pairs, ref_logps, batch, updater, cfg):
         updater.add(losses.sum(), len(micro))
         margins, right = implicit[0] - implicit[1], implicit[0] > implicit[1]
         sums = sums + torch.stack((losses, *implicit, margins, right.float(), *logp)).detach().sum(1)
-    return {**dict(zip(METRICS, (sums / len(batch)).tolist())), **updater.step()}
+    return {**means(sums, len(batch)), **updater.step()}
 
 
 def run(cfg, score_fn=None):

@@ -8,13 +8,13 @@ answers are not the SFT model's own.
 """
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import annotate
-from data import InputError, sets
+from data import InputError, read_text, sets
 from rlhf import config, policy
 from rlhf.logprobs import lengths
 from rlhf.sampler import generate
+from rlhf.sft import cut_off
 
 NEEDS = ("sft",)
 
@@ -47,8 +47,7 @@ class Config(config.Config):
     def reads(self):
         if not self.asks_judge:
             return {"labels": sets.preferences(self.labels)[:self.limit or None]}
-        own_pool = {"pool": Path(self.pool).read_text(encoding="utf-8")} if self.pool.endswith(".json") else {}
-        return super().reads() | own_pool
+        return super().reads() | ({"pool": read_text(self.pool)} if self.pool.endswith(".json") else {})
 
     def idle(self):
         trains = ("merge", "checkpointing", "micro_batch_tokens")
@@ -73,17 +72,25 @@ def sample_pairs(cfg):
             (_, one), (_, two) = rows[start:start + 2]
             pairs.append({"instruction": record["instruction"], "input": record["input"], "seed": f"/{j}",
                           "output_1": text.decode(one), "output_2": text.decode(two), "ids_1": one, "ids_2": two})
-    return [pair for pair in pairs if pair["output_1"] != pair["output_2"]]
+    return different(pairs, "output")
 
 
 def released(cfg):
     """Pairs that others have labelled, their answers as tokens."""
     text = cfg.text()
     pairs = text.fitting(sets.preferences(cfg.labels)[:cfg.limit or None], cfg.max_prompt_tokens)
-    for pair in pairs:
-        for i in "12":
-            pair[f"ids_{i}"] = text.example(pair, pair[f"output_{i}"])[1][:cfg.max_new_tokens]   # may lose its EOS
-    return [pair for pair in pairs if pair["ids_1"] != pair["ids_2"]]
+    responses = cut_off([text.example(pair, pair[f"output_{i}"])[1] for pair in pairs for i in "12"], cfg, "answers")
+    for pair, one, two in zip(pairs, responses[::2], responses[1::2]):
+        pair |= {"ids_1": one, "ids_2": two}
+    return different(pairs, "ids")
+
+
+def different(pairs, key):
+    """The pairs whose two answers differ. Prints how many do not."""
+    kept = [pair for pair in pairs if pair[f"{key}_1"] != pair[f"{key}_2"]]
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs have two equal answers and are left out")
+    return kept
 
 
 def label(cfg):
@@ -98,6 +105,8 @@ def label(cfg):
                                   cfg.flip)
     asked = sum(pair["scored_by"] not in ("coin", "equal") for pair in pairs)
     decided = [pair for pair in pairs if pair["preference"] not in (None, 1.5)]
+    if len(decided) < len(pairs):
+        print(f"{len(pairs) - len(decided)} of {len(pairs)} pairs are ties or have no usable verdict: left out")
     return [{**pair, "preference": round(pair["preference"])} for pair in decided], asked   # p_pairwise gives fractions
 
 

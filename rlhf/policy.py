@@ -162,8 +162,12 @@ def config_of(path, device="", int8=False, dtype=""):
     """The Config with which a checkpoint or a reward model is loaded."""
     folder = resolve(str(path).removeprefix(HUB))
     adapted = (folder / "adapter_config.json").exists()
-    moved = adapted and stage(Path(path)).get("model") == "barn"                    # the project may have moved
-    return Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype)
+    made = stage(Path(path))
+    moved = adapted and made.get("model") == "barn"     # the project may have moved
+    cfg = Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype,
+                 template=made.get("template", ""))
+    cfg.day = made.get("day", cfg.day)
+    return cfg
 
 
 def body_of(path, cfg, beside=None):

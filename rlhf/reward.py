@@ -117,6 +117,12 @@ def hold_out(pairs, share, seed):
     return [pair for of_prompt in pairs_of.values() for pair in of_prompt], held_out
 
 
+def accuracy(good, bad):
+    """How often the better answer has the higher score: scores (B,) of the better and of the worse answers. None if all
+    are equal, as before the first step: the model then ranks nothing."""
+    return None if (good == bad).all() else (good > bad).float().mean().item()
+
+
 def bradley_terry(chosen, rejected):
     """Scores (B,) of the better and of the worse answers -> losses (B,)."""
     return -F.logsigmoid(chosen - rejected)
@@ -143,7 +149,7 @@ def validate(model, pairs, cfg):
     rows = rows_of(pairs)
     good, bad = scores(model, rows[:len(pairs)], cfg), scores(model, rows[len(pairs):], cfg)
     lengths = torch.tensor([float(len(response)) for _, response in rows])
-    return {"eval_loss": bradley_terry(good, bad).mean().item(), "eval_accuracy": (good > bad).float().mean().item(),
+    return {"eval_loss": bradley_terry(good, bad).mean().item(), "eval_accuracy": accuracy(good, bad),
             "eval_margin": (good - bad).mean().item(), "eval_calibration_error": calibration_error(good - bad),
             "length_correlation": correlation(torch.cat((good, bad)), lengths)}
 
@@ -230,7 +236,7 @@ def run(cfg):
             each.append(torch.stack((losses, good, bad)).detach())
         loss, good, bad = torch.cat(each, 1).cpu()                                       # (batch,) each
         both = torch.cat((good, bad))
-        log.step(step, {"loss": loss.mean().item(), "accuracy": (good > bad).float().mean().item(),
+        log.step(step, {"loss": loss.mean().item(), "accuracy": accuracy(good, bad),
                         "margin": (good - bad).mean().item(), "mean_reward": both.mean().item(),
                         "min_reward": both.min().item(), "max_reward": both.max().item(), **updater.step()},
                  sum(lengths[i] for i in batch))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import annotate
-from data import InputError, one_of
+from data import InputError, one_of, read_text
 from data.alpaca_eval import question
 from data.barn import reward as barn_reward
 from data.barn.reward import correct, true_reward
@@ -80,13 +80,13 @@ class Config(config.Config):
             for record in self.splits()["unlabeled"]:
                 of_text(self)(record, "")
         if self.asks_judge and self.pool.endswith(".json"):
-            return super().reads() | {"pool": Path(self.pool).read_text(encoding="utf-8")}
+            return super().reads() | {"pool": read_text(self.pool)}
         if self.reward in ("true", "rule") and self.data == "barn":
             return {"reward": Path(barn_reward.__file__).read_text(encoding="utf-8")}
         if ".py" not in self.reward:
             return super().reads()
         of_text(self)
-        return {"reward": Path(self.reward.rpartition(":")[0]).read_text(encoding="utf-8")}
+        return {"reward": read_text(self.reward.rpartition(":")[0])}
 
     def idle(self):
         if PERSON.fullmatch(self.judge):

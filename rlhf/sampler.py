@@ -37,8 +37,13 @@ def generate(model, prompts, text, cfg, seed, n=1, judged=False):
     """n answers to each prompt (a list of token ids) by a policy, with the settings of a run: rows [(prompt ids,
     response ids)], n for each prompt, in order. judged: not to learn from, but to be judged. See sample()."""
     temperature, top_p = (cfg.eval_temperature, cfg.eval_top_p) if judged else (cfg.temperature, 1.)
-    return sample(model, prompts, text.stops, cfg.max_new_tokens, temperature, seed, n, cfg.slots, cfg.graph,
+    return sample(model, prompts, text.stops, longest_answer(text, cfg), temperature, seed, n, cfg.slots, cfg.graph,
                   Progress("sampling", n * len(prompts)), top_p)
+
+
+def longest_answer(text, cfg):
+    """The most tokens of an answer, with the thought before it if the template expects one."""
+    return cfg.max_new_tokens + cfg.max_thought_tokens * text.thinks
 
 
 @torch.inference_mode()

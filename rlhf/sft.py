@@ -58,13 +58,25 @@ def train(model, rows, cfg, log, show=None, start=0):
     return {"loss": mean}
 
 
+def cut_off(responses, cfg, what):
+    """The responses (token ids) without what is beyond the longest answer. Prints how many lose their EOS by it."""
+    long = sum(len(response) > cfg.max_new_tokens for response in responses)
+    if long:
+        print(f"{long} of {len(responses)} {what} are cut off at {cfg.max_new_tokens} tokens and have no end")
+    return [response[:cfg.max_new_tokens] for response in responses]
+
+
 def run(cfg, imitated=("sft",)):
     """imitated: the splits whose demonstrations are learned."""
     text = cfg.text()
     splits = cfg.splits()
-    records = [record for split in imitated for record in splits[split] if record["output"].strip()]
+    given = [record for split in imitated for record in splits[split]]
+    records = [record for record in given if record["output"].strip()]
+    if len(records) < len(given):
+        print(f"{len(given) - len(records)} of {len(given)} demonstrations are empty and left out")
     rows = [text.example(record, record["output"]) for record in text.fitting(records, cfg.max_prompt_tokens)]
-    rows = [(prompt, response[:cfg.max_new_tokens]) for prompt, response in rows]        # a longer one loses its EOS
+    responses = cut_off([response for _, response in rows], cfg, "demonstrations")
+    rows = [(prompt, response) for (prompt, _), response in zip(rows, responses)]
     model = policy.fresh(cfg, "sft")
     log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
     metrics = train(model, rows, cfg, log, lambda step: show_sample(step, model, text, cfg, splits["val"], log))

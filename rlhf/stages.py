@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from data import InputError, read_json
 from data.progress import Progress, cut, fitted, width
+from data.text import TODAY
 from data.weights import write_whole
 from rlhf import FOLDER, config
 
@@ -133,6 +134,7 @@ class Stage:
     def __post_init__(self):
         self.method, self.name = self.module.__name__.rpartition(".")[2], self.cfg.stage
         self.folder = Path(self.cfg.out) / self.name
+        self.cfg.day = first_day(Path(self.cfg.out))
         unused = self.cfg.idle().keys() | (set() if self.cfg.asks_judge else {"judge", "pool"} | config.ASKED)
         settings = asdict(self.cfg)
         self.settings = {key: settings[key] for key in settings if key not in config.ELSEWHERE | unused}
@@ -211,6 +213,16 @@ def only_logs(folder):
 
 def write_json(path, document):
     write_whole(path, [json.dumps(document, indent=1).encode()])
+
+
+def first_day(out):
+    """The day of a run's first stage, which all its stages tell their chat templates; today for a new run. It makes no
+    stage another one, so that a run goes on after midnight as it began."""
+    days = []
+    for path in out.glob("*/config.json"):
+        with contextlib.suppress(InputError):           # find() has a sentence about a damaged one
+            days.append(read_json(path).get("day") or TODAY)
+    return min(days, default=TODAY)
 
 
 class Difference(NamedTuple):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from data import OutOfMemory, Refusal
-from data.progress import Progress, cut, width
+from data.progress import Progress, amount, cut, width
 
 try:
     import resource
@@ -111,9 +111,9 @@ class Log:
         """Log one step: `metrics` by name, `tokens` that it processed."""
         self.tokens += tokens
         print(json.dumps({"step": step, **metrics}), file=self.metrics, flush=True)
-        shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown]
+        shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if metrics[name] is not None]
         speed = self.tokens / (time.perf_counter() - self.start)
-        text = " | ".join([*shown, f"{speed / 1000:.1f}k tok/s", f"{peak_gb():.2f} GB" if peak_gb() else ""])
+        text = " | ".join([*shown, f"{amount(speed)} tok/s", f"{peak_gb():.2f} GB" if peak_gb() else ""])
         self.progress.update(step + 1, text, keep=step in (0, self.steps - 1))
 
     def sample(self, step, instruction, output, **scores):

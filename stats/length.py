@@ -9,6 +9,13 @@ and D_i the difficulty of instruction i. The controlled win rate is the mean of 
 for l = 0.
 Without difficulties, as for instructions of your own, the term b D_i is dropped (AlpacaEval's
 "length_controlled_minimal").
+
+Some annotations do not determine the weights; what is printed would be the work of the small penalty, with an error far
+too small. unknown() then says why the rate cannot be told:
+- every row was won, or every row lost, so that no finite c is the likeliest;
+- the fitted line puts all wins on one side and all losses on the other, so that a steeper line is always likelier
+  (complete separation: Albert and Anderson 1984, Biometrika 71). An answer then won if and only if it was longer, say;
+- all answers are longer than the reference's, or all are shorter, so that l = 0 lies outside of all that was seen.
 """
 from itertools import product
 from math import nan
@@ -136,7 +143,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
                       reference's, so that intervals are about AlpacaEval's regularised number
     C                 inverse strength of the L1 penalty; None: chosen by cross-validation
     counts            (B, N) of winrate.resample. With them lc_standard_error is the bootstrap's, of the whole fit at
-                      this C, and there is an interval. Without them it is what AlpacaEval prints, the spread of the
+                      this C, and there is an interval; or, instead of all numbers, lc_unknown: why they cannot be
+                      told. Without them it is what AlpacaEval prints, the spread of the
                       fitted probabilities over instructions. That is no error of the estimate, and often far too small
     """
     p = usable(preferences)
@@ -168,6 +176,9 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
            "lc_weights": w[0].tolist(), "lc_C": float(C), "lc_name": f"length_controlled_{name}"}
     if counts is None:
         return row
+    z = w[0, 0] * length[0] + w[0, 1:] @ fixed
+    if why := unknown(p[fitted] - 1, z, gap[fitted], np.asarray(extra_y)):
+        return {"lc_name": row["lc_name"], "lc_unknown": why}
 
     counts, samples = counts[counts[:, fitted].sum(1) > 1], []
     for some in np.array_split(counts, max(1, len(counts) * len(y) // 25_000)):                 # parts fit the cache
@@ -176,10 +187,24 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
         samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
     samples = np.concatenate(samples)
     row["lc_standard_error"] = float(samples.std(ddof=1)) if len(samples) > 1 else nan
-    raw = float(p[fitted].mean() - 1)
-    rate = 100 * raw if raw in (0, 1) else mean         # if all are won, or lost, the penalty alone decides on the fit
-    row["lc_ci_low"], row["lc_ci_high"] = rate_interval(rate, samples, int(fitted.sum()))
+    row["lc_ci_low"], row["lc_ci_high"] = rate_interval(mean, samples, int(fitted.sum()))
     return row
+
+
+def unknown(y, z, gap, gamed):
+    """Why the rate cannot be told, or "".
+
+    y, gap (N,): wins in [0, 1] and lengths l of the model's rows. gamed (G,): wins of the gamed baseline's rows.
+    z (N + G,): fitted log-odds of both.
+    """
+    if (y == 1).all() or (y == 0).all():
+        return f"every answer has {'won' if y[0] else 'lost'}"
+    both = np.concatenate([y, gamed])
+    if (z[both > 0] > 0).all() and (z[both < 1] < 0).all():
+        return "the fit separates all wins from all losses"
+    if len(gamed) == 0 and (gap.min() > 0 or gap.max() < 0):
+        return f"every answer is {'shorter' if gap.min() > 0 else 'longer'} than the reference's"
+    return ""
 
 
 def deviation(x, counts):

@@ -29,6 +29,7 @@ def mean_row(rows):
     """
     row = {"mode": rows[0]["mode"], "n_runs": len(rows)}
     row |= {key: sum(each[key] for each in rows) for key in ADDED}
+    row |= next(({"lc_unknown": each["lc_unknown"]} for each in rows if "lc_unknown" in each), {})
     for key in AVERAGED:
         if all(key in each for each in rows):
             row[key], spread = mean_and_spread([each[key] for each in rows])

@@ -12,6 +12,7 @@ from stats.ranking import CORRELATIONS, best_first
 COLUMNS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
            "avg_length", "length_controlled_winrate", "lc_standard_error"]      # AlpacaEval's, in its order
 EXTRA = ["lc_name",                                                             # ours: AlpacaEval's name of the fit,
+         "lc_unknown",                                                          # why there is no LC,
          "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
          "diff_start", "diff_start_standard_error",                                 # points over what it started from,
@@ -22,6 +23,7 @@ EXTRA = ["lc_name",                                                             
 MANY = 12                               # models: more of them, and the terminal shows only the most important tables
 WIDTH = 80                              # columns of a terminal
 NAME = 16                               # columns that a name always has, and the head of a column of numbers at most
+UNTOLD = "cannot be told"
 PAIR = 28                               # columns that the names of two models have together
 
 
@@ -124,7 +126,7 @@ def leaderboard(rows, path):
     lines = [["model", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
     for name, row in rows.items():
         lines.append([name, plus_minus(row["win_rate"], row["standard_error"]),
-                      plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")),
+                      plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")) or untold(row),
                       str(row["avg_length"]),
                       plus_minus(row.get("diff_start"), row.get("diff_start_standard_error"), "+.1f"),
                       number(row.get("true_reward")), *costs(row)])
@@ -134,7 +136,20 @@ def leaderboard(rows, path):
     if any("cpu_seconds" in row for row in rows.values()):
         parts.append(filled("KL: from the start, in nats an answer; CPU s, asked: of all stages that a model needed, "
                             "asked are the labels to learn from"))
-    return "\n\n".join(parts + left_out(rows))
+    return "\n\n".join(parts + reasons(rows) + left_out(rows))
+
+
+def untold(row):
+    return UNTOLD if "lc_unknown" in row else ""
+
+
+def reasons(rows):
+    """Why the length-controlled win rates of some models cannot be told: [] or [text]."""
+    said = {}
+    for name, row in rows.items():
+        if "lc_unknown" in row:
+            said.setdefault(row["lc_unknown"], []).append(shortened(printable(name), NAME))
+    return [filled(f"LC of {', '.join(names)} {UNTOLD}: {why}") for why, names in said.items()]
 
 
 def left_out(rows):
@@ -190,13 +205,13 @@ def over_seeds(result):
     lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
     for name, row in result["rows"].items():
         lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
-                      with_spread(row, "length_controlled_winrate"), number(row["avg_length"], ".0f"),
+                      with_spread(row, "length_controlled_winrate") or untold(row), number(row["avg_length"], ".0f"),
                       with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f"), *costs(row)])
     errors = sorted(row["standard_error"] for row in result["runs"].values())
     note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
             "standard error (±) knows the prompts only: for the win rate of one run it is "
             f"{errors[0]:.1f} to {errors[-1]:.1f} points.")
-    parts = [table(*lines), filled(note), *each_run(result)]
+    parts = [table(*lines), *reasons(result["rows"]), filled(note), *each_run(result)]
     title, *lines = differences(result["compared"])
     if len(lines) > 1:
         parts.append(f"{filled(title)}\n\n{table(*lines)}")

@@ -5,12 +5,19 @@ import pytest
 from judged import Handler, Server, longer
 
 from data.judges.client import Judge
+from data.progress import say_once
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """A name that is no folder must not send a test to the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def news():
+    """What was said once is said again in another test."""
+    say_once.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import tiny
 import torch
 import toy
 
-from rlhf import answers, pairs, policy
+from data import InputError
+from rlhf import answers, pairs, policy, sampler, sft, update
 
 torch.set_num_threads(1)
 
@@ -58,3 +59,75 @@ def test_the_kl_is_of_the_policy_s_own_answers_and_has_its_sign(kind, asked, fol
     assert metrics["eval/finished"] == sum(response[-1] in toy.STOPS for _, response in rows) / len(rows)
     written = json.loads((cfg.dir() / "outputs.json").read_text())
     assert [record["output"] for record in written] == [toy.text(cfg).decode(response) for _, response in rows]
+
+
+# ---- what is cut or dropped is counted -----------------------------------------------------------------
+
+def test_a_question_that_is_too_long_keeps_both_ends_and_is_counted(tmp_path, capsys):
+    toy.base(tmp_path)
+    ids = [10 + i % 40 for i in range(2100)]
+    long = toy.sentence(ids)
+    records = [{"instruction": said, "output": "w1"} for said in (long, "w1 w2", "w3")]
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    cfg = toy.settings(tmp_path, "full", sft.Config, data="barn", eval_data=str(tmp_path / "eval.json"))
+    model, text = policy.fresh(cfg, "sft"), toy.text(cfg)
+    room = model.gpt.config.max_position_embeddings - cfg.max_new_tokens
+    for _ in range(2):
+        asked, prompts = answers.questions(model, text, cfg)
+        assert [record["instruction"] for record in asked] == [long, "w1 w2", "w3"]     # the judge sees all of it
+        assert prompts[1:] == [[1, 2], [3]] and room - 3 <= len(prompts[0]) <= room
+        assert prompts[0][:999] == ids[:999] and prompts[0][-999:] == ids[-999:]
+    assert capsys.readouterr().out == f"1 of 3 prompts are longer than {room} tokens: cut in the middle\n"
+    answers.show_sample(0, model, text, cfg, records, update.Log(cfg.dir(), 1, ()))     # fits, too
+    cfg.max_new_tokens = model.gpt.config.max_position_embeddings
+    with pytest.raises(InputError, match="leave no room for a prompt in .* tokens: lower --max_new_tokens$"):
+        answers.questions(model, text, cfg)
+
+
+def test_demonstrations_that_teach_nothing_or_have_no_end_are_counted(tmp_path, capsys, monkeypatch):
+    toy.base(tmp_path)
+    said = ["w9", "", "w9 " * 5, "w9 " * 6, "w9 " * 7, " "]                  # with EOS: 2, -, 6, 7, 8 tokens
+    splits = {"sft": [{"instruction": "w1", "input": "", "output": each} for each in said], "val": []}
+    cfg = toy.settings(tmp_path, "full", sft.Config)
+    rows = []
+    monkeypatch.setattr(sft.Config, "splits", lambda self: splits)
+    monkeypatch.setattr(sft, "train", lambda model, given, *args: rows.extend(given) or {})
+    monkeypatch.setattr(sft, "answer", lambda *args: {})
+    sft.run(cfg)
+    assert [len(response) for _, response in rows] == [2, 6, 6, 6]
+    shown = capsys.readouterr().out
+    assert "2 of 6 demonstrations are empty and left out" in shown
+    assert "2 of 4 demonstrations are cut off at 6 tokens and have no end" in shown
+
+
+def test_pairs_that_teach_nothing_are_counted(tmp_path, capsys):
+    toy.base(tmp_path)
+    made = [{"instruction": "w1", "output_1": one, "output_2": two, "preference": 1}
+            for one, two in (("w30", "w31"), ("w30", "w30"), ("w30 w9 w9 w9 w9 w9", "w30 w9 w9 w9 w9 w9 w31"))]
+    (tmp_path / "pairs.json").write_text(json.dumps(made))
+    cfg = toy.settings(tmp_path, "full", pairs.Config, labels=str(tmp_path / "pairs.json"))
+    assert len(pairs.released(cfg)) == 1
+    shown = capsys.readouterr().out
+    for line in ("1 of 3 pairs are ties or have two equal answers, and are left out",
+                 "2 of 4 answers are cut off at 6 tokens and have no end", "1 of 2 pairs have two equal answers"):
+        assert line in shown
+
+
+THOUGHTS = "{{ messages[0].content }}{% if add_generation_prompt %} <think> {% endif %}"
+
+
+def test_a_thought_has_room_of_its_own_and_is_not_judged(tmp_path, monkeypatch, capsys):
+    toy.base(tmp_path)
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": THOUGHTS}))
+    cfg = toy.settings(tmp_path, "full", sft.Config, max_thought_tokens=9)
+    model, text = policy.fresh(cfg, "sft"), toy.text(cfg)
+    assert text.thinks and len(answers.generate(model, [[1]], text, cfg, 0)[0][1]) <= 15
+    limits = []
+    monkeypatch.setattr(sampler, "sample", lambda model, prompts, stops, limit, *rest: limits.append(limit))
+    answers.generate(model, [[1]], text, cfg, 0)
+    assert limits == [15]
+    monkeypatch.setattr(cfg, "splits", lambda: {"eval": [{"instruction": "w1"}] * 3}, raising=False)
+    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: [([1], [9, 8])] * 3)
+    answers.answer(model, text, cfg)
+    assert "sft: 3 of 3 answers are empty: thoughts that did not end, perhaps" in capsys.readouterr().out

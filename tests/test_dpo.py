@@ -213,3 +213,11 @@ def test_every_epoch_has_an_order_of_its_own(folders, monkeypatch):
     ran(folders, "full", epochs=3, batch_size=20)
     assert len(batches) == 6 == len(set(batches))
     assert all(sorted(batches[i] + batches[i + 1]) == sorted(batches[0] + batches[1]) for i in (2, 4))
+
+
+def test_there_is_no_accuracy_before_any_pair_is_ranked():
+    loss, zero, noise, some = 4 * math.log(2), 0., 2e-6, .02
+    for chosen, rejected, right, wanted in ((zero, zero, 0, None), (noise, -noise, 3, None), (some, zero, 3, .75),
+                                            (some, some, 1, .25), (-some, some, 0, 0)):
+        sums = torch.tensor([loss, chosen, rejected, chosen - rejected, right, -9., -8.])
+        assert dpo.means(sums, 4)["rewards/accuracies"] == wanted

@@ -387,7 +387,7 @@ def test_a_file_of_chosen_and_rejected_is_as_good(tmp_path, form):
     ({**PAIRS[0], "preference": True}, "row 1 has no number under 'preference'"),
     ({**PAIRS[0], "preference": "2"}, "row 1 has no number under 'preference'"),
     ({"chosen": "a", "rejected": "b"}, "row 1: expected a prompt"),
-    ({"prompt": [USER, GOOD, USER], "chosen": [GOOD], "rejected": [BAD]}, "row 1: .*one turn"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "row 1: .*end with the assistant's"),
     ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "w9"}, BAD]}, "row 1: .*the same prompt"),
     ({"prompt": "x", "chosen": [{"role": "assistant"}], "rejected": "b"}, "row 1: expected a prompt"),
     ([], "row 1 is no record")])

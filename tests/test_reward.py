@@ -379,3 +379,9 @@ def test_a_saved_reward_model_comes_back_frozen_and_equal(kind, tmp_path):
     toy.moved(params, 6)
     assert (scores(value, ROWS, CFG) - before).abs().min() > 1e-4
     assert torch.equal(scores(back, ROWS, CFG), before)         # the value function moves alone, head and all
+
+
+def test_scores_that_are_all_equal_have_no_accuracy():
+    scores = torch.tensor([1., 2., 3.])
+    assert reward.accuracy(scores, scores) is None
+    assert reward.accuracy(scores, torch.tensor([1., 1., 4.])) == pytest.approx(1 / 3)

@@ -1,15 +1,20 @@
 """Data sets: the three kinds of file, AlpacaFarm's splits, and errors that name the file and the record."""
 import gzip
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data import InputError
-from data.sets import SHARES, load, read_records
+from data import InputError, sets
+from data.sets import SHARES, demonstrations, load, preferences, read_records
+from data.text import Text
+from rlhf.config import BASE
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 ALPACA = SHARED / "alpaca" / "alpaca_5000.json.gz"
 DAVINCI = SHARED / "alpaca_eval" / "reference_text_davinci_003.json.gz"
 needs_alpaca = pytest.mark.skipif(not (ALPACA.exists() and DAVINCI.exists()), reason="needs the real data")
@@ -45,7 +50,9 @@ GOOD = b'{"instruction": "a", "output": "b"}'
 MALFORMED = {                                           # what is wrong: file, content, what the error says
     "empty": ("a.json", b"", "not JSON"),
     "cut": ("a.json", b"[" + GOOD, "not JSON"),
-    "no text": ("a.json", b"\xff\xfe[]", "not JSON"),
+    "UTF-16": ("a.json", "[]".encode("utf-16"), "is not UTF-8: save it as UTF-8$"),
+    "cp1252": ("a.jsonl", '{"instruction": "Grüße", "output": "x"}'.encode("cp1252"), "UTF-8: save it as UTF-8$"),
+    "UTF-16, gzipped": ("a.json.gz", gzip.compress("[]".encode("utf-16")), "is not UTF-8: save it as UTF-8$"),
     "too deep": ("a.json", b"[" * 100_000, "JSON"),
     "lines in .json": ("a.json", GOOD + b"\n" + GOOD, "not JSON"),
     "no list": ("a.json", GOOD, "list of records"),
@@ -158,3 +165,122 @@ def test_the_real_reference_is_davinci_s_answers_in_their_order():
     assert [row["instruction"] for row in reference] == [row["instruction"] for row in given]
     assert [row["output"] for row in reference] == [row["output"] for row in given]
     assert all(row["generator"] and row["input"] == "" for row in reference)        # the file has neither
+
+
+# ---- what others write ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("input", [None, float("nan")])
+def test_a_cell_without_a_value_is_an_empty_input(tmp_path, name, input):
+    path = write(tmp_path / name, records(3, input=input))
+    assert read_records(path) == records(3)
+    assert demonstrations(path) == records(3)
+
+
+def turns(*said):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def hh(*said):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(said))
+
+
+PAIR = {"instruction": "Hi there", "output_1": "good one", "output_2": "bad", "preference": 1}
+FORMS = {
+    "HH-RLHF": lambda *asked: {name: hh(*asked, answer) for name, answer in (("chosen", "good one"),
+                                                                             ("rejected", "bad"))},
+    "UltraFeedback": lambda *asked: {
+        "prompt": asked[0], "prompt_id": "0a", "chosen": turns(*asked, "good one"), "rejected": turns(*asked, "bad"),
+        "messages": turns(*asked, "good one"), "score_chosen": 8.5, "score_rejected": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs_of_others_are_pairs_and_demonstrations(tmp_path, capsys, form, name):
+    """Conversations of several turns are left out, and counted once, not refused."""
+    row = FORMS[form]
+    rows = [row("Hi there"), row("Hi there", "Yes?", "Go on"), *(row(f"{i}") for i in range(99))]
+    path = write(tmp_path / name, rows)
+    pairs = preferences(path)
+    assert len(pairs) == 100 and pairs[0] == {"input": "", **PAIR}
+    assert preferences(path) == pairs
+    learned = demonstrations(path)
+    assert learned[0] == {"instruction": "Hi there", "input": "", "output": "good one"} and len(learned) == 100
+    assert capsys.readouterr().out == f"1 of 101 rows of {name} are of several turns: left out\n"
+    assert {record["output"] for record in load(str(path))["sft"]} == {"good one"}
+
+
+def test_a_system_message_is_a_turn_of_its_own(tmp_path, capsys):
+    system = [{"role": "system", "content": "Be brief."}]
+    row = {"chosen": system + turns("Hi", "a"), "rejected": system + turns("Hi", "b")}
+    path = write(tmp_path / "a.json", [row, FORMS["HH-RLHF"]("Hi there")])
+    assert preferences(path) == [{"input": "", **PAIR}] and "1 of 2 rows" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no pair"):
+        preferences(write(tmp_path / "b.json", [row]))
+
+
+@pytest.mark.parametrize("scores", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
+def test_equal_scores_are_a_tie(tmp_path, capsys, scores):
+    row = FORMS["HH-RLHF"]
+    rows = [{**row(f"{i}"), scores[0]: 5.0, scores[1]: 5.0 - i % 2} for i in range(4)]
+    assert [pair["instruction"] for pair in preferences(write(tmp_path / "a.json", rows))] == ["1", "3"]
+    assert "2 of 4 pairs are ties" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"chosen": "no turns", "rejected": "at all"}, "row 1: expected a prompt and an answer"),
+    ({"chosen": hh("a", "b", "c"), "rejected": hh("a", "b")}, "row 1: .* end with the assistant's"),
+    ({"chosen": hh("a", "b"), "rejected": hh("c", "b")}, "row 1: .*the same prompt"),
+    ({"chosen": "words" + hh("a", "b"), "rejected": hh("a", "b")}, "row 1: expected"),
+    ({"chosen": [{"role": "user", "content": 3}, *turns("a", "b")], "rejected": hh("a", "b")}, "row 1: expected"),
+    ({"instruction": "a"}, "row 1 has no text under 'output'")])
+def test_a_malformed_row_of_others_is_named(tmp_path, row, said):
+    path = write(tmp_path / "a.json", [FORMS["HH-RLHF"]("Hi"), row])
+    with pytest.raises(InputError, match=f"a.json: {said}"):
+        demonstrations(path)
+
+
+# ---- pairs for others ----------------------------------------------------------------------------------
+
+def run_with_pairs(folder, stage="pairs"):
+    pairs = [{**PAIR, "input": "you", "seed": "/0", "ids_1": [1], "ids_2": [2]}, {**PAIR, "preference": 2}]
+    (folder / stage).mkdir(parents=True)
+    write(folder / stage / "pairs.json", pairs)
+    return folder
+
+
+def test_the_pairs_of_a_run_are_exported_for_trl(tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    for run in (run_with_pairs(tmp_path / "run"), tmp_path / "run" / "pairs"):
+        line = [sys.executable, "-m", "data.sets", "--export", str(out), str(run)]
+        ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"2 pairs are in {out}\n", "")
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["prompt"] for row in rows] == [turns("Hi there\n\nyou"), turns("Hi there")]
+        assert [row["chosen"][0]["content"] for row in rows] == ["good one", "bad"]
+        assert [row["rejected"][0]["content"] for row in rows] == ["bad", "good one"]
+    assert [pair["output_1"] for pair in preferences(out)] == ["good one", "bad"]       # and they come back
+    run_with_pairs(tmp_path / "run", "pairs_b")
+    with pytest.raises(InputError, match="several stages with pairs: choose one, as in"):
+        sets.main(["--export", str(out), str(tmp_path / "run")])
+    with pytest.raises(InputError, match="has no pairs: give a run folder"):
+        sets.main(["--export", str(out), str(tmp_path)])
+
+
+def test_trl_trains_on_exported_pairs(tmp_path):
+    """DPOTrainer's own preparation: the prompt is the template's, and each answer ends in its end of turn."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    sets.main(["--export", str(tmp_path / "pairs.jsonl"), str(run_with_pairs(tmp_path / "run"))])
+    data = datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    arguments = trl.DPOConfig(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True)
+    trainer = trl.DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    text = Text(BASE)
+    for row, pair in zip(trainer.train_dataset, preferences(tmp_path / "pairs.jsonl")):
+        prompt, chosen = text.example(pair, pair["output_1"])
+        assert row["prompt_ids"] == prompt and row["chosen_ids"] == chosen
+        assert row["rejected_ids"] == text.example(pair, pair["output_2"])[1]

@@ -456,3 +456,45 @@ def test_every_setting_is_compared_or_listed_as_one_that_changes_nothing():
     one = stage("runs/x")
     own = {name for name in inspect.signature(sft.Config).parameters}
     assert one.settings.keys() == own - config.ELSEWHERE - config.ASKED - {"judge", "pool", "start", "lora_alpha"}
+
+
+# ---- the day of a run ----------------------------------------------------------------------------------
+
+def test_a_run_keeps_the_day_of_its_first_stage_and_is_reused_on_another(tmp_path, monkeypatch, capsys):
+    """What templates take for today, in every stage of the run and when its checkpoint is served."""
+    def day(out, name="sft", **settings):
+        one = stage(out, name=name, **settings)
+        run(one)
+        assert json.loads((out / name / "config.json").read_text())["day"] == one.cfg.day
+        return one.cfg.day
+    monkeypatch.setattr(stages, "TODAY", "2026-11-30")
+    assert day(tmp_path / "run") == "2026-11-30"
+    monkeypatch.setattr(stages, "TODAY", "2026-12-01")
+    assert day(tmp_path / "run") == "2026-11-30" and "sft: reused" in capsys.readouterr().out
+    assert day(tmp_path / "run", "sft_b", lr=.5) == "2026-11-30"
+    assert day(tmp_path / "other") == "2026-12-01"
+    (tmp_path / "run" / "sft_b" / "config.json").write_text("{")                # find() has a sentence about it
+    assert stages.first_day(tmp_path / "run") == "2026-11-30"
+
+
+def test_the_variables_of_the_template_are_part_of_what_made_a_stage(tmp_path):
+    run(stage(tmp_path, model=str(config.BASE), template='{"enable_thinking": false, "a": 1}'))
+    same = stage(tmp_path, model=str(config.BASE), template='{"a":1,"enable_thinking":false}')
+    assert stages.place(same, again(tmp_path)) is None
+    with pytest.raises(InputError, match="finished and was made otherwise .template is"):
+        run(stage(tmp_path, model=str(config.BASE)))
+
+
+@pytest.mark.parametrize("said", ["enable_thinking=false", "[1]", "3", "{", '{"a": 1'])
+def test_variables_that_are_no_json_object_are_refused(said):
+    with pytest.raises(InputError, match="^--template .* is no JSON object: write it as in --template"):
+        sft.Config(template=said)
+
+
+def test_variables_without_a_template_would_change_nothing(tmp_path):
+    shutil.copytree(config.BASE, tmp_path / "base")
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": None}))
+    with pytest.raises(InputError, match="--template would change nothing: .*base has no chat template"):
+        sft.Config(model=str(tmp_path / "base"), template='{"a": 1}').text()
+    assert sft.Config(template='{"a": 1}').text().variables == {"a": 1}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data.alpaca_eval import read_column, read_length_control
-from stats import agreement, length, ranking, winrate
+from stats import agreement, length, ranking, tables, winrate
 from stats.length import fit, length_controlled, predicted
+from stats.seeds import mean_row
 from stats.winrate import paired_difference, usable, win_rate
 
 ROOT = Path(__file__).parents[1]
@@ -235,15 +236,62 @@ def test_the_fit_is_right_where_newton_alone_runs_away():
 
 @pytest.mark.filterwarnings("error")
 def test_a_fit_without_a_finite_optimum_stays_finite():
-    won = length_controlled([2] * 30, range(30), [9] * 30, counts=winrate.resample(30, 50))
+    won = length_controlled([2] * 30, range(30), [9] * 30)
     assert 99 < won["length_controlled_winrate"] <= 100 and won["lc_standard_error"] < 1
-    assert (won["lc_ci_low"], won["lc_ci_high"]) == winrate.rate_interval(100, np.zeros(2), 30)
     even = length_controlled([2, 1] * 30, [7] * 60, [7] * 60, counts=winrate.resample(60, 200))     # equal lengths
     assert even["length_controlled_winrate"] == pytest.approx(50)
     assert even["lc_standard_error"] == pytest.approx(50 / 60 ** .5, abs=1)
     assert length_controlled([None, None], [1, 2], [3, 4]) == {}
     gap = np.where(np.arange(60) < 30, 20, -20)             # the longer one wins, always: only length is seen
     assert length_controlled(1 + (gap < 0), 100 - gap, [100] * 60)["length_controlled_winrate"] == pytest.approx(50)
+
+
+N = np.arange(40)
+UNTOLD = {                                              # preferences, lengths, reference lengths, why not
+    "eight of eight won": ([2] * 8, N[:8] * 9, [30] * 8, "every answer has won"),
+    "all lost": ([1] * 40, N, [20] * 40, "every answer has lost"),
+    "all drawn": ([1.5] * 40, N, [20] * 40, ""),
+    "the longer one wins": (1 + N % 2, 300 * (N % 2) + N, [150] * 40, "the fit separates"),
+    "the shorter one wins": (2 - N % 2, 300 * (N % 2) + N, [150] * 40, "the fit separates"),
+    "but once": (np.where(N == 7, 1, 1 + N % 2), 300 * (N % 2) + N, [150] * 40, ""),
+    "or half of it": (np.where(N == 7, 1.5, 1 + N % 2), 300 * (N % 2) + N, [150] * 40, ""),
+    "longer, all": (1 + N % 2, 300 + N * 7 % 40, [9] * 40, "every answer is longer"),
+    "shorter, all": (1 + N % 2, N * 7 % 40, [90] * 40, "every answer is shorter"),
+    "one is as long": (1 + N % 2, N * 7 % 40, [39] * 40, ""),
+}
+
+
+@pytest.mark.parametrize("p, ours, theirs, why", UNTOLD.values(), ids=UNTOLD)
+def test_a_controlled_rate_that_only_the_penalty_decides_on_cannot_be_told(p, ours, theirs, why):
+    """What the annotations determine does not change with the strength of the penalty; the rest does."""
+    row = length_controlled(p, ours, theirs, counts=winrate.resample(len(p), 50))
+    assert row.get("lc_unknown", "").startswith(why) and ("lc_unknown" in row) == bool(why)
+    assert ("length_controlled_winrate" in row) == ("lc_ci_low" in row) == (not why)
+    weak, weaker = (length_controlled(p, ours, theirs, C=C)["lc_weights"] for C in (1e4, 1e6))
+    if why.startswith(("every answer has", "the fit")):
+        assert np.abs(weaker).max() > 1.2 * np.abs(weak).max()
+    elif not why:
+        assert weaker == pytest.approx(weak, rel=.05, abs=.05)
+
+
+def test_the_gamed_baseline_can_tell_what_length_does():
+    p, ours, theirs, _ = UNTOLD["longer, all"]
+    gaps = np.tanh(np.linspace(-3, 3, 40))
+    gamed = np.stack([gaps, np.zeros(40), np.zeros(40)]), 1 / (1 + np.exp(gaps))
+    assert "lc_unknown" not in length_controlled(p, ours, theirs, np.zeros(40), gamed, counts=winrate.resample(40, 50))
+    row = length_controlled([2] * 40, ours, theirs, np.zeros(40), gamed, counts=winrate.resample(40, 50))
+    assert row["lc_unknown"] == "every answer has won"
+
+
+def test_what_cannot_be_told_is_said_once_and_so_it_is_for_the_mean_over_seeds(tmp_path):
+    row = {**win_rate([2] * 9), "avg_length": 5, "n_unusable": 0, "n_missing": 0, "mode": "x"}
+    unknown = {**row, "lc_unknown": "every answer has won"}
+    told = {**row, "length_controlled_winrate": 50., "lc_standard_error": 1.}
+    shown = tables.leaderboard({"a": unknown, "b": told, "c": unknown}, tmp_path / "l.csv")
+    assert shown.count("cannot be told") == 3 and "LC of a, c cannot be told: every answer has won" in shown
+    assert "every answer has won" in (tmp_path / "l.csv").read_text()
+    mean = mean_row([told, unknown])
+    assert mean["lc_unknown"] == "every answer has won" and "length_controlled_winrate" not in mean
 
 
 def judged_by_length(n, seed, skill=.4, taste=-1.5, D=None):

@@ -398,7 +398,8 @@ def test_every_probe_is_tried():
               "{{ 'x'|center(2000000) }}{% endif %}")
     for roles, odd in (("user", 0), ("user", 1), ("system user", 0), ("user assistant user", 0), ("user assistant", 0)):
         complaint = trial(source.replace("ROLES", repr(roles)).replace("ODD", str(odd)))
-        assert complaint == ("it adds more than 1000000 characters to a chat" if roles[-4:] == "user" else "")
+        greedy = "it adds more than 1000000 characters to a chat"
+        assert complaint == (greedy if roles[-4:] == "user" else "it loses the user's text")
 
 
 def test_the_child_needs_neither_torch_nor_the_folder_it_runs_in(monkeypatch, tmp_path):
@@ -458,3 +459,19 @@ def test_an_old_jinja2_is_not_trusted(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         with pytest.raises(InputError, match=f"chat template needs jinja2 3.1.6 .* here is {version}, .*: pip install"):
             renderer("{{ messages[0].content }}")
+
+
+# ---- a template that loses the text --------------------------------------------------------------------
+
+@pytest.mark.parametrize("source", [
+    "Hi", "{{ messages[0].role }}", "{{ messages[0].content|length }}", "{{ messages[0].content[:9] }}",
+    "{% for part in messages[0].content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"])
+def test_a_template_that_loses_the_text_is_refused(source):
+    with pytest.raises(InputError, match="^the chat template fails: it loses the user's text$"):
+        renderer(source)
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content|upper }}", "{{ messages[-1].content|trim }}!",
+                                    "{{ messages|tojson }}"])
+def test_a_template_may_change_the_text(source):
+    assert renderer(source)(PLAIN)

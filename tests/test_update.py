@@ -275,3 +275,15 @@ def test_without_the_resource_module_memory_is_not_counted(tmp_path, monkeypatch
     assert update.peak_gb() > 0
     with pytest.raises(OutOfMemory, match="^out of memory; less"), windows["plainly"]("less"):
         raise MemoryError
+
+
+@pytest.mark.parametrize("speed, said", [(.4, "0"), (41.3, "41"), (999, "999"), (3210, "3.2k"), (41_000, "41.0k")])
+def test_a_slow_model_s_speed_is_a_number(speed, said):
+    assert progress.amount(speed) == said
+
+
+def test_the_line_leaves_out_what_is_not_known(tmp_path, capsys):
+    log = update.Log(tmp_path / "dpo", 1, ("loss", "rewards/accuracies"))
+    log.step(0, {"loss": .5, "rewards/accuracies": None}, 9)
+    assert "dpo 1/1 | loss 0.5 | " in (shown := capsys.readouterr().out) and "accuracies" not in shown
+    assert json.loads((tmp_path / "dpo" / "metrics.jsonl").read_text())["rewards/accuracies"] is None

@@ -10,7 +10,7 @@ import difflib
 import json
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_text
 from data.judges.prompts import FORMS, HERE, Annotator, joined, template
 from data.sets import read_records
 
@@ -80,8 +80,9 @@ def find_prompt(where, prompt, folder):
     if not path.is_file() or path.suffix != ".json":
         raise InputError(f"{where}: there is no prompt {prompt!r}, neither a .json file in {folder} nor one of "
                          f"{', '.join(shipped)}")
+    text = read_text(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     check(path, document, PROMPT, PROMPT)
