@@ -107,8 +107,7 @@ def imported(tree):
 
 
 def sources(method):
-    """{file: hash} of a method's source and of all that it imports from rlhf/, model.py and mixture.py, directly or
-    not."""
+    """{file: hash} of a method's source and of all it imports from rlhf/, model.py and mixture.py, directly or not."""
     left, found = [f"rlhf.{method}"], {}
     while left:
         file = f"{left.pop().replace('.', '/')}.py"
