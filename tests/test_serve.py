@@ -60,9 +60,7 @@ def client(url):
 def endless(monkeypatch):
     """Answers of any checkpoint that is loaded now end by their limit only."""
     class Endless(Text):
-        def __init__(self, *folders):
-            super().__init__(*folders)
-            self.stops = [10_000]
+        stops = [10_000]
     monkeypatch.setattr(config, "Text", Endless)
 
 
