@@ -27,10 +27,10 @@ ROUNDING = 1e-5                         # a reward of this size may be a roundin
 
 @dataclass
 class Config(config.Config):
-    lr: float = 1e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     beta: float = .1                    # strength of the pull to the reference: higher stays closer
     epochs: int = 2                     # passes over the pairs
-    batch_size: int = 32                # pairs in an optimizer step
+    batch_size: int = 16                # pairs in an optimizer step
     shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
     sample_every: int = 50              # steps between samples
 

@@ -27,10 +27,10 @@ class Config(rewards.Config):
     reward: str = "judge"               # judge, model, rule, true (barn), FILE.py:function, or a reward model's name
     rounds: int = 3                     # how often to sample, label and train
     prompts: int = 6000                 # prompts in a round, with one pair each
-    lr: float = 1e-4                    # peak learning rate of a round
+    lr: float = 2e-4                    # peak learning rate of a round
     beta: float = .1                    # strength of the pull to the reference: higher stays closer
     epochs: int = 2                     # passes over the pairs of a round
-    batch_size: int = 32                # pairs in an optimizer step
+    batch_size: int = 16                # pairs in an optimizer step
     shared_prompt: bool = True          # compute the prompt of the two answers once; the same loss, faster
 
     BARN = {"prompts": 2000, "lr": 3e-4, "batch_size": 64}

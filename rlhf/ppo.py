@@ -35,10 +35,10 @@ METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clip
 
 @dataclass
 class Config(rewards.Config):
-    lr: float = 1e-4                    # peak learning rate, of policy and value function
+    lr: float = 3e-4                    # peak learning rate, of policy and value function
     steps: int = 80                     # rollouts, each followed by updates
-    rollout_batch: int = 512            # answers in a rollout
-    batch_size: int = 256               # answers in an optimizer step
+    rollout_batch: int = 256            # answers in a rollout
+    batch_size: int = 32                # answers in an optimizer step
     num_ppo_epochs: int = 2             # passes over a rollout
     kl_coef: float = .05                # price of a nat of KL to the reference, in deviations of the reward
     kl_estimator: str = "k1"            # k1 (unbiased), k2, k3, or clamped: AlpacaFarm's max(k1, 0)
