@@ -73,14 +73,16 @@ def all_logps(model, pairs, cfg):
 
 
 def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
-    """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp, and
-    no reference is kept in memory or computed. kl_fn(model, ref, pairs, cfg) -> the KL to the reference on the pairs of
-    a step: if it is given, its result is loss_fn's last argument, and is logged."""
+    """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp; with
+    all weights trained, the reference is then only loaded at the end, to measure the KL to it. kl_fn(model, ref, pairs,
+    cfg) -> the KL to the reference on the pairs of a step: if it is given, its result is loss_fn's last argument, and
+    is logged."""
     text = cfg.text()
     model, ref, ref_logps = policy.start(cfg), None, None
     pairs = load_pairs(cfg, text)
-    if needs_reference:
+    if needs_reference or cfg.lora_rank:                # a frozen adapter takes little memory
         model, ref = model.copy("policy"), model
+    if needs_reference:
         ref_logps = all_logps(ref, pairs, cfg)                                               # (2, N)
     answer_tokens = torch.tensor([[len(r) for _, r in pair] for pair in pairs], device=model.gpt.device).T   # (2, N)
     val = cfg.splits()["val"]
@@ -104,5 +106,6 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
         if step % cfg.sample_every == 0:
             show_sample(step, model, text, cfg, val, log)
 
+    del updater                                         # its moments are as large as another model
     policy.save(model, cfg)
-    return {**metrics, **answer(model, text, cfg, ref)}
+    return {**metrics, **answer(model, text, cfg, ref or policy.start(cfg))}
