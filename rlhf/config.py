@@ -244,7 +244,9 @@ class Config:
         try:
             return resolve(base)
         except Refusal as error:
-            raise type(error)(f"{self.model} adapts {base}: {error}") from None
+            where = self.adapter / "adapter_config.json"
+            raise type(error)(f"{self.model} adapts {base}: {error}. If it has moved, write where it is now under "
+                              f"base_model_name_or_path in {where}") from None
 
     def text(self):
         """The tokenizer and prompt form of the model."""

@@ -130,8 +130,8 @@ def test_an_adapter_of_any_scale_can_be_continued(world):
     result = train(world, "on", "--lora_rank", 4, "--model", adapter, "--limit", 16)
     refused(result, 2, "--lora_rank 4 --lora_alpha 14$")
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 4, "use_rslora": True, "lora_alpha": 7.1}))
-    advice = train(world, "on", "--lora_rank", 4, "--model", adapter, "--limit", 16).err.split()[-4:]
-    assert train(world, "on", "--model", adapter, "--limit", 16, *advice).code == 0
+    advice = train(world, "anew", "--lora_rank", 4, "--model", adapter, "--limit", 16).err.split()[-4:]
+    assert train(world, "anew", "--model", adapter, "--limit", 16, *advice).code == 0
 
 
 def test_a_start_that_covers_a_few_layers_is_completed_by_fresh_ones(world):
@@ -220,7 +220,7 @@ def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, mon
         resolve("../run")
     (world / "base").rename(world / "gone")
     resolve.cache_clear()
-    with pytest.raises(InputError, match="checkpoint adapts .*base: there is no folder .*base"):
+    with pytest.raises(InputError, match="adapts .*base: there is no folder .*base.*base_model_name_or_path in .*adapter_config.json"):
         policy.open_checkpoint(world / "run" / "sft")
     resolve.cache_clear()
 
