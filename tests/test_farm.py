@@ -34,7 +34,7 @@ from rlhf.config import BASE
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "mixture.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -389,7 +389,7 @@ def test_run_folders_may_share_what_the_judge_has_said(first, tmp_path):
     result = farm("--method", "dpo", *SMALL, "--out", tmp_path / "run", "--cache", tmp_path / "shared.jsonl")
     assert result.code == 0 and not (tmp_path / "run" / "judge.jsonl").exists()
     asked = re.findall(r"judge: (\d+) asked \((\d+) from", result.out)
-    assert len(asked) == 3 and all(n == cached for n, cached in asked)
+    assert len(asked) == 4 and all(n == cached for n, cached in asked)
     assert results(tmp_path / "run") == results(first.out)
 
 
@@ -468,7 +468,7 @@ def test_a_damaged_file_of_a_finished_stage_is_named(first, copy, path):
 def test_a_finished_method_never_vanishes_from_the_leaderboard_in_silence(copy):
     (copy / "dpo" / "outputs.json").unlink()
     result = farm("--method", "sft", *SMALL, "--out", copy)
-    assert result.code == 0 and leaderboard(copy).keys() == {"sft"}
+    assert result.code == 0 and leaderboard(copy).keys() == {"base", "sft"}
     assert re.search(r"^\S+dpo/outputs.json is missing, so dpo has no row: --rerun dpo$", result.out, re.MULTILINE)
 
 
@@ -671,7 +671,7 @@ def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
     (project / "rlhf" / "echo.py").write_text(ECHO)
     result = in_another_process("--method", "echo", *SMALL, "--out", project / "run", "--loud", cwd=project)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert leaderboard(project / "run").keys() == {"echo"}
+    assert leaderboard(project / "run").keys() == {"base", "echo"}
 
 
 SHOUT = '''"""Shout: another file's knobs, one of its own without a comment, and nothing to report."""
@@ -700,7 +700,7 @@ def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
         result = in_another_process("--method", name, *SMALL, "--out", project / "run", cwd=project)
         assert result.returncode == 0 and not result.stderr, result.stderr
         assert {o["generator"] for o in read(project / "run" / name / "outputs.json")} == {name}
-    assert leaderboard(project / "run").keys() == {"shout", "whisper"}
+    assert leaderboard(project / "run").keys() == {"base", "shout", "whisper"}
     shown = in_another_process("--method", "shout", "--help", cwd=project)
     assert shown.returncode == 0 and "--often X" in shown.stdout and "[2]" in shown.stdout
     front = in_another_process(cwd=project)
