@@ -220,7 +220,7 @@ def test_a_stage_of_a_run_is_a_model_and_a_run_is_found_from_anywhere(world, mon
         resolve("../run")
     (world / "base").rename(world / "gone")
     resolve.cache_clear()
-    with pytest.raises(InputError, match="adapts .*base: there is no folder .*base_model_name_or_path in .*_config.json"):
+    with pytest.raises(InputError, match="adapts .*: there is no folder .*base_model_name_or_path in .*_config.json"):
         policy.open_checkpoint(world / "run" / "sft")
     resolve.cache_clear()
 
