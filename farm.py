@@ -53,7 +53,7 @@ def chosen(said):
     """The methods that --method names: one, several, or all that answer."""
     if said == "all":
         return [name for name in methods() if name not in ("base", "pairs", "reward")]
-    return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip()))
+    return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip())) or [said]
 
 
 def route(argv, name):
@@ -120,7 +120,8 @@ def settings(given, name, needed):
 
 
 def configured(names, argv):
-    """{method: its Config} of all that a command runs: the checkpoint itself, what the methods need, the methods."""
+    """{method: its Config} of all that a command runs: the checkpoint itself, what the methods need, the methods. And
+    whether --start was given."""
     name = names[0] if len(names) == 1 else ""
     given = route(argv, name)
     if not name and "name" in given[name]:

@@ -344,6 +344,7 @@ def test_several_methods_share_stages_and_a_leaderboard(first, copy):
                       (("--rerun", "simp"), "did you mean simpo")):
         refused(farm("--method", "dpo,simpo", *SMALL, "--out", copy, *argv), 2, why)
     refused(farm("--method", "dpo,simp"), 2, "method 'simp' is not known")
+    refused(farm("--method", ","), 2, "method ',' is not known")
 
 
 def test_all_methods_are_those_that_answer():
