@@ -1,9 +1,9 @@
 """Learning from simulated human feedback, on one machine.
 
-    python farm.py --method dpo                 all that dpo needs, then dpo itself
-    python farm.py --method dpo --help          its knobs
-    python farm.py --method dpo,ppo             several methods, or all of them
-    python farm.py --method dpo --seeds 0,1,2   the mean over seeds, and its spread
+    python farm.py --method dpo             all that dpo needs, then dpo itself
+    python farm.py --method dpo --help      its knobs
+    python farm.py --method dpo,ppo         several methods; all: all of them
+    python farm.py --method dpo --seeds 0,1       the mean over seeds
 
 The stages that a method needs run first; finished ones are reused. Then all
 answers in the run folder are judged. --sft.epochs 3 is a flag of a stage that
