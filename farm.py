@@ -9,7 +9,6 @@ The stages that a method needs run first; finished ones are reused. Then all
 answers in the run folder are judged. --sft.epochs 3 is a flag of a stage that
 is needed. Everything is written to --out.
 """
-import argparse
 import importlib
 import json
 import os
@@ -80,9 +79,10 @@ def route(argv, name):
 
 # -- settings ------------------------------------------------------------------------------------------------------
 
-def configure(given, name, method):
-    """The Config of one stage of a command for the method `name`; `given` is what route() returns."""
-    common = {f.name for f in fields(config.Config)} - config.COMMAND
+def configure(given, name, method, names=()):
+    """The Config of one stage of a command for the method `name`, or for several, `names`; `given` is what route()
+    returns."""
+    common = {f.name for f in fields(config.Config)} - (set() if method in names else config.COMMAND)
     shared = {key: value for key, value in given[name].items() if key in common}
     return config.build(load(method).Config, {**shared, **given.get(method, {})})
 
@@ -102,16 +102,16 @@ def plan(name, given=None, names=()):
     return list(dict.fromkeys(each for method in names or [name] for each in with_needs(method)))
 
 
-def settings(given, name, needed):
-    """{method: its Config} of a plan; InputError about flags that make no sense."""
+def settings(given, name, needed, names):
+    """{method: its Config} of a plan for `names`; InputError about flags that make no sense."""
     if stray := given.keys() - {name, *needed}:
         needing = f"{name} does" if name else "these methods do"
         raise InputError(f"{needing} not need {', '.join(stray)}, so its flags would change nothing")
     common = {f.name for f in fields(config.Config)} - config.COMMAND
-    configs = {method: configure(given, name, method) for method in needed}
+    configs = {method: configure(given, name, method, names) for method in needed}
     for method, flags in given.items():
         for flag in flags:                          # one that all stages share has to change something in one of them
-            heard = needed if method == name and (flag in common or not name) else [method]
+            heard = [method] if method != name else needed if flag in common else names
             why = [configs[each].idle().get(flag) for each in heard]
             if all(why):
                 dotted = "" if method == name else f"{method}."
@@ -127,10 +127,7 @@ def configured(names, argv):
     if not name and "name" in given[name]:
         raise InputError(f"--name {given[name]['name']} is for one method: give --{names[0]}.name")
     needed = plan(name, given, names)
-    configs = settings(given, name, needed if "base" in needed else ["base", *needed])
-    for method in () if name else names:
-        for flag in given[""].keys() & config.COMMAND:
-            setattr(configs[method], flag, given[""][flag])
+    configs = settings(given, name, needed if "base" in needed else ["base", *needed], names)
     call(configs)
     return configs, "start" in given[name]
 
@@ -215,7 +212,8 @@ def neighbours(records):
 
 
 def train(names, configs, starts):
-    """Run every stage of a plan that has to run. starts: whether --start was given."""
+    """Run every stage of a plan that has to run. starts: whether --start was given. Returns what --rerun names, to be
+    ended when all else of the command is done."""
     cfg = configs[names[0]]
     options, found = annotate.options(cfg), prepared(names, configs)
     if not cfg.judge:
@@ -232,21 +230,21 @@ def train(names, configs, starts):
     again.begin()
     for n, stage in enumerate(found, 1):
         stages.run(stage, again, f"stage {n} of {len(found)}")
-    again.end()
+    return again
 
 
 def run_once(names, argv):
-    """Run the methods and judge their answers: the Config of the first, and the leaderboard as text, "" if nobody
-    judges."""
+    """Run the methods and judge their answers: the Config of the first, the leaderboard as text ("" if nobody judges),
+    and what train() returned."""
     configs, starts = configured(names, argv)
     cfg = configs[names[0]]
     with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
                  "--slots, a lower --max_new_tokens, --int8 (with adapters), a smaller model"):
-        train(names, configs, starts)
+        again = train(names, configs, starts)
         for method in names:
             if configs[method].merge and "merge" not in configs[method].idle():
                 print(policy.merge(configs[method]))
-    return cfg, "" if cfg.judge == "none" else leaderboard(cfg)
+    return cfg, "" if cfg.judge == "none" else leaderboard(cfg), again
 
 
 def run_seeds(names, argv, said):
@@ -254,22 +252,30 @@ def run_seeds(names, argv, said):
     if not re.fullmatch(r"\d+(,\d+)*", said):
         raise InputError(f"--seeds {said} are no numbers: give them as in --seeds 0,1,2")
     configs, _ = configured(names, argv)
-    cfg, folders = configs[names[0]], []
+    cfg, folders, runs, rerun = configs[names[0]], [], {}, []
     if cfg.judge == "none":
         raise InputError("--seeds compares verdicts, and --judge none gives none")
-    for seed in dict.fromkeys(said.split(",")):
+    if cfg.seed:
+        raise InputError(f"--seed {cfg.seed} would change nothing: --seeds {said} are taken")
+    for seed in map(int, said.split(",")):
         out = Path(cfg.out) / f"seed{seed}"
-        print(f"seed {seed}, in {out}")
-        run_once(names, [*argv, "--seed", seed, "--out", str(out), "--cache", str(cfg.judge_cache)])
+        runs[out] = [*argv, "--seed", str(seed), "--out", str(out), "--cache", str(cfg.judge_cache)]
+        configured(names, runs[out])                # what is wrong with a seed shows before the first one runs
+    for out, flags in runs.items():
+        print(f"{out.name}, in {out}")
+        *_, again = run_once(names, flags)
+        rerun.append(again)
         folders += [str(path.parent) for path in sorted(out.glob("*/annotations.json"))]
     start = "sft" if cfg.start == "sft" else "base"
     compared = ["--baseline", start] if any(Path(folder).name == start for folder in folders) else []
     eval.main([*folders, "--out", cfg.out, *compared])
-    return cfg, ""
+    for again in rerun:
+        again.end()
+    return cfg
 
 
 def command(argv):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = config.Parser("farm.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--method", nargs="?")
     parser.add_argument("--seeds", default="")
     args, rest = parser.parse_known_args(argv)
@@ -281,7 +287,11 @@ def command(argv):
                 raise InputError(f"{flag} is not known{meant}")
         raise InputError(f"which method? --method {', '.join(methods())}; --method NAME --help lists its knobs")
     names, start = chosen(args.method), time.perf_counter()
-    cfg, board = run_seeds(names, rest, args.seeds) if args.seeds else run_once(names, rest)
+    if args.seeds:
+        cfg, board = run_seeds(names, rest, args.seeds), ""
+    else:
+        cfg, board, again = run_once(names, rest)
+        again.end()
     if board:
         top_p = f", top-p {cfg.eval_top_p:g}" * (0 < cfg.eval_temperature and cfg.eval_top_p < 1)
         print(f"\nwin rate over the reference answers in %, judge {cfg.judge}, temperature {cfg.eval_temperature:g}"

@@ -36,7 +36,7 @@ from data.judges.servers import on_this_machine
 from data.protocol import TOP, Refused, check_name, read_request
 from rlhf.ask import FORMS, ask, compare
 from rlhf.policy import open_checkpoint
-from rlhf.sampler import slots_that_fit
+from rlhf.sampler import longest_answer, slots_that_fit
 from rlhf.update import plainly
 from rlhf.writer import ServingEngine, Writer
 
@@ -139,8 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 for _ in self.news(request):            # wait until all answers are finished
                     pass
-                choices = [each.choice("message", each.content, each.entries, each.finish, role="assistant")
-                           for each in request.answers]
+                choices = [each.choice("message", each.thought, each.content, each.entries, each.finish,
+                                       role="assistant") for each in request.answers]
                 self.reply(200, {**head, "choices": choices, "usage": usage(request)})
         finally:
             for each in request.answers:                # tells the writer to stop them if the client has gone
@@ -149,20 +149,21 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, request, head):
         """Send the answers as server-sent events while they are written. head: the fields that all events share."""
         head |= {"usage": None} if request.counts else {}
-        for answer, text, entries in self.news(request):
+        for answer, thought, text, entries in self.news(request):
             if not self.begun:
                 self.begun = self.close_connection = True
                 self.head(200, Content_Type="text/event-stream; charset=utf-8", Cache_Control="no-cache")
                 for each in request.answers if request.chat else ():
-                    self.event({**head, "choices": [each.choice("delta", "", [], None, role="assistant")]})
-            if text or entries or answer.finish:
-                self.event({**head, "choices": [answer.choice("delta", text, entries, answer.finish)]})
+                    self.event({**head, "choices": [each.choice("delta", "", "", [], None, role="assistant")]})
+            if thought or text or entries or answer.finish:
+                self.event({**head, "choices": [answer.choice("delta", thought, text, entries, answer.finish)]})
         if request.counts:
             self.event({**head, "choices": [], "usage": usage(request)})
         self.event("[DONE]")
 
     def news(self, request):
-        """Yield (answer, new text, new log-prob entries) as the writer reports them, until all answers are finished.
+        """Yield (answer, new thought, new text, new log-prob entries) as the writer reports them, until all answers are
+        finished.
 
         Raises ConnectionResetError if the client closes the connection, and the writer's exception if it fails.
         """
@@ -257,10 +258,11 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
     except OSError as error:
         raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
     with server:
-        policy, cfg, settings = open_checkpoint(path, device, int8, dtype)
-        server.text, longest = cfg.text(), settings.get("max_new_tokens", cfg.max_new_tokens)
+        policy, cfg, _ = open_checkpoint(path, device, int8, dtype)
+        server.text, cfg.max_new_tokens = cfg.text(), max_new_tokens or cfg.max_new_tokens
         server.context = min(context or CONTEXT, policy.gpt.config.max_position_embeddings)
-        server.longest, server.since = max_new_tokens or longest, int(time.time())
+        server.longest, server.longest_chat = cfg.max_new_tokens, longest_answer(server.text, cfg)
+        server.since = int(time.time())
         server.names = [name or str(path), str(path), str(path).rstrip("/"), Path(path).name]
         server.spell, server.loopback = speller(server.text.tokenizer), on_this_machine(f"http://{host}")
         longest_token = max(map(len, server.text.tokenizer.get_vocab()))

@@ -8,16 +8,19 @@ from itertools import accumulate
 
 from tokenizers.decoders import ByteLevel
 
+from data.text import CLOSE, OPEN, parted
+
 PART = "\ufffd"                         # the decoder's output for a character of which only some bytes are there yet
 
 
 class Answer:
     """One answer of a request: its tokens, its text, and how much of the text the client has got.
 
-    The text may end in a part of a character, in a part of a stop string, or, in a chat, in whitespace that may turn
-    out to be the end of the answer. Such an end is held back until more tokens arrive. `sent` is the length of the text
-    that was not held back, `content` the text that was sent, `offset` its length as the log-probs count it: a character
-    of several tokens begins at the first of them.
+    The text may end in a part of a character, in a part of a stop string, or, in a chat, in a part of a thought's tag
+    or in whitespace that may turn out to be the end of the answer. Such an end is held back until more tokens arrive.
+    `thought` and `content` are the texts that were sent, `offset` is the length of the latter as the log-probs count
+    it: a character of several tokens begins at the first of them. `opened`: whether the prompt ends in the beginning of
+    a thought.
     """
 
     def __init__(self, request, index, prompt, u, model, prompt_text=""):
@@ -29,15 +32,18 @@ class Answer:
         self.ids = [] if request.chat else prompt[-8:]
         self.before, self.begin = 0, len(self.ids)
         self.before = len(self.decode(self.begin).rstrip(PART))
-        self.echo = prompt_text if request.echo else ""             # what the client is still to get of the prompt
-        self.sent, self.content, self.entries, self.offset = 0, self.echo, [], 0
+        self.echo = prompt_text if request.echo else ""             # what the client gets of the prompt
+        self.opened = request.chat and prompt_text.rstrip().endswith(OPEN)
+        self.thought, self.content, self.entries, self.offset = "", "", [], 0
 
     def decode(self, end):
         """The text of the answer after its first tokens: of ids[:end], without the part that belongs to the prompt."""
+        if self.request.chat:
+            return self.text.words(self.ids[:end])
         return self.text.tokenizer.decode(self.ids[:end], skip_special_tokens=True)[self.before:]
 
     def take(self, ids, logps, ended):
-        """Add new tokens to the answer; returns (new text for the client, new log-prob entries).
+        """Add new tokens to the answer; returns (new thought and new text for the client, new log-prob entries).
 
         ids: the new token ids. logps: for each of them its log-prob and the best alternatives, as in entry().
         ended: whether the writer has finished this answer.
@@ -59,8 +65,7 @@ class Answer:
         spelled = [*self.ids[old:], *(ids[-1:] if eos and self.request.echo else [])]
         entries = [*self.echoed(), *(self.entry(id, logp) for id, logp in zip(spelled, logps))]
         self.entries += entries
-        text, self.echo = self.echo + self.unsent(raw), ""
-        return text, entries
+        return *self.unsent(raw), entries
 
     def echoed(self):
         """The entries of the prompt's tokens, if they are wanted and have not been sent yet."""
@@ -71,17 +76,18 @@ class Answer:
         return entries
 
     def unsent(self, raw):
-        """The part of the text `raw` that has not been sent yet and that later tokens cannot change."""
+        """(thought, text): the parts of the text `raw` that have not been sent yet and that later tokens cannot change.
+        """
         end = len(raw)
         if not self.finish:
             end = len(raw.rstrip(PART))
-            begun = [k for stop in self.request.stops for k in range(1, len(stop)) if raw.endswith(stop[:k], 0, end)]
+            held = [*self.request.stops, *(OPEN, CLOSE) * self.request.chat]
+            begun = [k for each in held for k in range(1, len(each)) if raw.endswith(each[:k], 0, end)]
             end -= max(begun, default=0)
-        if self.request.chat:                           # chat answers have no whitespace around them, as in Text.decode
-            end = len(raw[:end].rstrip())
-        text = raw[self.sent:end] if self.content or not self.request.chat else raw[:end].lstrip()
-        self.sent, self.content = end, self.content + text
-        return text
+        thought, text = parted(raw[:end], self.opened) if self.request.chat else ("", self.echo + raw[:end])
+        new = thought[len(self.thought):], text[len(self.content):]
+        self.thought, self.content = thought, text
+        return new
 
     def entry(self, id, logps):
         """A token's log-prob and its alternatives in OpenAI's form.
@@ -98,11 +104,12 @@ class Answer:
                             "logprob": None if logp is None else max(logp, -9999.)})
         return {**entries[0], "top_logprobs": None if logps is None else entries[1:]}
 
-    def choice(self, kind, text, entries, finish, **role):
+    def choice(self, kind, thought, text, entries, finish, **role):
         """An entry of `choices` in OpenAI's form. kind: "message" for a whole answer, "delta" for a piece of a stream.
-        role: role="assistant", for chats where OpenAI sends it."""
+        role: role="assistant", for chats where OpenAI sends it. A thought is named as vLLM does."""
         if self.request.chat:
-            said, logprobs = {kind: {**role, "content": text}}, {"content": entries, "refusal": None}
+            thought = {"reasoning_content": thought} if thought else {}
+            said, logprobs = {kind: {**role, **thought, "content": text}}, {"content": entries, "refusal": None}
         else:
             said, logprobs = {"text": text}, self.completion_logprobs(entries)
         return {"index": self.index, **said, "logprobs": logprobs if self.request.logprobs else None,

@@ -98,18 +98,18 @@ def messages(body):
 
 
 def conversation(body, model):
-    """Token ids of the prompt of a chat. Without a chat template, the system messages and the last user message become
+    """The Prompt of a chat. Without a chat template, the system messages and the last user message become
     one instruction in AlpacaFarm's prompt format, as in training; earlier turns are dropped."""
     said, text = messages(body), model.text
     variables = typed(body, "chat_template_kwargs", dict, {})
     check_characters(sum(len(message["content"]) for message in said), model)
     if text.template:
-        return text.encode(text.chat(said, **variables))
+        return text.chat(said, **variables)
     if variables:
         raise Refused(400, "this model has no chat template, and so no variables", param="chat_template_kwargs")
     system = [message["content"] for message in said if message["role"] == "system"]
     user = [message["content"] for message in said if message["role"] == "user"]
-    return text.encode(text.render("\n\n".join([*system, *user[-1:]])))
+    return text.render("\n\n".join([*system, *user[-1:]]))
 
 
 def check_characters(count, model):
@@ -138,9 +138,13 @@ def completion_prompts(body, model):
 
 
 def prompts(body, chat, model):
-    """[(token ids, text)] of the prompts of a request; a chat has one, whose text nobody asks for."""
+    """[(token ids, text)] of the prompts of a request; a chat has one."""
     try:
-        found = [(conversation(body, model), "")] if chat else completion_prompts(body, model)
+        if chat:
+            prompt = conversation(body, model)
+            found = [(model.text.encode(prompt), prompt)]
+        else:
+            found = completion_prompts(body, model)
     except Refused:
         raise
     except Exception as error:                          # half of a surrogate pair, or a template that fails
@@ -192,7 +196,8 @@ def add_answers(request, body, model):
     """Give the request its prompts, and n answers to each. The random numbers for a prompt are drawn as sampler.sample
     draws them, and do not depend on the other prompts."""
     least = 1 if request.chat else 0
-    longest = number(body, "max_completion_tokens", model.longest, least, inf)
+    usual = model.longest_chat if request.chat else model.longest
+    longest = number(body, "max_completion_tokens", usual, least, inf)
     longest, n = number(body, "max_tokens", longest, least, inf), number(body, "n", 1, 1, 128)
     seed = number(body, "seed", None, -1 << 63, (1 << 63) - 1)
     found = prompts(body, request.chat, model)

@@ -3,7 +3,9 @@
 A run folder holds a folder for each stage. In there config.json holds the settings, the `id` of what was made, and
 {stage: id} of what it `needs`; annotations.json holds the verdicts on its answers, if it answers.
 """
-from data import read_json
+import contextlib
+
+from data import InputError, read_json
 from data.alpaca_eval import different_parts
 
 # What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
@@ -37,30 +39,45 @@ def named_by_run(models, where):
 def starts_of(stages):
     """{name: name of the model of the same run that its training started from} of {name: folder of a stage}."""
     names = {folder: name for name, folder in stages.items()}
-    starts = {name: folder.parent / start_of(folder) for name, folder in stages.items()}
+    starts = {name: start_of(folder) for name, folder in stages.items()}
     return {name: names[start] for name, start in starts.items() if start in names and stages[name] != start}
 
 
 def start_of(folder):
-    """The stage that the training of a stage started from: sft, or base, the checkpoint itself."""
+    """The folder of the stage that the training of a stage started from: sft or a variant of it, or base, the
+    checkpoint itself."""
     made = settings(folder)
-    return "base" if made.get("method") in ("sft", "base") else made.get("start", "sft")
+    start = "base" if made.get("method") in ("sft", "base") else made.get("start", "sft")
+    return finished(folder.parent).get(made.get("needs", {}).get(start), folder.parent / start)
+
+
+def finished(run):
+    """{id: folder} of the finished stages in a run folder, as far as they can be read; not of a stage that is made
+    again (sft.new), which has the same id."""
+    found = {}
+    for path in sorted(run.glob("*/result.json")):
+        with contextlib.suppress(InputError):
+            if read_json(path) and (id := settings(path.parent).get("id")) and path.parent.suffix != ".new":
+                found[id] = path.parent
+    return found
 
 
 def costs_of(folder):
-    """What a model cost, with all stages that it needed: its KL to the reference (nats an answer), the CPU seconds, and
-    the labels that the judge was asked for to learn from; {} for what is no stage of a run."""
+    """What a model cost, with all stages that it needed: its KL to the reference (nats an answer), the CPU seconds (if
+    all of them are known), and the labels that the judge was asked for to learn from; {} for what is no stage of a run.
+    """
     result = read_json(folder / "result.json")
     if not result:
         return {}
-    beside = {settings(path.parent).get("id"): path.parent for path in folder.parent.glob("*/config.json")}
+    beside = finished(folder.parent)
 
     def needed(stage):
         below = [beside[id] for id in settings(stage).get("needs", {}).values() if id in beside]
         return {stage}.union(*map(needed, below))
     results = [read_json(stage / "result.json") for stage in needed(folder)]
+    seconds = [each["cpu_seconds"] for each in results if "cpu_seconds" in each]
     kl = result["metrics"].get("objective/kl")
-    return {"cpu_seconds": sum(each.get("cpu_seconds", 0) for each in results),
+    return {**({"cpu_seconds": sum(seconds)} if len(seconds) == len(results) else {}),
             "judge_calls": sum(each["metrics"].get("judge/asked", 0) for each in results),
             **({"kl": kl} if kl is not None else {})}
 

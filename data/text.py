@@ -324,13 +324,23 @@ class Text:
         tokens = self.tokenizer.get_added_tokens_decoder()
         return {id for id, token in tokens.items() if token.special and token.content not in (OPEN, CLOSE)}
 
+    def words(self, ids):
+        """The text of token ids without special tokens; except those around a thought."""
+        return self.tokenizer.decode([id for id in ids if id not in self.unseen], skip_special_tokens=False)
+
     def decode(self, ids):
         """The text of an answer's token ids, without its thought, without special tokens and whitespace around it."""
-        ids = [id for id in ids if id not in self.unseen]
-        text = self.tokenizer.decode(ids, skip_special_tokens=False).strip()
-        if text.startswith(OPEN) or self.template and self.turn.opened:
-            text = text.partition(CLOSE)[2].strip()               # "" if the thought has no end
-        return text
+        return parted(self.words(ids), self.template and self.turn.opened)[1]
+
+
+def parted(text, opened):
+    """(thought, answer) of what a model wrote, without whitespace around them; the answer is "" if the thought has no
+    end. opened: whether the thought began in the prompt."""
+    text = text.strip()
+    if not opened and not text.startswith(OPEN):
+        return "", text
+    thought, _, answer = text.removeprefix(OPEN).partition(CLOSE)
+    return thought.strip(), answer.strip()
 
 
 def filled(form, **contents):

@@ -1,7 +1,7 @@
 """[kit] Questions to a checkpoint from the terminal, and the answers of two checkpoints side by side."""
 from data import InputError
 from rlhf.policy import config_of, open_checkpoint
-from rlhf.sampler import sample
+from rlhf.sampler import longest_answer, sample
 from stats.side_by_side import columns, wrapped
 
 FORMS = {"chat": "in the checkpoint's chat template", "alpaca": "in AlpacaFarm's prompt format",
@@ -14,13 +14,11 @@ def prompt_ids(text, form, prompt):
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("the prompt is not UTF-8") from None
-    if form == "text":
-        return text.plain(prompt)
     if form == "chat" and not text.template:
         raise InputError(f"{text.folder}: there is no chat template: choose --form alpaca or text")
-    if form == "alpaca":
+    if form != "chat":
         text.template = None
-    return text.prompt({"instruction": prompt})
+    return text.plain(prompt) if form == "text" else text.prompt({"instruction": prompt})
 
 
 def ask(path, prompts, form="", n=1, temperature=1., seed=0, max_new_tokens=0, top_p=1., top_k=0, min_p=0., device="",
@@ -29,8 +27,9 @@ def ask(path, prompts, form="", n=1, temperature=1., seed=0, max_new_tokens=0, t
 
     form: one of FORMS; by default chat if the checkpoint has a chat template, alpaca if it was trained by this project
     without one, and otherwise text. temperature 0 takes the likeliest token each time. top_p, top_k, min_p: see
-    sampler.likely(). max_new_tokens 0: the number of the checkpoint's own run. checkpoint: what open_checkpoint(path)
-    returned, if it is open. InputError if a prompt is too long for the model.
+    sampler.likely(). max_new_tokens 0: the number of the checkpoint's own run; a thought before the answer has room of
+    its own. checkpoint: what open_checkpoint(path) returned, if it is open. InputError if a prompt is too long for the
+    model.
     """
     policy, cfg, settings = checkpoint or open_checkpoint(path, device, int8, dtype)
     text = cfg.text()
@@ -41,7 +40,8 @@ def ask(path, prompts, form="", n=1, temperature=1., seed=0, max_new_tokens=0, t
     for ids in tokenised:
         if not 0 < len(ids) < context:
             raise InputError(f"the prompt has {len(ids)} tokens, and {path} has room for {context}, with the answer")
-    longest = max_new_tokens or settings.get("max_new_tokens", cfg.max_new_tokens)
+    cfg.max_new_tokens = max_new_tokens or cfg.max_new_tokens
+    longest = longest_answer(text, cfg)
     limits = [min(context - len(ids), longest) for ids in tokenised for _ in range(n)]
     rows = sample(policy, tokenised, text.stops, limits, temperature, seed, n, top_p=top_p, top_k=top_k, min_p=min_p)
     said = [text.decode(response) for _, response in rows]

@@ -10,6 +10,7 @@ import torch
 import model
 from data import InputError, adapters, classifiers, families, text, weights
 from rlhf.config import Config, resolve, stage
+from rlhf.sampler import longest_answer
 
 HUB = "https://huggingface.co/"         # a name on the hub may be copied from a browser
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
@@ -82,10 +83,12 @@ def fresh(cfg, role):
     lora_rank 0 the base itself. If --model is an adapter, it is that adapter, or with lora_rank 0 the base with the
     adapter merged into it. InputError if the context is too short or the adapter has another rank or alpha."""
     gpt = load_base(cfg)
-    context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + cfg.max_new_tokens
+    words = cfg.text()
+    context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + longest_answer(words, cfg)
     if longest > context:
+        thought = ", --max_thought_tokens" * words.thinks
         raise InputError(f"{cfg.model} knows {context} positions, but a prompt and its answer may take {longest}: "
-                         "lower --max_prompt_tokens or --max_new_tokens")
+                         f"lower --max_prompt_tokens{thought} or --max_new_tokens")
     torch.manual_seed(cfg.seed)
     if not cfg.adapter:
         if cfg.lora_rank:
@@ -164,8 +167,8 @@ def config_of(path, device="", int8=False, dtype=""):
     adapted = (folder / "adapter_config.json").exists()
     made = stage(Path(path))
     moved = adapted and made.get("model") == "barn"     # the project may have moved
-    cfg = Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype,
-                 template=made.get("template", ""))
+    kept = {name: made[name] for name in ("template", "max_new_tokens", "max_thought_tokens") if name in made}
+    cfg = Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype, **kept)
     cfg.day = made.get("day", cfg.day)
     return cfg
 

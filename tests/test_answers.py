@@ -117,9 +117,7 @@ THOUGHTS = "{{ messages[0].content }}{% if add_generation_prompt %} <think> {% e
 
 
 def test_a_thought_has_room_of_its_own_and_is_not_judged(tmp_path, monkeypatch, capsys):
-    toy.base(tmp_path)
-    settings = tmp_path / "base" / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": THOUGHTS}))
+    toy.base(tmp_path, THOUGHTS)
     cfg = toy.settings(tmp_path, "full", sft.Config, max_thought_tokens=9)
     model, text = policy.fresh(cfg, "sft"), toy.text(cfg)
     assert text.thinks and len(answers.generate(model, [[1]], text, cfg, 0)[0][1]) <= 15

@@ -24,10 +24,12 @@ import torch
 from commands import child, command, refused, said
 
 import annotate
+import farm as farm_py
 import rlhf.dpo
 import rlhf.sft
-from data import adapters, weights
+from data import InputError, adapters, weights
 from data.barn.world import splits
+from data.judges import JudgeError
 from rlhf import methods
 from rlhf.config import BASE
 
@@ -347,10 +349,35 @@ def test_several_methods_share_stages_and_a_leaderboard(first, copy):
     refused(farm("--method", ","), 2, "method ',' is not known")
 
 
+def test_flags_of_the_command_are_those_of_all_its_methods():
+    flags = {"merge": True, "merge_dtype": "float32", "lora_rank": 4}
+    argv = ["--merge", "--merge_dtype", "float32", "--lora_rank", "4"]
+    configs, _ = farm_py.configured(["dpo", "best_of_n"], argv)
+    for name in ("dpo", "best_of_n"):
+        assert {flag: getattr(configs[name], flag) for flag in flags} == flags
+    assert not configs["sft"].merge
+    for wrong, why in ((["--merge_dtype", "float32"], "without --merge"), (["--merge_dtype", "f"], "'f' is not known"),
+                       (["--merge", "--lora_rank", "0"], "--merge would change nothing")):
+        with pytest.raises(InputError, match=why):
+            farm_py.configured(["dpo", "best_of_n"], wrong)
+
+
+def test_a_rerun_that_nobody_judged_is_not_made_twice(copy, monkeypatch):
+    """The judge falls sick behind the last stage: the same command again has only the judging left to do."""
+    again = ("--method", "dpo", *SMALL, "--out", copy, "--rerun", "dpo")
+
+    def sick(*args, **how):
+        raise JudgeError("the judge is sick")
+    with monkeypatch.context() as patch:
+        patch.setattr(farm_py.eval, "evaluate", sick)
+        refused(farm(*again), 3, "the judge is sick")
+    assert reused(farm(*again).out) == ["sft", "pairs", "dpo"]
+    assert reused(farm(*again).out) == ["sft", "pairs"]
+
+
 def test_all_methods_are_those_that_answer():
-    from farm import chosen
-    assert set(chosen("all")) == set(methods()) - {"base", "pairs", "reward"}
-    assert chosen("dpo, ppo,dpo") == ["dpo", "ppo"]
+    assert set(farm_py.chosen("all")) == set(methods()) - {"base", "pairs", "reward"}
+    assert farm_py.chosen("dpo, ppo,dpo") == ["dpo", "ppo"]
 
 
 def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
@@ -363,7 +390,11 @@ def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
     assert float(rows["dpo"]["win_rate"]) == pytest.approx(sum(each) / 2) and rows["dpo"]["n_runs"] == "2"
     assert float(rows["dpo"]["win_rate_spread"]) == pytest.approx(abs(each[0] - each[1]) / 2 ** .5)
     assert "knows the prompts only" in " ".join(result.out.split())
-    refused(farm("--method", "dpo", *SMALL, "--seeds", "0;1", "--out", tmp_path), 2, "are no numbers")
+    for seeds, why in ((("--seeds", "0;1"), "are no numbers"), (("--seeds",), "expected one argument"),
+                       (("--seeds", "0,1", "--seed", 3), "--seed 3 would change nothing"),
+                       (("--seeds", f"5,{1 << 50}"), "is too large")):
+        refused(farm("--method", "dpo", *SMALL, "--out", tmp_path, *seeds), 2, why)
+    assert not (tmp_path / "seed5").exists()
 
 
 def test_a_needed_stage_may_be_a_variant_too(first, copy):

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,6 +166,7 @@ def base(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**tiny.SHAPE, bos_token_id=None, eos_token_id=None)
     tiny.randomise(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path / "base")
+    toy.tokenizer(tmp_path / "base")
     return tmp_path / "base"
 
 

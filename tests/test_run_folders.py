@@ -14,7 +14,7 @@ from test_eval import annotations, write
 from data.alpaca_eval import different_parts
 from data.barn.reward import true_reward
 from data.barn.world import splits
-from data.run_folders import by_method
+from data.run_folders import by_method, costs_of, starts_of
 from stats.seeds import mean_difference, mean_row
 from stats.side_by_side import draw_instructions, side_by_side, verdict
 from stats.tables import WIDTH, pair_name, shortened, table
@@ -62,6 +62,52 @@ def rows_of(path):
 def fits(text):
     too_wide = [line for line in text.splitlines() if len(line) > WIDTH]
     assert not too_wide, too_wide
+
+
+# ---- what a stage needed -------------------------------------------------------------------------------
+
+def finished(folder, method, seconds=None, asked=0, needs=None, **settings):
+    """A finished stage as farm.py leaves it; of an older one the seconds are not known."""
+    made = {"id": f"id of {folder.name}", "method": method, "needs": needs or {}, "seed": 0, **settings}
+    spent = {} if seconds is None else {"cpu_seconds": seconds}
+    write(folder / "config.json", json.dumps(made))
+    write(folder / "result.json", json.dumps({"metrics": {"judge/asked": asked}, **spent}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    finished(tmp_path / "sft", "sft", 1)
+    finished(tmp_path / "pairs", "pairs", 2, 30, {"sft": "id of sft"})
+    finished(tmp_path / "dpo", "dpo", 4, needs={"sft": "id of sft", "pairs": "id of pairs"})
+    return tmp_path
+
+
+def test_costs_are_those_of_finished_stages(run):
+    """Not of one that is made again, or a variant with the same settings, and was interrupted; whatever else lies
+    there."""
+    whole = {"cpu_seconds": 7, "judge_calls": 30}
+    assert costs_of(run / "dpo") == whole
+    for name, same in (("pairs.new", "pairs"), ("sft_2", "sft")):
+        write(run / name / "config.json", (run / same / "config.json").read_text())
+    write(run / "broken" / "config.json", "{")
+    write(run / "broken" / "result.json", "{")
+    assert costs_of(run / "dpo") == whole
+
+
+def test_seconds_that_are_not_known_are_not_said(run):
+    finished(run / "pairs", "pairs", None, 30, {"sft": "id of sft"})
+    assert costs_of(run / "dpo") == {"judge_calls": 30} and costs_of(run / "sft")["cpu_seconds"] == 1
+
+
+def test_a_model_is_compared_with_the_variant_that_it_started_from(run):
+    finished(run / "sft_long", "sft", 3)
+    finished(run / "dpo_long", "dpo", 3, needs={"sft": "id of sft_long"})
+    finished(run / "alone", "dpo", 3, start="base")
+    finished(run / "base", "base", 1)
+    stages = {path.name: path for path in run.iterdir() if path.name != "pairs"}
+    assert starts_of(stages) == {"dpo": "sft", "dpo_long": "sft_long", "alone": "base", "sft": "base",
+                                 "sft_long": "base"}
 
 
 # ---- means over seeds ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import serve
 from data import choices, protocol
-from data.text import Text
+from data.text import Text, parted
 from rlhf import config, policy, sampler, sft, writer
 from rlhf.config import BASE
 
@@ -258,18 +258,23 @@ def test_openais_client_understands_refusals(client):
 
 # --- tokens become text ------------------------------------------------------------------------------------
 
-def answer(chat=True, stops=(), prompt=(5,)):
+def answer(chat=True, stops=(), prompt=(5,), prompt_text=""):
     request = SimpleNamespace(chat=chat, stops=list(stops), logprobs=False, top=0, echo=False)
     model = SimpleNamespace(text=BARN, spell=choices.speller(BARN.tokenizer))
-    return choices.Answer(request, 0, list(prompt), [], model)
+    return choices.Answer(request, 0, list(prompt), [], model, prompt_text)
 
 
 def fed(answer, ids, portions):
     """The pieces of text that come when ids arrive in portions."""
+    return [text for _, text in parts(answer, ids, portions)]
+
+
+def parts(answer, ids, portions):
+    """The pieces of thought and of text that come then."""
     pieces = []
     while not answer.finish:
         size = portions.draw(st.integers(1, 4))
-        pieces.append(answer.take(ids[:size], [], len(ids) <= size)[0])
+        pieces.append(answer.take(ids[:size], [], len(ids) <= size)[:2])
         ids = ids[size:]
     return pieces
 
@@ -285,6 +290,18 @@ def test_pieces_are_the_text_and_no_character_comes_in_halves(data, ids, ends):
     """Any bytes: valid characters of up to four tokens, and what is no UTF-8 at all."""
     pieces = fed(answer(), [*ids, BARN.eos] if ends else ids, data)
     assert "".join(pieces) == BARN.decode(ids)
+
+
+TAGGED = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "a", " ", "\n"]), max_size=12).map("".join)
+
+
+@given(st.data(), TAGGED, st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_pieces_of_a_thought_are_never_pieces_of_the_answer(data, text, opened):
+    """A tag may come in several tokens, and what looks like its beginning may be none."""
+    ids = BARN.tokenizer.encode(text).ids
+    pieces = parts(answer(prompt_text="The cow? <think>\n" * opened), ids, data)
+    assert tuple(map("".join, zip(*pieces))) == parted(text, opened)
 
 
 @given(st.data(), TEXTS, st.lists(st.text(alphabet="ab \u20ac", min_size=1, max_size=4), min_size=1, max_size=4))
@@ -307,7 +324,7 @@ def test_a_raw_completion_goes_on_where_the_prompt_ends():
     """Even inside a character."""
     ids = BARN.tokenizer.encode("a \u20ac b").ids
     for i in range(1, len(ids)):
-        text, _ = answer(chat=False, prompt=ids[:i]).take(ids[i:], [], True)
+        _, text, _ = answer(chat=False, prompt=ids[:i]).take(ids[i:], [], True)
         assert BARN.tokenizer.decode(ids[:i]).rstrip("\ufffd") + text == BARN.tokenizer.decode(ids)
 
 
@@ -326,7 +343,7 @@ def test_tokens_are_spelled_in_bytes():
 
 def prompt(text, *messages):
     body = {"messages": [dict(zip(("role", "content"), each)) for each in messages]}
-    return protocol.conversation(body, SimpleNamespace(text=text, characters=1000))
+    return text.encode(protocol.conversation(body, SimpleNamespace(text=text, characters=1000)))
 
 
 def test_messages_become_the_prompt_of_training():

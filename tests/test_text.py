@@ -365,7 +365,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_an_input_error(folder, t
 
 
 def test_a_model_that_also_sees_images_says_in_a_part_of_its_config_what_ends_an_answer(folder):
-    path = folder(eos_token=None)
+    path = folder(eos_token=None, chat_template=None)
     (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"eos_token_id": 5}}))
     assert Text(path).stops == [5]
     (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "eos_token_id": [3, 6],

@@ -16,15 +16,20 @@ STOPS = list(range(8))
 KINDS = {"full": 0, "lora": 4}
 
 
-def base(folder):
-    """A checkpoint with a word-level tokenizer, whose prompts are the instruction and nothing else."""
-    source = folder / "tokenizer"
-    source.mkdir(parents=True)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w60"))
+def tokenizer(source, template="{{ messages[0].content }}", **named):
+    """Write a word-level tokenizer, whose prompts are by default the instruction and nothing else. named: other words
+    than w5 and so on, as in w5="cow"."""
+    source.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel({named.get(f"w{i}", f"w{i}"): i for i in range(61)}, unk_token="w60"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(source / "tokenizer.json"))
-    template = {"eos_token": "w0", "chat_template": "{{ messages[0].content }}"}
-    (source / "tokenizer_config.json").write_text(json.dumps(template))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w0", "chat_template": template}))
+
+
+def base(folder, *template, **named):
+    """A checkpoint with the words and the template of tokenizer()."""
+    source = folder / "tokenizer"
+    tokenizer(source, *template, **named)
     shape = {**tiny.SHAPE, "model_type": "llama", "eos_token_id": STOPS}
     save_pretrained(folder / "base", tiny.gpt().weights(), shape, source)
 
