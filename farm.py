@@ -21,6 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data import InputError, attempt, did_you_mean, loading, one_of, run, run_folders, sets
+from data.judges.person import PERSON
 
 # Read when torch loads: a thread that waits for the others spins for a tenth of a millisecond, and only then sleeps.
 # Without that two threads are hardly faster than one; spinning three times as long, the default, only heats the room.
@@ -126,10 +127,12 @@ def configured(names, argv):
     given = route(argv, name)
     if not name and "name" in given[name]:
         raise InputError(f"--name {given[name]['name']} is for one method: give --{names[0]}.name")
-    needed = plan(name, given, names)
-    configs = settings(given, name, needed if "base" in needed else ["base", *needed], names)
+    needed, said = plan(name, given, names), given[name]
+    if "base" not in needed and (said.get("start") == "base" or not PERSON.fullmatch(said.get("judge", ""))):
+        needed = ["base", *needed]      # a person is not asked about one more model, unless it is what is trained
+    configs = settings(given, name, needed, names)
     call(configs)
-    return configs, "start" in given[name]
+    return configs, "start" in said
 
 
 def call(configs):

@@ -338,7 +338,8 @@ def test_answers_to_a_prompt_stand_together(folders, monkeypatch):
 
 def said(cfg, model, compare):
     prompts = [[3, 4], [5], [7, 8, 9], [3, 4]]
-    return online_dpo.fresh_pairs(model, prompts, toy.text(cfg), compare, cfg, seed=1), prompts
+    records = [{"instruction": toy.sentence(prompt)} for prompt in prompts]
+    return online_dpo.fresh_pairs(model, records, toy.text(cfg), compare, cfg, seed=1), prompts
 
 
 def test_the_preferred_answer_is_the_chosen_one_and_ties_are_left_out(folders):

@@ -412,7 +412,7 @@ def test_a_farm_run_asks_for_labels_and_for_win_rates_and_flips_nothing(tmp_path
     pairs = json.loads((tmp_path / "pairs" / "pairs.json").read_text())
     assert pairs and {pair["scored_by"] for pair in pairs} == {"person"}
     assert all(pair["preference"] == 1 + pair["is_switched"] for pair in pairs)
-    assert re.search(r"^dpo +50\.0 ", out, re.MULTILINE)
+    assert re.search(r"^dpo +50\.0 ", out, re.MULTILINE) and not (tmp_path / "base").exists()
 
 
 # ---- the page in a browser -----------------------------------------------------------------------------
