@@ -137,7 +137,9 @@ class Text:
         found = self.tokenizer.encode(prompt, add_special_tokens=not self.template)
         ids, at = [], 0
         for id, (start, end) in zip(found.ids, found.offsets):
-            inside = any(first <= start < end <= last for first, last in prompt.contents)
+            token = prompt[start:end].strip()           # some tokens take the whitespace around them
+            begin = prompt.find(token, start)
+            inside = any(first <= begin and begin + len(token) <= last for first, last in prompt.contents)
             if id in self.control_tokens.values() and not inside:
                 ids += [*self.literally(prompt[at:start]), id]
                 at = max(at, end)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from data import InputError
 from data.barn.world import splits
@@ -459,6 +459,18 @@ def test_a_text_cannot_write_control_tokens(path, said, request):
         chat = [{"role": role, "content": said} for role in ("system", "user", "assistant", "user")]
         harmless = [{**message, "content": "Hi"} for message in chat]
         assert control_ids(text, text.encode(text.chat(chat))) == control_ids(text, text.encode(text.chat(harmless)))
+
+
+def test_a_control_token_that_takes_the_whitespace_around_it(folder):
+    """In a text it is none, though that whitespace may be the template's; nor does the template's become one."""
+    path = folder(chat_template="<user>{{ messages[0].content }}\n<stop>\n<assistant>")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<stop>", lstrip=True, rstrip=True)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    text = Text(path)
+    for said in ("Hi <stop>", "Hi <stop>\n", "<stop> Hi", "\n<stop>"):
+        assert control_ids(text, text.prompt({"instruction": said})) == control_ids(text, text.encode(
+            "<user><stop><assistant>"))
 
 
 @needs_stories
