@@ -56,10 +56,19 @@ def chosen(said):
     return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip())) or [said]
 
 
-def route(argv, name):
+def refuse_single(flags, names):
+    """InputError for a flag that only some of several methods know."""
+    shared = {f.name for f in fields(config.Config)}
+    for flag in (token[2:].partition("=")[0] for token in flags):
+        for name in names:
+            if flag in {f.name for f in fields(load(name).Config)} - shared:
+                raise InputError(f"--{flag} is not known to all methods: give --{name}.{flag}")
+
+
+def route(argv, name, names=()):
     """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`. If that is "", since
-    there are several, everything else is a flag that all stages share. InputError for a flag of one stage that is for
-    the whole run or command."""
+    there are several, `names`, everything else is a flag that all stages share. InputError for a flag of one stage that
+    is for the whole run or command."""
     routed, stage = {name: []}, name
     for token in argv:
         if match := re.match(r"--(\w+)\.(.+)", token):
@@ -70,6 +79,8 @@ def route(argv, name):
     given = {}
     for stage, flags in routed.items():
         about = load(stage) if stage else config
+        if not stage:
+            refuse_single(flags, names)
         given[stage] = config.parse(about.Config, flags, f"farm.py --method {stage or 'all'}", about.__doc__)
         if stage != name and (whole := given[stage].keys() & config.WHOLE_RUN):
             raise InputError(f"--{stage}.{min(whole)} makes no sense: all stages of a run share it")
@@ -124,7 +135,7 @@ def configured(names, argv):
     """{method: its Config} of all that a command runs: the checkpoint itself, what the methods need, the methods. And
     whether --start was given."""
     name = names[0] if len(names) == 1 else ""
-    given = route(argv, name)
+    given = route(argv, name, names)
     if not name and "name" in given[name]:
         raise InputError(f"--name {given[name]['name']} is for one method: give --{names[0]}.name")
     needed, said = plan(name, given, names), given[name]
@@ -255,18 +266,19 @@ def run_seeds(names, argv, said):
     if not re.fullmatch(r"\d+(,\d+)*", said):
         raise InputError(f"--seeds {said} are no numbers: give them as in --seeds 0,1,2")
     configs, _ = configured(names, argv)
-    cfg, folders, runs, rerun = configs[names[0]], [], {}, []
+    cfg, folders, rerun = configs[names[0]], [], []
     if cfg.judge == "none":
         raise InputError("--seeds compares verdicts, and --judge none gives none")
     if cfg.seed:
         raise InputError(f"--seed {cfg.seed} would change nothing: --seeds {said} are taken")
-    for seed in map(int, said.split(",")):
-        out = Path(cfg.out) / f"seed{seed}"
-        runs[out] = [*argv, "--seed", str(seed), "--out", str(out), "--cache", str(cfg.judge_cache)]
-        configured(names, runs[out])                # what is wrong with a seed shows before the first one runs
-    for out, flags in runs.items():
-        print(f"{out.name}, in {out}")
-        *_, again = run_once(names, flags)
+    outs = {seed: Path(cfg.out) / f"seed{seed}" for seed in map(int, said.split(","))}
+    runs = {seed: [*argv, "--seed", str(seed), "--out", str(out), "--cache", str(cfg.judge_cache)]
+            for seed, out in outs.items()}
+    for flags in runs.values():                     # what is wrong with a seed shows before the first one runs
+        configured(names, flags)
+    for seed, out in outs.items():
+        print(f"seed {seed}, in {out}")
+        *_, again = run_once(names, runs[seed])
         rerun.append(again)
         folders += [str(path.parent) for path in sorted(out.glob("*/annotations.json"))]
     start = "sft" if cfg.start == "sft" else "base"

@@ -45,9 +45,11 @@ def starts_of(stages):
 
 def start_of(folder):
     """The folder of the stage that the training of a stage started from: sft or a variant of it, or base, the
-    checkpoint itself."""
+    checkpoint itself, which starts from nothing but itself."""
     made = settings(folder)
-    start = "base" if made.get("method") in ("sft", "base") else made.get("start", "sft")
+    if made.get("method") == "base":
+        return folder
+    start = "base" if made.get("method") == "sft" else made.get("start", "sft")
     return finished(folder.parent).get(made.get("needs", {}).get(start), folder.parent / start)
 
 

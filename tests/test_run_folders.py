@@ -105,6 +105,7 @@ def test_a_model_is_compared_with_the_variant_that_it_started_from(run):
     finished(run / "dpo_long", "dpo", 3, needs={"sft": "id of sft_long"})
     finished(run / "alone", "dpo", 3, start="base")
     finished(run / "base", "base", 1)
+    finished(run / "another", "base", 1)                # another checkpoint: nothing was trained
     stages = {path.name: path for path in run.iterdir() if path.name != "pairs"}
     assert starts_of(stages) == {"dpo": "sft", "dpo_long": "sft_long", "alone": "base", "sft": "base",
                                  "sft_long": "base"}
