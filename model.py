@@ -24,19 +24,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import families
-from data.text import read_json
+from data import families, read_json
 from data.weights import WeightsError, assign, check, load_weights
 from mixture import Mixture
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# On CUDA only FlashAttention (these cards, 16 bits, no mask) reads grouped keys and values without repeating them. The
-# fallback that torch would choose for them otherwise holds B x H x T x T numbers.
+# On CUDA only FlashAttention (compute capability 8.0 or later, 16 bits, no mask) reads grouped keys and values without
+# repeating them. Otherwise torch would choose a fallback that holds B x H x T x T numbers, so causal() repeats them.
 FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-# Products of 16-bit tensors with an fp32 result: on CUDA, since torch 2.8. Elsewhere a part of the head at a time is
-# converted to fp32.
+# Whether torch can multiply 16-bit tensors with an fp32 result (on CUDA, since torch 2.8). If not, exact_product()
+# converts the head to fp32, VOCABULARY_PART of its rows at a time.
 FP32_PRODUCTS = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 VOCABULARY_PART = 16384
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -54,7 +53,7 @@ class GPTConfig:
     num_key_value_heads: int = 0            # 0: as many as attention heads
     head_dim: int = 0                       # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
-    limited: bool = False                   # more positions than these cannot be computed, rather than were not learned
+    limited: bool = False                   # whether longer rows are an error: model.py would compute them wrongly
     tie_word_embeddings: bool = False       # the head is the embedding
     embedding_multiplier: float = 1.        # embeddings are multiplied by it
     learned_positions: bool = False         # positions are embedded, and added
@@ -72,18 +71,18 @@ class GPTConfig:
     qk_norm: str = ""                       # norm of queries and keys. head: over each head; all: over all heads
     query_scale: float = 0                  # scores are divided by sqrt(query_scale); 0: head_dim
     attn_logit_softcapping: float = 0       # scores become cap x tanh(score / cap); 0: they do not
-    windows: tuple = ()                     # of each layer: a token attends to so many tokens, itself included; 0: all
+    windows: tuple = ()                     # of each layer: how many tokens a token attends to, itself included; 0: all
     ropes: tuple = ({"rope_type": "default", "rope_theta": 10000.},)        # kinds of RoPE, as in config.json
     layer_ropes: tuple = ()                 # of each layer: the index of its kind in `ropes`; -1: no RoPE
     rotary_dim: int = 0                     # how many of a head's numbers are rotated; 0: all
-    backwards: bool = False                 # the rotation is the other way round
+    backwards: bool = False                 # RoPE rotates by the negative angle
     hidden_act: str = "silu"                # one of ACTIVATIONS
     gated: bool = True                      # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     fused_gate_up: bool = False             # one linear layer for gate and up
     mlp_bias: bool = False
-    num_experts: int = 0                    # a mixture of so many experts is in the place of each MLP; 0: none is
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0          # of one expert
+    num_experts: int = 0                    # how many experts replace the MLP of each layer; 0: no mixture of experts
+    num_experts_per_tok: int = 0            # how many of them compute a token
+    moe_intermediate_size: int = 0          # MLP width of one expert
     norm_topk_prob: bool = False            # the weights of a token's experts are divided by their sum
     logits_scaling: float = 1.              # logits are divided by it
     final_logit_softcapping: float = 0      # then they become cap x tanh(logit / cap); 0: they do not
@@ -112,7 +111,7 @@ class GPTConfig:
 def frequencies(rope, dim):
     """How fast each pair of numbers is rotated: radians per position (dim / 2,), and a factor for cos and sin.
 
-    Types: default (Su et al. 2021); linear (positions are divided by the factor); llama3 (only slow frequencies are);
+    Types: default (Su et al. 2021); linear (all frequencies are divided by the factor); llama3 (only slow ones are);
     longrope (Ding et al. 2024) for texts within the original context; yarn (Peng et al. 2023, section 3.2). Left out:
     dynamic, which depends on the length of the text.
     """
@@ -126,7 +125,7 @@ def frequencies(rope, dim):
     if kind == "longrope":
         above = math.log(max(factor, 1)) / math.log(context)
         return freq / torch.tensor(rope["short_factor"]), rope.get("attention_factor", math.sqrt(1 + above))
-    if kind == "llama3":                    # `kept` is 1 for those that turn often within the original context
+    if kind == "llama3":                    # `kept` is 1 for frequencies that turn often in the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return freq * (kept + (1 - kept) / factor), 1.
@@ -145,9 +144,10 @@ def frequencies(rope, dim):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding (Su et al. 2021) of x (..., heads, hd), where pairs are numbers i and i + dim / 2, as in HF.
+    """Rotary embedding (Su et al. 2021) of x (..., heads, hd). As in HF, numbers i and i + dim / 2 are a pair.
 
-    cos and sin (..., 1, dim): the first half of sin is negated. Numbers of a head beyond dim are not rotated.
+    cos and sin (..., 1, dim): the first half of sin is negated. Numbers of a head beyond dim are not rotated. With dim
+    4 the pairs are 0, 2 and 1, 3: x0 becomes x0 cos0 - x2 sin0, and x2 becomes x2 cos0 + x0 sin0.
     """
     dim = cos.shape[-1]
     if dim < x.shape[-1]:
@@ -203,7 +203,7 @@ class LoRALinear(nn.Linear):
     def quantise(self):
         """Store W as int8 with one scale per row. A weight is off by at most 1/254 of the row's largest one."""
         W = self.weight.data
-        self.int8_scale = (W.abs().amax(1, keepdim=True) / 127).clamp(min=1e-7)          # fp16's smallest
+        self.int8_scale = (W.abs().amax(1, keepdim=True) / 127).clamp(min=1e-7)          # above 0 in fp16, too
         W = (W.float() / self.int8_scale.float()).round().clamp(-127, 127)
         self.weight = nn.Parameter(W.to(torch.int8), requires_grad=False)
 
@@ -258,8 +258,8 @@ class FusedLinears:
             layer.weight.data = W
 
     def fuse(self, role):
-        """Join the layers' weights. An fp32 adapter is added to them; in lower precision rounding would lose most of
-        it, so it stays a product of its own, whose A and B are joined too."""
+        """Join the layers' weights, and add the adapter to them if they are fp32. In lower precision rounding would
+        lose most of it: it stays a separate product, and its A and B are joined, too."""
         weights = [layer.weight.detach() for layer in self.layers]
         if all(is_adjacent(*neighbours) for neighbours in pairwise(weights)):
             W = weights[0].as_strided((sum(self.sizes), weights[0].shape[1]), weights[0].stride())
@@ -324,8 +324,8 @@ def causal(q, k, v, window=0, cap=0.):
 
 
 def capped_attention(q, k, v, bias, cap):
-    """Attention whose scores are bent into (-cap, cap), which no kernel of torch does: q (..., n, hd), k and v
-    (..., S, hd), and a bias (..., n, S) of 0 where a query attends and -inf elsewhere -> (..., n, hd)."""
+    """Attention whose scores tanh squeezes into (-cap, cap), which no kernel of torch does: q (..., n, hd), k and v
+    (..., S, hd), and a bias (..., n, S), 0 where a query attends and -inf elsewhere -> (..., n, hd)."""
     scores = (q @ k.mT).float() * q.shape[-1] ** -.5                                     # (..., n, S)
     return (cap * (scores / cap).tanh() + bias).softmax(-1).to(v.dtype) @ v
 
@@ -341,7 +341,7 @@ class PackedRows:
         self.token, self.place = token, place
 
     def __call__(self, q, k, v, window=0, cap=0.):
-        """q (N, H, hd), k, v (N, K, hd) -> (N, H, hd). F.embedding, as the gradient of plain indexing is far slower."""
+        """q (N, H, hd), k, v (N, K, hd) -> (N, H, hd). Gathers with F.embedding: indexing has a far slower gradient."""
         q, k, v = (F.embedding(self.token, x.flatten(1)).unflatten(-1, x.shape[1:]) for x in (q, k, v))  # (B, T, ...)
         return causal(q, k, v, window, cap).flatten(0, 1)[self.place]                    # (N, H, hd)
 
@@ -390,7 +390,8 @@ class Attention(nn.Module):
 
 
 def at_places(x, where):
-    """The vectors of x (..., D) at the places `where` (N,), which count over all tokens: (N, D)."""
+    """The vectors (N, D) of x (..., D) at the places `where` (N,), which count through all tokens: token t of row b is
+    at place b T + t."""
     return x.flatten(0, -2).index_select(0, where)
 
 
@@ -452,7 +453,7 @@ def exact_product(h, W):
 
 def logits(h, W, divisor=1., cap=0.):
     """Logits (..., V) in fp32, a new tensor, from final hidden states h (..., D) and a head W (V, D): h W' / divisor.
-    With a cap they are bent into (-cap, cap)."""
+    With a cap, tanh squeezes them into (-cap, cap)."""
     x = exact_product(h, W)
     if divisor != 1:
         x = x / divisor
@@ -556,8 +557,8 @@ class GPT(nn.Module):
                 for path, m in self.named_modules() if isinstance(m, LoRALinear)]
 
     def targets(self):
-        """PEFT's target_modules: the last parts of these names, or where a model has other layers of the same names, to
-        see images, a pattern."""
+        """PEFT's target_modules: the last parts of the names of linears(). Of a model that also sees images it is a
+        pattern for the language model alone, as the image encoder has layers of the same names."""
         last = sorted({path.rpartition(".")[2] for path, _ in self.linears()})
         return rf"model\.{self.config.wrapper}\..*\.({'|'.join(last)})" if self.config.wrapper else last
 
@@ -580,9 +581,10 @@ class GPT(nn.Module):
             linear.merge(role)
 
     def embed(self, ids, pos=None):
-        """ids (...) at positions pos (...) -> embeddings (..., D), and [(cos, sin)] of each kind of RoPE, None last.
+        """ids (...) at positions pos (...) -> embeddings (..., D), and a list with (cos, sin) of each kind of RoPE.
 
-        Without pos, ids are rows (B, T) from position 0 on.
+        Its last entry is None, for layers without RoPE, whose index is -1. Without pos, ids are rows (B, T) from
+        position 0 on.
         """
         c = self.config
         if pos is None:
@@ -611,7 +613,7 @@ class GPT(nn.Module):
 
         pos (...): positions, as in embed().
         attends: an attention function for each layer (default: causal).
-        where (N,): places, counted over all ids, whose states are wanted; the result is (N, D). The last block then
+        where (N,): the places whose states are wanted, as in at_places(); the result is (N, D). The last block then
         computes only these after its attention.
         """
         x, ropes = self.embed(ids, pos)
@@ -637,9 +639,9 @@ class GPT(nn.Module):
 
 
 def unwrap(config, loaded):
-    """Leave in `loaded` the language model of a model that also sees images, under the names that it has alone.
+    """Keep in `loaded` only the language model of a model that also sees images, named as if it had been saved alone.
 
-    Its head is tied if there is none in the files: what config.json says of that differs between versions.
+    The head is tied if the files have none. Versions of config.json differ in where they say so.
     """
     names = {families.text_name(name): name for name in loaded.data}
     loaded.data = {name: loaded.data[old] for name, old in names.items() if name is not None}
@@ -669,7 +671,7 @@ def load(folder, device="cpu", dtype=torch.float32, classifier=False):
         raise WeightsError(f"{path}: {error}") from None
     names = gpt.weights().keys()
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
-    if not any(name.startswith(prefix) for name in loaded):             # the decoder alone was saved, as GPT-2 was
+    if not any(name.startswith(prefix) for name in loaded):             # the decoder was saved alone, as that of GPT-2
         loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}
     for name in [name for name in loaded if name not in names and families.is_no_part(name, classifier)]:
         del loaded[name]

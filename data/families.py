@@ -22,7 +22,7 @@ SPELLINGS = {  # {family: {its key: the key that Llama has for the same thing}}
 }
 # Families that also see images: their language model, unless config.json names another one.
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-ARCHITECTURES = {  # of these language models, each by itself
+ARCHITECTURES = {  # {language model: its class in transformers when it is saved alone}
     "gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "relu2": "relu2"}
@@ -84,7 +84,7 @@ FIELDS = {
     "gpt2": {"norm": "layer", "gated": False, "attention_bias": True, "o_bias": True, "mlp_bias": True,
              "fused_qkv": "rows", "learned_positions": True, "transposed": True},
     "gpt_neox": {"norm": "layer", "gated": False, "mlp_bias": True, "fused_qkv": "heads"},
-    # nanochat norms queries and keys after RoPE, which is the same, as a norm without weights does not see a rotation.
+    # nanochat norms queries and keys after RoPE: the same, since a norm without weights commutes with a rotation.
     "nanochat": {"norm": "bare", "norm_embedding": True, "qk_norm": "head", "backwards": True, "gated": False},
 }
 LLAMA_NAMES = {"pre_feedforward_layernorm": "post_attention_layernorm"}     # the norm between attention and MLP
@@ -101,9 +101,9 @@ NAMES = {
 SCORE = "score.weight"                  # the head of a reward model
 # Names of tensors that old files contain although they are not weights.
 BUFFERS = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
-# Keys that ask for other mathematics, unless they are absent, null, false or empty; and factors, unless they are 1.
-# Every family refuses those that it does not have in DEFAULTS, even where transformers ignores them: the weights were
-# trained with what they say.
+# Keys that change the mathematics, unless they are absent, null, false or empty; those in FACTORS may also be 1. Each
+# family refuses the keys that it does not have in DEFAULTS, even where transformers ignores them: the weights may have
+# been trained with what they ask for.
 UNSUPPORTED = (
     "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "num_experts",
     "num_local_experts", "n_routed_experts", "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx",
@@ -114,7 +114,7 @@ UNSUPPORTED = (
 FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier",
            "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "embedding_scale", "scale_emb",
            "decoder_sparse_step")
-# Keys for which null does not mean the default.
+# Keys for which null means off; for all other keys it means the default.
 OFF_BY_NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")     # their embeddings are multiplied by the root of hidden_size
 # Whether layer i attends only to a window of tokens; used if config.json has no layer_types.
@@ -134,8 +134,8 @@ ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "
 
 
 def text_config(config):
-    """The config.json of a language model alone, as a dict. Most are that already; that of a model that also sees
-    images has it as a part."""
+    """The config.json (a dict) of the language model alone. Most files are that already. A model that also sees images
+    has it under text_config; three of the keys outside of that count for the language model, too."""
     if config.get("model_type") not in tuple(WRAPPERS) or not isinstance(config.get("text_config"), dict):
         return config
     part = {"model_type": WRAPPERS[config["model_type"]], **config["text_config"]}
@@ -144,8 +144,9 @@ def text_config(config):
 
 
 def text_name(name):
-    """The name of a tensor of a model that also sees images, in its language model alone; None if it is not a part of
-    that. Older files begin with language_model, newer ones with model.language_model."""
+    """Translate a tensor's name in a model that also sees images to its name in the language model alone; None if the
+    tensor belongs to the image encoder. In older files names begin with language_model, in newer ones with
+    model.language_model."""
     if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
         return None
     return re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name).removeprefix("language_model.")
@@ -161,7 +162,7 @@ def fields(config):
         expect(isinstance(config.get("text_config"), dict), "text_config", config.get("text_config"), "an object")
     config = text_config(config)
     family = config.get("model_type")
-    if family == "qwen3_moe":                                       # transformers 5 has another name
+    if family == "qwen3_moe":                                       # transformers 5 renamed the key
         config = {"num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}
     require_supported("model_type", family, DEFAULTS)
     refuse_other_mathematics(config, family)
@@ -180,11 +181,11 @@ def fields(config):
     slides = [kind == "sliding_attention" for kind in layer_types(c, family)]
     window = (c.get("sliding_window") or 0) if c.get("use_sliding_window", True) else 0
     ropes, rotary_dim = read_ropes(c, family)
-    layer_ropes = [-1] * len(layers)                                # -1: no RoPE in this layer
+    layer_ropes = [-1] * len(layers)        # -1: no RoPE in this layer; 1: the second kind, of sliding layers; else 0
     for i in layers:
         if ropes and has_rope(c, i):
             layer_ropes[i] = int(len(ropes) > 1 and slides[i])
-    limit = known_positions(c, family, ropes)
+    limit = known_positions(c, ropes)
     return {
         **{key: c[key] for key in (*SIZES, *COMMON, "num_key_value_heads", "head_dim")},
         "max_position_embeddings": limit or c["max_position_embeddings"], "limited": bool(limit),
@@ -204,13 +205,15 @@ def fields(config):
 
 
 def is_no_part(name, classifier=False):
-    """Whether a tensor of a checkpoint is no part of the decoder: a buffer, or the head of a classifier."""
+    """Whether a tensor of a checkpoint does not belong to the decoder: a buffer, or the head of a classifier."""
     return BUFFERS.fullmatch(name) is not None or classifier and name == SCORE
 
 
-def known_positions(c, family, ropes):
-    """How many positions are computed as transformers computes them, where that is fewer than a model may take: up to
-    here LongRoPE has its short factors, and Ministral 3 does not scale its queries. 0: any number."""
+def known_positions(c, ropes):
+    """The most positions that model.py computes correctly; 0: any number.
+
+    Beyond these LongRoPE uses its long factors, and Ministral 3 scales its queries. model.py does neither.
+    """
     rope = ropes[0] if ropes else {}
     if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
         return min(rope["original_max_position_embeddings"], c["max_position_embeddings"])
@@ -384,8 +387,8 @@ def read_rope(c, family, given):
             "original_max_position_embeddings": c["max_position_embeddings"], **given}
     if c["original_max_position_embeddings"]:                       # Phi has this key outside of rope_scaling
         rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    kind = rope["rope_type"] = "longrope" if rope["rope_type"] == "su" else rope["rope_type"]       # its first name
-    # Phi's yarn is computed in another way, and only Phi has been seen with longrope.
+    kind = rope["rope_type"] = "longrope" if rope["rope_type"] == "su" else rope["rope_type"]       # an old name
+    # Phi computes yarn in another way, and only Phi is known to use longrope.
     supported = ("default", "longrope") if family == "phi3" else [kind for kind in ROPES if kind != "longrope"]
     require_supported("rope_type", kind, supported)
     original = rope["original_max_position_embeddings"]
