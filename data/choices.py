@@ -1,4 +1,4 @@
-"""Tokens become text, and the `choices` of OpenAI's replies, for serve.py.
+"""Turns the tokens of an answer into text and into the `choices` of OpenAI's replies, for serve.py.
 
 Source: OpenAI's API reference, chat completions and completions (platform.openai.com/docs/api-reference).
 """
@@ -18,9 +18,9 @@ class Answer:
 
     The text may end in a part of a character, in a part of a stop string, or, in a chat, in a part of a thought's tag
     or in whitespace that may turn out to be the end of the answer. Such an end is held back until more tokens arrive.
-    `thought` and `content` are the texts that were sent, `offset` is the length of the latter as the log-probs count
-    it: a character of several tokens begins at the first of them. `opened`: whether the prompt ends in the beginning of
-    a thought.
+    `thought` and `content` are the texts that were sent. `offset` is where the next token begins in the text, for the
+    log-probs of completions: a character of several tokens begins at the first of them. `opened`: whether the prompt
+    ends with <think>.
     """
 
     def __init__(self, request, index, prompt, u, model, prompt_text=""):
@@ -61,7 +61,7 @@ class Answer:
         elif ended:
             self.finish = "stop" if eos else "length"
         self.count = len(self.ids) - self.begin + eos
-        # After an echoed prompt, lm-eval expects an entry of every token, the end of the text among them.
+        # After an echoed prompt, lm-eval expects an entry for every token, including the end-of-text token.
         spelled = [*self.ids[old:], *(ids[-1:] if eos and self.request.echo else [])]
         entries = [*self.echoed(), *(self.entry(id, logp) for id, logp in zip(spelled, logps))]
         self.entries += entries
@@ -71,7 +71,7 @@ class Answer:
         """The entries of the prompt's tokens, if they are wanted and have not been sent yet."""
         scored, self.scores = zip(self.prompt, self.scores), []
         entries = [self.entry(id, logp) for id, logp in scored]
-        if entries:                                     # the answer begins where the text of the prompt ends
+        if entries:                                     # counted back from the end of the prompt's text
             self.offset = len(self.echo) - sum(map(characters, entries))
         return entries
 
@@ -82,6 +82,7 @@ class Answer:
         if not self.finish:
             end = len(raw.rstrip(PART))
             held = [*self.request.stops, *(OPEN, CLOSE) * self.request.chat]
+            # the end of the text may be the first k characters of one: of "</think>", say, if the text ends in "</th"
             begun = [k for each in held for k in range(1, len(each)) if raw.endswith(each[:k], 0, end)]
             end -= max(begun, default=0)
         thought, text = parted(raw[:end], self.opened) if self.request.chat else ("", self.echo + raw[:end])
@@ -117,8 +118,8 @@ class Answer:
 
     def completion_logprobs(self, entries):
         """The log-probs of a completion, in lists: its tokens, where each begins in the text, the log-probs, and for
-        each a dict of the likeliest tokens and itself. Where a tokenizer adds spaces to a prompt, the places before
-        these are too low by as many."""
+        each a dict of the likeliest tokens and itself. The places in a prompt are counted back from its end: if the
+        tokenizer has added a space somewhere, all places before that are too low by one."""
         ends = [*accumulate(map(characters, entries), initial=self.offset)]
         self.offset = ends.pop()
         return {"tokens": [each["token"] for each in entries], "text_offset": [max(0, end) for end in ends],
@@ -127,14 +128,14 @@ class Answer:
 
 
 def likeliest(entry):
-    """{token: its log-prob} of an entry and its alternatives; the likelier of two that look the same."""
+    """{token: its log-prob} of an entry and its alternatives. Of tokens with the same text the likeliest counts."""
     if entry["top_logprobs"] is None:
         return None
     return {one["token"]: one["logprob"] for one in (entry, *reversed(entry["top_logprobs"]))}
 
 
 def characters(entry):
-    """How many characters begin in a token: bytes of UTF-8 but for those that continue one."""
+    """How many characters begin in a token: its bytes without UTF-8's continuation bytes, 10xxxxxx."""
     return sum(byte & 0xC0 != 0x80 for byte in entry["bytes"])
 
 

@@ -1,9 +1,9 @@
 """Reward models as others keep them: `...ForSequenceClassification` folders with one label.
 
-transformers, TRL and vLLM load such folders, and most reward models on the hub are such folders. The tensor
-score.weight (1, D) is the head. They read the score at the last token that is not the padding token, so an answer must
-not end in the padding token. They have no bias, and ours has one: the constant that gives the scores the mean 0. It is
-kept in config.json under BIAS, and is added again where such a folder is read here.
+Most reward models on the hub are such folders; transformers, TRL and vLLM load them. The tensor score.weight (1, D) is
+the head. These libraries read the score at the last token that is not the padding token, so an answer must not end in
+the padding token. Such a folder has no bias, but a reward model trained here has one: the constant that gives the
+scores the mean 0. It is kept in config.json under BIAS, and read_head() returns it.
 """
 import json
 import re
@@ -14,19 +14,21 @@ import torch
 from data import families, read_json
 from data.weights import WeightsError, load_weights, write_whole
 
-CLASS, BIAS = "ForSequenceClassification", "score_bias"
+CLASS = "ForSequenceClassification"     # how the names of such classes end
+BIAS = "score_bias"                     # a key of config.json that only this project reads
 
 
 class Head(NamedTuple):
-    """What makes a decoder a reward model: the score is weight . state + bias. pad: (token, its id)."""
+    """What makes a decoder a reward model: the score is weight . h + bias, of a final hidden state h. pad: (token, its
+    id)."""
     weight: torch.Tensor                # (1, D)
     bias: float
     pad: tuple
 
 
 def padding(text):
-    """(token, its id) to pad rows with, of a Text: the tokenizer's own if no answer ends in it, else another special
-    token, else the last one of the vocabulary."""
+    """(token, its id) with which rows of a Text are padded; a token that ends no answer. It is the tokenizer's padding
+    token if possible, else another special token, else the last token of the vocabulary."""
     tokens = text.tokenizer
     special = [i for i, token in tokens.get_added_tokens_decoder().items() if token.special]
     own = tokens.token_to_id(text.specials.get("pad_token", ""))
@@ -38,7 +40,7 @@ def padding(text):
 def config_of(config, head):
     """The config.json of a decoder -> that of the reward model made of it."""
     named = config.get("architectures") or []
-    if config.get("model_type") == "gemma3_text":       # without Text in it, the class is that of images, too
+    if config.get("model_type") == "gemma3_text":       # the class without Text in its name also takes images
         named = ["Gemma3TextModel"]
     named = [re.sub("(ForCausalLM|LMHeadModel|Model)$", "", name) + CLASS for name in named]
     return {**config, "architectures": named, "id2label": {"0": "score"}, "label2id": {"score": 0},
@@ -55,7 +57,7 @@ def set_padding(folder, token):
 
 def decoder_names(names, config):
     """{name in a reward model: name in the files of the decoder that it is made of}, without the language model's
-    head. Some files leave out the first part of all names, as those of GPT-2 do."""
+    head. Some files, as those of GPT-2, leave out the first part of all names ("transformer.")."""
     ours = families.NAMES.get(config.get("model_type"), families.LLAMA_NAMES)
     prefix, head = f"{ours.get('model', 'model')}.", f"{ours.get('lm_head', 'lm_head')}.weight"
     added = "" if any(name.startswith(prefix) for name in names) else prefix
@@ -70,7 +72,7 @@ def is_classifier(folder):
 
 
 def read_head(folder):
-    """(weight (1, D), bias) of the reward model in a folder. WeightsError if it is none, or gives several scores."""
+    """(weight (1, D), bias) of the head in a folder. WeightsError if there is none or it has several scores."""
     config, tensors = read_json(folder / "config.json"), load_weights(folder)
     if families.SCORE not in tensors:
         raise WeightsError(f"{folder}: no reward model, since it has no tensor {families.SCORE}")

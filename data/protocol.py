@@ -19,15 +19,15 @@ ANSWERS = 1024                          # most answers to one request, with all 
 STOPS = 16                              # most stop strings; OpenAI takes four
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
-# What is done, in requests of both kinds, of chats, and of completions.
-DONE = {"model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream",
-        "stream_options", "logprobs"}
-DONE_IN_CHATS = DONE | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
-DONE_IN_COMPLETIONS = DONE | {"prompt", "echo"}
-# What clients send for accounts, caches and bills: it does not touch the answers.
+# Parameters that are supported in requests of both kinds, in chats, and in completions.
+SUPPORTED = {"model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream",
+             "stream_options", "logprobs"}
+IN_CHATS = SUPPORTED | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+IN_COMPLETIONS = SUPPORTED | {"prompt", "echo"}
+# Parameters for accounts, caches and bills. They are ignored, since they do not change the answers.
 BOOKKEEPING = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                "prompt_cache_retention"}
-# The values of other parameters with which they ask for nothing; for all others these are null and what is empty.
+# Values with which an unsupported parameter asks for nothing. So do null and empty values of any parameter.
 NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
            "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
            "parallel_tool_calls": (True, False), "modalities": (["text"],), "reasoning_effort": ("none",),
@@ -35,7 +35,7 @@ NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "repetition_pena
            "use_beam_search": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
            "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
            "continue_final_message": (False,)}
-# Of a message: besides role and content, the speaker's name and the thoughts before an earlier answer are left out.
+# Keys that a message may have. The speaker's name and the thought before an earlier answer are ignored.
 IN_MESSAGES = {"role", "content", "name", "reasoning", "reasoning_content"}
 
 
@@ -69,20 +69,20 @@ def check_name(name, model):
         raise Refused(404, f"there is no model {name!r} here, only {model.names[0]!r}", "model_not_found", "model")
 
 
-def refuse_the_rest(body, done, param=None):
-    """Refused if anything but what is `done` is asked for, so that nothing is ignored but what changes no answer."""
+def refuse_the_rest(body, supported, param=None):
+    """Refused if anything is asked for that is not `supported`. Only what changes no answer is ignored."""
     for name, value in body.items():
         nothing = (None, "", [], {}, *NEUTRAL.get(name, ()))
-        if name not in done | BOOKKEEPING and value not in nothing:
-            raise Refused(400, f"{name} is not supported here{did_you_mean(name, done)}", "unsupported_value",
+        if name not in supported | BOOKKEEPING and value not in nothing:
+            raise Refused(400, f"{name} is not supported here{did_you_mean(name, supported)}", "unsupported_value",
                           param or name)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------
 
 def messages(body):
-    """The messages of a request as [{role, content}]; parts of a content are joined to one string. An assistant's
-    content may be null. Refused if one of them is malformed, not a text, or calls tools."""
+    """The messages of a request as [{role, content}]; the parts of a content are joined into one string. An assistant's
+    content may be null. Refused if a message is malformed, not a text, or calls tools."""
     found = []
     for message in typed(body, "messages", list, None) or [None]:
         try:
@@ -162,16 +162,16 @@ def prompts(body, chat, model):
 def read_request(body, chat, model):
     """Check the JSON body (bytes) of a request; returns the request in the form that rlhf/writer.py answers.
 
-    The result has the sampling settings, and n answers to each prompt. u (limit,) of an answer are the uniform random
-    numbers with which its tokens are drawn. chat: whether it came to /chat/completions or to /completions. model: the
-    serve.Server. Raises Refused if anything is malformed or not supported.
+    The result has the sampling settings, and n answers to each prompt. The tokens of an answer are drawn with its
+    uniform random numbers, u (limit,). chat: whether the request came to /chat/completions or to /completions. model:
+    the serve.Server. Raises Refused if anything is malformed or not supported.
     """
     try:
         body = typed({"body": json.loads(body)}, "body", dict, None)
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON", None) from None
     check_name(typed(body, "model", str, model.names[0]), model)
-    refuse_the_rest(body, DONE_IN_CHATS if chat else DONE_IN_COMPLETIONS)
+    refuse_the_rest(body, IN_CHATS if chat else IN_COMPLETIONS)
     stops = [body["stop"]] if isinstance(body.get("stop"), str) else typed(body, "stop", list, [])
     if len(stops) > STOPS or not all(isinstance(each, str) and each for each in stops):
         raise Refused(400, f"stop is a string, or a list of up to {STOPS}", param="stop")

@@ -12,7 +12,7 @@ from data.alpaca_eval import different_parts
 NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
                 "checkpointing", "graph", "compile", "merge", "merge_dtype", "shared_prompt", "day", "commit",
                 "versions", "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data"}
-NAMED = 3                               # differences between two runs that a sentence names
+NAMED = 3                               # how many differences between two runs a sentence names
 
 
 def settings(folder):
@@ -22,10 +22,10 @@ def settings(folder):
 
 
 def named_by_run(models, where):
-    """({name: records}, {name: folder of its stage}) of {name: records} and {name: path of its annotations}.
+    """Name models of several run folders by method and run, as in "dpo (seed0)".
 
-    Models of several run folders are named alike, "dpo (seed0)" and "ppo (seed0)"; those of no run folder keep their
-    names, and then all do.
+    models: {name: records}. where: {name: path of its annotations}. Returns ({name: records}, {name: folder of its
+    stage}). If one of the models is not from a run folder, all keep the names that they have.
     """
     stages = {name: path.parent for name, path in where.items() if settings(path.parent)}
     runs = labels(stages)
@@ -44,8 +44,8 @@ def starts_of(stages):
 
 
 def start_of(folder):
-    """The folder of the stage that the training of a stage started from: sft or a variant of it, or base, the
-    checkpoint itself, which starts from nothing but itself."""
+    """The folder of the stage from which a stage's training started: sft or a variant of it, or base, the checkpoint
+    itself. The start of base is base."""
     made = settings(folder)
     if made.get("method") == "base":
         return folder
@@ -54,8 +54,8 @@ def start_of(folder):
 
 
 def finished(run):
-    """{id: folder} of the finished stages in a run folder, as far as they can be read; not of a stage that is made
-    again (sft.new), which has the same id."""
+    """{id: folder} of the finished stages in a run folder, as far as they can be read. A stage that is being made again
+    (sft.new) is left out, since it has the same id as the old one."""
     found = {}
     for path in sorted(run.glob("*/result.json")):
         with contextlib.suppress(InputError):
@@ -65,8 +65,8 @@ def finished(run):
 
 
 def costs_of(folder):
-    """What a model cost, with all stages that it needed: its KL to the reference (nats an answer), the CPU seconds (if
-    all of them are known), and the labels that the judge was asked for to learn from; {} for what is no stage of a run.
+    """What a model cost: its KL to the reference (nats per answer) and, over all stages that it needed, the CPU seconds
+    (if all are known) and the labels for training that the judge was asked for. {} for what is no stage of a run.
     """
     result = read_json(folder / "result.json")
     if not result:
@@ -113,7 +113,7 @@ def difference(folder, other):
     keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     if not keys:
         return f"have the same seed, {settings(folder)['seed']}"
-    keys = [key for key in keys if key.partition(".")[2] not in keys]       # sft.lora_rank, where lora_rank is named
+    keys = [key for key in keys if key.partition(".")[2] not in keys]       # not sft.lora_rank beside lora_rank
     said = [key if isinstance(ours.get(key), dict) else f"{key} {ours.get(key)} instead of {theirs.get(key)}"
             for key in keys]
     more = [f"{len(keys) - NAMED} more"] if len(keys) > NAMED else []

@@ -1,8 +1,8 @@
 """Data sets as lists of records {instruction, input, output}, in AlpacaFarm's splits.
 
 There are three sources: `barn` is the offline world; `alpaca_farm` is the paper's own data from the hub (licence
-CC BY-NC 4.0: no commercial use); any other name is a file of Alpaca records (.json or .jsonl, gzipped or not), or of
-pairs in the form of TRL, UltraFeedback or HH-RLHF, whose preferred answers are then the outputs.
+CC BY-NC 4.0: no commercial use); any other name is a file (.json or .jsonl, gzipped or not). A file has Alpaca
+records, or pairs in the form of TRL, UltraFeedback or HH-RLHF, whose preferred answers become the outputs.
 
     python -m data.sets --export pairs.jsonl runs/barn
 
@@ -75,7 +75,7 @@ def read_lines(text):
 
 
 def demonstrations(path):
-    """Records {instruction, input, output} of a file: Alpaca's, or of a file of pairs the preferred answers."""
+    """Records {instruction, input, output} of a file. Of pairs, the preferred answers are the outputs."""
     records, several = [], 0
     for i, record in enumerate(read_records(path, ())):
         if "chosen" in record:
@@ -214,7 +214,7 @@ def read_turn(prompt, answer):
 
 
 def as_messages(role, given):
-    """The messages {role, content} for a text, or for a list of texts or messages; none for None."""
+    """The messages {role, content} for a text, or for a list of texts or messages; [] for None."""
     listed = [given] if isinstance(given, str) else given or ()
     return [{"role": role, "content": each} if isinstance(each, str) else each for each in listed]
 

@@ -21,7 +21,7 @@ from data import InputError
 LONGEST = 1 << 16                       # characters of a template; most have a few thousand
 OUTPUT = 1_000_000                      # characters that a template may add to the messages of a chat
 SECONDS, MEMORY = 10, 1 << 30           # limits of the child process, in seconds and bytes; most templates need 0.1 s
-LARGEST_FACTOR = 1 << 31                # of a product: repeated products cannot grow without end
+LARGEST_FACTOR = 1 << 31                # largest factor of a product: a loop of products cannot fill the memory
 
 USER = {"role": "user", "content": "List two trees."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -57,8 +57,8 @@ def renderer(template):
 
 
 class Prompt(str):
-    """A text for a model. `contents` are the (start, end) of parts that a user or a data set has said and that may look
-    like control tokens of the template; other parts need not be known."""
+    """A text for a model. `contents` has (start, end) of each part that a user or a data set has written. It may be
+    empty if none of these parts looks like a control token of the template."""
     contents: ClassVar[list] = []
 
     def then(self, words, content):
@@ -69,11 +69,11 @@ class Prompt(str):
 
 
 def contents_of(text, messages, render):
-    """The (start, end) of the contents of a chat in the text that render(messages) writes; None if they cannot be told.
+    """The (start, end) of the contents of a chat in the text that render(messages) writes; None if it cannot be found.
 
-    The chat is rendered again, with a mark before and a mark behind each content. If this gives the same text but for
-    the marks, they show where the contents are. It does not if the template looks into the contents: some ask how a
-    message begins.
+    The chat is rendered again, with a mark before and a mark behind each content. If only the marks are new in that
+    text, they show where the contents are. The rest may differ, too, if the template looks into the contents: some
+    test how a message begins.
     """
     before, behind = unused_characters(text)
     try:
@@ -86,7 +86,7 @@ def contents_of(text, messages, render):
 
 
 def unused_characters(text):
-    """Two characters for private use that are not in a text."""
+    """Two characters of Unicode's private use area that are not in a text."""
     used = set(text)
     free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
     return next(free), next(free)
@@ -164,7 +164,7 @@ def environment():
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class SafeNamespace(Namespace):
-        """A namespace that refuses private names such as __class__, by which it could pass for another object."""
+        """A namespace that refuses names such as __class__, with which it could pretend to be another object."""
 
         def __init__(self, /, *args, **names):
             super().__init__()

@@ -1,8 +1,8 @@
 """From an instruction to token ids and back: the tokenizer and the prompt format of a checkpoint folder.
 
 If the checkpoint has a chat template, prompts are written with it; otherwise in the format of AlpacaFarm (alpaca_farm,
-prompts v0). The template's own words may be special tokens. What a user or a data set says never is: <|im_end|> in an
-instruction is a text like any other, and cannot end a turn.
+prompts v0). The words of the template may be special tokens. What a user or a data set says never becomes one:
+<|im_end|> in an instruction is a text like any other, and cannot end a turn.
 Left out: training tokenizers (see data/barn/pretrain.py), and tokenizers without a tokenizer.json.
 """
 import bisect
@@ -31,23 +31,23 @@ ALPACA_INPUT = (
 OPEN, CLOSE = "<think>", "</think>"     # around the thought of a model that thinks before it answers
 NO_THOUGHT = "\n</think>\n\n"           # ends a thought that the template has opened
 CUT = " ... "                           # where the middle of a text was cut out
-TODAY = str(date.today())               # the same as long as the process runs
+TODAY = str(date.today())               # stays the same while the process runs
 
 
 class Turn(NamedTuple):
     """How a chat template writes an answer."""
-    before: str = ""                    # words between the end of the prompt and the answer: an empty thought, perhaps
+    before: str = ""                    # what the template writes between prompt and answer, such as an empty thought
     end: int | None = None              # the token behind the answer; None if the template writes none
-    opened: bool = False                # the prompt ends in the beginning of a thought
+    opened: bool = False                # whether the prompt ends with <think>
 
 
 def template_of(folder, settings):
-    """The chat template of a checkpoint folder, or None. It is a file of its own (transformers 5), or one of the
-    tokenizer's settings, which may have several by name. InputError if it is not a text."""
+    """The chat template of a checkpoint folder, or None. It is a file of its own (transformers 5) or one of the
+    tokenizer's settings. InputError if it is not a text."""
     file = folder / "chat_template.jinja"
     try:
         template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        if isinstance(template, list):                            # transformers 4 wrote several, each with a name
+        if isinstance(template, list):                            # transformers 4 could write several, with names
             template = {one["name"]: one["template"] for one in template}.get("default")
         if not template or isinstance(template, str):
             return template
@@ -64,9 +64,10 @@ class Text:
 
     def __init__(self, folder, model=None, day="", variables=None):
         """folder: where the tokenizer is. model: where the config.json of the model is, if that is another folder.
-        day: what the template is told if it asks for today's date, as in 2026-11-30. variables: more that it is given.
+        day: the date, as in 2026-11-30, that the template gets if it asks for today's. variables: more variables for
+        the template.
 
-        InputError if the folder has no tokenizer.json, a broken one, or none of its files names an end-of-text token.
+        InputError if the folder has no tokenizer.json or a broken one, or if no file names an end-of-text token.
         """
         folder = self.folder = Path(folder)
         self.day, self.variables = datetime.fromisoformat(day or TODAY), variables or {}
@@ -101,7 +102,7 @@ class Text:
         self.named_stops, self.mark = self.checked(stops), ""
 
     def marked(self, mark):
-        """A copy of this Text that puts some words in front of every instruction."""
+        """A copy of this Text that puts `mark` in front of every instruction."""
         text = copy.copy(self)
         text.mark = mark
         return text
@@ -121,21 +122,22 @@ class Text:
         return token if isinstance(token, str) else None          # add_bos_token is true or false
 
     def encode(self, prompt):
-        """Token ids of what render() or chat() has written, or of another text, whose special tokens then count."""
+        """Token ids of a Prompt. In any other string, whatever looks like a special token becomes one."""
         contents = [prompt[start:end] for start, end in getattr(prompt, "contents", [])]
         if any(self.control.search(content) for content in contents):
-            ids = self.without_control(prompt)
+            ids = self.with_literal_contents(prompt)
         else:                                                     # a template itself writes the special tokens
             ids = self.tokenizer.encode(prompt, add_special_tokens=not self.template).ids
         return self.checked(ids if self.template else self.with_bos(ids))
 
-    def without_control(self, prompt):
-        """Token ids of a Prompt whose contents have what looks like control tokens.
+    def with_literal_contents(self, prompt):
+        """Token ids of a Prompt whose contents hold something that looks like a control token.
 
-        Only the control tokens outside of the contents are such. What stands between them is encoded literally.
+        The control tokens outside of the contents, which the template wrote, become their ids. All text between them,
+        contents included, is encoded literally.
         """
         found = self.tokenizer.encode(prompt, add_special_tokens=not self.template)
-        ids, at = [], 0
+        ids, at = [], 0                                           # prompt[:at] has been encoded
         for id, (start, end) in zip(found.ids, found.offsets):
             token = prompt[start:end].strip()           # some tokens take the whitespace around them
             begin = prompt.find(token, start)
@@ -146,12 +148,13 @@ class Text:
         return ids + self.literally(prompt[at:])
 
     def literally(self, text):
+        """Token ids of a text in which nothing counts as a control token."""
         return self.literal.encode(text, add_special_tokens=False).ids if text else []
 
     @cached_property
     def control_tokens(self):
-        """{token: id} of the tokens that steer a chat: all special ones, and others that the template writes in a turn,
-        except those around a thought."""
+        """{token: id} of the tokens that steer a chat: all special tokens, and the other added tokens that the template
+        writes in a turn, except those around a thought."""
         tokens = self.tokenizer.get_added_tokens_decoder()
         turns = self.turns if self.template else ""
         return {token.content: id for id, token in tokens.items() if token.content not in (OPEN, CLOSE)
@@ -164,7 +167,7 @@ class Text:
 
     @cached_property
     def literal(self):
-        """A tokenizer for which control tokens are texts like any other."""
+        """A tokenizer that encodes control tokens as if they were ordinary text."""
         document = json.loads(self.tokenizer.to_str())
         for token in document["added_tokens"]:
             token["special"] = token["content"] in self.control_tokens
@@ -173,21 +176,22 @@ class Text:
         return tokenizer
 
     def plain(self, text):
-        """Token ids of a text without a template, which the model is to continue; with the BOS token if it has one."""
+        """Token ids of a text that the model is to continue: without the template, with BOS if the tokenizer adds it."""
         return self.checked(self.with_bos(self.tokenizer.encode(text).ids))
 
     def with_bos(self, ids):
-        """The ids with one BOS token in front if tokenizer_config.json asks for it; never with two, as of a text that
-        begins with it already."""
+        """The ids with one BOS token in front if tokenizer_config.json asks for it. There are never two, even if the
+        text itself begins with one."""
         bos = self.tokenizer.token_to_id(self.bos_token) if self.bos_token else None
         if bos is None:
             return ids
-        wanted = self.settings.get("add_bos_token") and ids[:1] != [bos]
-        return [bos, *ids] if wanted else ids[ids[:2] == [bos, bos]:]
+        if ids[:2] == [bos, bos]:
+            return ids[1:]
+        return [bos, *ids] if self.settings.get("add_bos_token") and ids[:1] != [bos] else ids
 
     def chat(self, messages, /, **variables):
-        """The Prompt of a conversation [{"role", "content"}] by the chat template, up to where the answer begins.
-        variables: more that the template is given. InputError if it fails."""
+        """The Prompt that the chat template writes for a conversation [{"role", "content"}], up to where the answer
+        begins. variables: more variables for the template. InputError if the template fails."""
         prompt = Prompt(self.rendered(messages, **variables))
         said = "\n".join(str(message.get("content")) for message in messages)
         if found := self.control.search(said):
@@ -221,7 +225,11 @@ class Text:
 
     @cached_property
     def turn(self):
-        """How the chat template writes an answer, a Turn: found by rendering a question without and with its answer."""
+        """The Turn of the chat template, found by rendering a question without and with its answer.
+
+        `asked` is the prompt, and self.turns is asked + before + answer + end token + more. For Qwen3, `before` is an
+        empty thought, from <think> to </think>, and `end` is the id of <|im_end|>.
+        """
         try:
             asked = self.rendered([USER]) if self.template else ""
         except InputError:
@@ -238,7 +246,7 @@ class Text:
 
     @property
     def eos(self):
-        """The token id that is written behind each answer in training."""
+        """The token id that ends each answer in training."""
         return self.named_stops[0] if not self.template or self.turn.end is None else self.turn.end
 
     @property
@@ -288,19 +296,20 @@ class Text:
         return prompts
 
     def cut(self, record, limit):
-        """Token ids of the prompt for a record without the middle of its longer text, so that it has at most `limit`
-        tokens. The template and both ends of the text stay. InputError if even the template does not fit."""
+        """Token ids of the prompt for a record, cut to at most `limit` tokens: CUT replaces the middle of the longer
+        text (instruction or input). The template and both ends of the text stay. InputError if the template alone does
+        not fit."""
         name = max(("input", "instruction"), key=lambda name: len(record.get(name, "")))
         text = record[name]
         if len(text) <= len(CUT):
             raise InputError(f"a prompt without its text is longer than {limit} tokens: lower --max_new_tokens")
 
-        def with_characters(n):
+        def with_characters(n):                                   # with 5: the first 3 and the last 2
             return self.prompt({**record, name: text[:n - n // 2] + CUT + text[len(text) - n // 2:]})
         n = bisect.bisect_right(range(len(text)), limit, key=lambda n: len(with_characters(n))) - 1
         while n >= 0 and len(with_characters(n)) > limit:         # a longer text may have fewer tokens
             n -= 1
-        return with_characters(n) if n >= 0 else self.cut({**record, name: CUT}, limit)
+        return with_characters(n) if n >= 0 else self.cut({**record, name: CUT}, limit)         # cut the other text
 
     def example(self, record, output):
         """(prompt ids, response ids with EOS) for a record and an output (text). Both are tokenised as one text, as the
@@ -322,22 +331,22 @@ class Text:
 
     @cached_property
     def unseen(self):
-        """The ids of special tokens, which are no part of a text; except those around a thought."""
+        """The ids of the tokens that words() leaves out: all special tokens except those around a thought."""
         tokens = self.tokenizer.get_added_tokens_decoder()
         return {id for id, token in tokens.items() if token.special and token.content not in (OPEN, CLOSE)}
 
     def words(self, ids):
-        """The text of token ids without special tokens; except those around a thought."""
+        """The text of token ids, without special tokens other than those around a thought."""
         return self.tokenizer.decode([id for id in ids if id not in self.unseen], skip_special_tokens=False)
 
     def decode(self, ids):
-        """The text of an answer's token ids, without its thought, without special tokens and whitespace around it."""
+        """The text of an answer's token ids, without its thought, special tokens, and whitespace around it."""
         return parted(self.words(ids), self.template and self.turn.opened)[1]
 
 
 def parted(text, opened):
-    """(thought, answer) of what a model wrote, without whitespace around them; the answer is "" if the thought has no
-    end. opened: whether the thought began in the prompt."""
+    """Split what a model wrote into (thought, answer), without whitespace around them. The answer is "" if the thought
+    has no end. opened: whether the thought began in the prompt."""
     text = text.strip()
     if not opened and not text.startswith(OPEN):
         return "", text
