@@ -176,7 +176,7 @@ class Text:
         return tokenizer
 
     def plain(self, text):
-        """Token ids of a text that the model is to continue: without the template, with BOS if the tokenizer adds it."""
+        """Token ids of a text that the model is to continue: no template, BOS if the tokenizer adds it."""
         return self.checked(self.with_bos(self.tokenizer.encode(text).ids))
 
     def with_bos(self, ids):

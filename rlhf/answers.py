@@ -10,8 +10,8 @@ from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate, longest_answer
 from rlhf.update import micro_batches
 
-# The KL is k1, unbiased on samples of the policy itself. If answers are judged that were sampled otherwise, it is
-# measured on so many others.
+# The estimate of the KL, k1, is unbiased only on samples of the policy itself. If the judged answers were sampled with
+# another temperature or top-p, so many others are sampled for the KL.
 KL_ANSWERS = 128
 
 
@@ -33,7 +33,7 @@ def logps(policy, rows, cfg):
 
 
 def room(policy, text, cfg):
-    """The most tokens that a prompt may have, so that the answer fits behind it."""
+    """The most tokens that a prompt may have if the longest answer is to fit behind it."""
     context, answer = policy.gpt.config.max_position_embeddings, longest_answer(text, cfg)
     if answer >= context:
         flags = "--max_new_tokens and --max_thought_tokens" if text.thinks else "--max_new_tokens"
@@ -51,8 +51,8 @@ def questions(policy, text, cfg):
 @torch.no_grad()
 def answer(policy, text, cfg, ref=None, ref_text=None):
     """Answer the eval split and write outputs.json. Returns metrics: mean length in tokens, the share of answers that
-    ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: how it is asked, if not by
-    `text`."""
+    ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: the Text that
+    writes the prompts of `ref`, if not `text`."""
     records, prompts = questions(policy, text, cfg)
     rows = generate(policy, prompts, text, cfg, cfg.seed, judged=True)
     outputs = [text.decode(response) for _, response in rows]
@@ -74,7 +74,6 @@ def answer(policy, text, cfg, ref=None, ref_text=None):
 def write_outputs(cfg, records, outputs):
     """Write outputs.json of the stage: AlpacaEval records, one for each record of the eval split, in its order."""
     keep = ("instruction", "input", "dataset", "datasplit")
-    name = cfg.stage
     (cfg.dir() / "outputs.json").write_text(json.dumps(
-        [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": name}
+        [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": cfg.stage}
          for record, output in zip(records, outputs, strict=True)], indent=1))

@@ -9,7 +9,8 @@ FORMS = {"chat": "in the checkpoint's chat template", "alpaca": "in AlpacaFarm's
 
 
 def prompt_ids(text, form, prompt):
-    """Token ids of a prompt (text) in one of FORMS; InputError if the checkpoint has no such form."""
+    """Token ids of a prompt (string) in one of FORMS; InputError if the checkpoint has no such form. A form without the
+    chat template takes it away from `text`, so that answers are read without it, too."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -27,9 +28,9 @@ def ask(path, prompts, form="", n=1, temperature=1., seed=0, max_new_tokens=0, t
 
     form: one of FORMS; by default chat if the checkpoint has a chat template, alpaca if it was trained by this project
     without one, and otherwise text. temperature 0 takes the likeliest token each time. top_p, top_k, min_p: see
-    sampler.likely(). max_new_tokens 0: the number of the checkpoint's own run; a thought before the answer has room of
-    its own. checkpoint: what open_checkpoint(path) returned, if it is open. InputError if a prompt is too long for the
-    model.
+    sampler.likely(). max_new_tokens 0: as in the checkpoint's own run; a thought before the answer has a limit of
+    its own, --max_thought_tokens. checkpoint: what open_checkpoint(path) returned, if it is open. InputError if a
+    prompt is too long for the model.
     """
     policy, cfg, settings = checkpoint or open_checkpoint(path, device, int8, dtype)
     text = cfg.text()
@@ -56,7 +57,7 @@ def compare(path, other, prompts, device="", dtype="", int8=False, **how):
     base = config_of(other).checkpoint                  # first: if the name is wrong, nothing is loaded in vain
     opened = open_checkpoint(path, device, int8, dtype)
     answers = [ask(path, prompts, checkpoint=opened, **how)]
-    opened = opened[0] if opened[1].checkpoint == base else None
+    opened = opened[0] if opened[1].checkpoint == base else None        # None: its memory is freed before the next load
     opened = open_checkpoint(other, device, int8, dtype, beside=opened)
     answers.append(ask(other, prompts, checkpoint=opened, **how))
     parts = []

@@ -1,11 +1,11 @@
 """The checkpoint itself: --model answers as it is. Nothing is trained.
 
-Its row on the leaderboard says whether training was better than what was downloaded, so farm.py runs this stage before
-every other method. Alone it has any checkpoint judged: python farm.py --method base --model runs/barn/dpo.
+Its row on the leaderboard shows whether training has improved on what was downloaded, so farm.py runs this stage before
+every other method. By itself it has any checkpoint judged: python farm.py --method base --model runs/barn/dpo.
 
 Memory: one model, without gradients.
-Questions a reader asks. Why does the base of the offline world win so rarely? It has read texts of that world, but no
-demonstrations: it has not learned to answer.
+Questions a reader asks. Why does the base of the offline world win so rarely? It was trained on texts of that world,
+but not on demonstrations: it has not learned to answer.
 """
 from dataclasses import dataclass
 

@@ -17,9 +17,9 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError, Refusal, did_you_mean, hub, one_of, sets, underscored
+from data import InputError, Refusal, did_you_mean, hub, one_of, read_json, sets, underscored
 from data.judges.person import PERSON
-from data.text import TODAY, Text, read_json
+from data.text import TODAY, Text
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
@@ -32,15 +32,16 @@ PRESETS = {
     "24gb": {"micro_batch_tokens": 4096, "checkpointing": True},
     "80gb": {"micro_batch_tokens": 16384, "checkpointing": True},
 }
-ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # what every request to the judge carries
-ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how it is asked
+ASKED = {"max_tokens", "reasoning_effort", "judge_body"}                # part of every request to the judge
+ASKING = {"workers", "timeout", "max_unusable", "ask_again"}            # how requests are sent, not what is in them
 WHOLE_RUN = {"out", "model", "data", "eval_data", "limit", "judge", "pool", "cache", "preset", "lora_rank",
              "lora_alpha", "template", "temperature", "int8", "dtype", "start", "eval_temperature",
              "eval_top_p"} | ASKED | ASKING
 COMMAND = {"name", "rerun", "merge", "merge_dtype"}     # of the method of a command, not of stages that it needs
 MAY_BE_ZERO = {"seed", "limit", "lora_rank", "slots", "max_tokens", "max_thought_tokens"}
 OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are judged are sampled
-# No part of what is computed: where it goes, how fast it is, how much memory it takes. Of eval_data the content counts.
+# Flags that do not change what a stage computes, only where it goes, how fast it is, and how much memory it takes.
+# eval_data is here since the content of that file is compared, not its name.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
              "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data"} | ASKING
 
@@ -104,7 +105,7 @@ class Config:
     workers: int = 8                    # requests to the judge at the same time, at most
     timeout: float = 120.               # seconds that one reply of the judge may take
     max_unusable: float = .02           # stop if a larger share of the verdicts is unusable
-    ask_again: str = ""                 # unusable: ask anew for verdicts that were unusable when they came
+    ask_again: str = ""                 # unusable: ask again where the judge's cached reply is unusable
     cache: str = ""                     # file of the judge's answers; runs may share it (default: judge.jsonl in --out)
     out: str = "runs/barn"              # the run folder; finished stages in it are reused
     name: str = ""                      # of a variant in the same run folder, as in dpo_b05 (default: the method's)
@@ -117,7 +118,7 @@ class Config:
     lora_alpha: float = 32.             # adapters are scaled by lora_alpha / lora_rank
     temperature: float = 1.             # of every answer that is sampled to learn from
     eval_temperature: float = .7        # of the answers that are judged; 0: the likeliest token each time
-    eval_top_p: float = .9              # of these: draw from the likeliest tokens that have this probability together
+    eval_top_p: float = .9              # of these: the likeliest tokens with this probability together are drawn from
     max_prompt_tokens: int = 192        # longer prompts are left out of training
     max_new_tokens: int = 300           # longest answer
     max_thought_tokens: int = 1024      # longest thought before it, where the chat template expects one
@@ -172,7 +173,7 @@ class Config:
 
     @classmethod
     def suits(cls, given):
-        """{field: default} where what is given asks for another one than usual."""
+        """{field: default} of the fields whose default depends on the flags that are given."""
         return {}
 
     @property
@@ -276,15 +277,15 @@ def helps(cls):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, which says what is wrong as an InputError."""
+    """An ArgumentParser that raises InputError for a mistake."""
 
     def error(self, message):
         raise InputError(f"{message}; {self.prog} --help lists all flags")
 
 
 def wrapped(text, room=117):
-    """A docstring for the terminal, in lines of 79 columns: a line goes on in the next one if that one's first word
-    had no room in it."""
+    """A docstring for the terminal, in lines of 79 columns. A line break is kept where it was made on purpose: where
+    the first word of the next line would still have fitted into `room` columns."""
     lines = []
     for line in inspect.cleandoc(text).splitlines():
         before = lines[-1].rpartition("\n")[2] if lines else ""

@@ -26,7 +26,7 @@ from model import capped_attention, causal
 from rlhf.logprobs import pack
 from rlhf.update import micro_batches
 
-CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; an answer overshoots by half of that
+CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; a finished answer runs on for half of them
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
 CANDIDATES = 1024                               # likeliest tokens that are ranked, where these are enough
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
@@ -34,8 +34,7 @@ NOT_FINITE = "the model's hidden states are not finite: its weights are broken, 
 
 
 def generate(model, prompts, text, cfg, seed, n=1, judged=False):
-    """n answers to each prompt (a list of token ids) by a policy, with the settings of a run: rows [(prompt ids,
-    response ids)], n for each prompt, in order. judged: not to learn from, but to be judged. See sample()."""
+    """sample() with the settings of a run. judged: whether the answers are to be judged, and not to be learned from."""
     temperature, top_p = (cfg.eval_temperature, cfg.eval_top_p) if judged else (cfg.temperature, 1.)
     return sample(model, prompts, text.stops, longest_answer(text, cfg), temperature, seed, n, cfg.slots, cfg.graph,
                   Progress("sampling", n * len(prompts)), top_p)
@@ -97,16 +96,16 @@ def draw(logits, u, temperature):
 def likely(logits, top_p, top_k, min_p):
     """Logits (B, V), already divided by the temperature, with -inf for the tokens that are too unlikely to be drawn.
 
-    Each of the others is a number or (B, 1). top_k: only so many tokens stay (0: all). top_p: of the probability that
-    these have together, the fewest likeliest tokens that reach this share (1: all; Holtzman et al. 2019, 3.1). min_p:
-    tokens with at least this share of the probability of the likeliest (0: all; Nguyen et al. 2024). The likeliest
-    always stays.
+    top_k, top_p and min_p are numbers for all rows, or (B, 1). top_k: only so many tokens stay (0: all). top_p: of
+    these, only the likeliest stay, as few as together have this share of their probability (1: all; Holtzman et al.
+    2019, 3.1). min_p: only tokens with at least this share of the likeliest token's probability stay (0: all; Nguyen
+    et al. 2024). The likeliest token always stays.
     """
     probs = logits.softmax(-1)                                                           # (B, V)
     ranked, ids = rank(probs, top_p, top_k)                                              # (B, C), sorted
     place, every = torch.arange(ranked.shape[1], device=logits.device), (top_p >= 1) & (top_k == 0)
     of_k = ranked.masked_fill((top_k > 0) & (place >= top_k), 0)
-    whole = of_k.sum(-1, keepdim=True) * (top_k > 0) + (top_k == 0)                      # (B, 1)
+    whole = of_k.sum(-1, keepdim=True) * (top_k > 0) + (top_k == 0)                      # (B, 1): 1 without top_k
     stays = (of_k > 0) & ((of_k.cumsum(-1) - of_k < top_p * whole) | (top_p >= 1)) | (place == 0)
     stays = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, stays) | every
     return logits.masked_fill(~stays | (probs < min_p * ranked[:, :1]), -torch.inf)
@@ -116,7 +115,7 @@ def rank(probs, top_p, top_k):
     """The largest of probs (B, V) and their ids, sorted, (B, C) each: as many as top_p and top_k may want.
 
     On a CPU, sorting 50,000 numbers takes as long as a step of a small model, and the CANDIDATES likeliest are found in
-    a tenth of that. On a GPU sorting is quick, and to see whether they are enough would make the host wait.
+    a tenth of that. On a GPU sorting is quick, and a check whether they are enough would make the host wait.
     """
     if not probs.is_cuda:
         ranked, ids = probs.topk(min(CANDIDATES, probs.shape[1]))
@@ -136,8 +135,8 @@ def cache_length(device, longest):
 
 
 def slots_that_fit(gpt, longest):
-    """How many rows of up to `longest` tokens the device has memory for: a row's cache and three times its logits in
-    fp32, beside one pass over prompts."""
+    """How many rows of up to `longest` tokens the device has memory for: each takes its cache and 16 bytes for each of
+    its logits, beside one pass over prompts."""
     if gpt.device.type == "cpu":
         return MAX_SLOTS["cpu"]
     c, bytes = gpt.config, gpt.head.itemsize
@@ -200,7 +199,7 @@ class KVCache:
         return y.reshape(q.shape)
 
     def update(self, layer, cells, k, v):
-        """Write k and v (B, K, hd) to the cells (B * K,), which count over slots, kv heads and columns."""
+        """Write k and v (B, K, hd) to the cells (B * K,): column s of kv head j in slot i is cell (i K + j) S + s."""
         hd = k.shape[-1]
         self.k[layer].view(-1, hd).index_copy_(0, cells, k.reshape(-1, hd))
         self.v[layer].view(-1, hd).index_copy_(0, cells, v.reshape(-1, hd))
@@ -219,7 +218,7 @@ class Engine:
 
     What a step reads and writes are tensors at fixed addresses, as a CUDA graph needs them. For each slot: the `token`
     to read next, its column `pos` in the cache, its `row` in `written` and the place `at` in that row. Idle slots write
-    to row N, which nobody reads.
+    to row N, which nobody reads. narrow: (top_p, top_k, min_p), as in likely().
     """
 
     def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph, narrow=(1., 0, 0.)):
@@ -254,8 +253,8 @@ class Engine:
             self.prefill(waiting)
 
     def prefill(self, waiting):
-        """Put waiting prompts into idle slots, and their keys and values into the cache: of all tokens but the last,
-        which the next step reads."""
+        """Put waiting prompts into idle slots. The keys and values of all their tokens but the last go into the cache;
+        the next step reads the last token."""
         prompts, placed = [], []                        # placed: (slot, row, index in prompts)
         while waiting and len(waiting[0][1]) <= len(self.free):
             prompt, rows = waiting.popleft()
@@ -268,7 +267,7 @@ class Engine:
         nowhere = torch.zeros(0, dtype=torch.long, device=device)           # no hidden state is wanted, only the cache
         for micro in micro_batches(range(len(prompts)), sizes, PREFILL_TOKENS[device.type]):
             ids, _ = pack([(prompts[i], []) for i in micro], device)                     # (P, T)
-            index = {i: p for p, i in enumerate(micro)}
+            index = {i: p for p, i in enumerate(micro)}         # place of each prompt in this pass
             here = [(slot, row, index[i]) for slot, row, i in placed if i in index]
             slots, rows, source = torch.tensor(here, device=device).unbind(1)            # (rows,) each
             if ids.shape[1] > 1:
@@ -304,7 +303,7 @@ class Engine:
         self.graphs[width, span], self.pool = graph, graph.pool()
 
     def advance(self):
-        """A few steps, then a check which answers have ended: the only place that waits for the GPU."""
+        """Take a few steps, then check which answers have ended. Nothing else waits for the GPU."""
         busy, width = self.busy(), len(self.row_in)
         most = max(self.limits[self.row_in[slot]] - self.new_tokens[slot] for slot in busy)
         steps = min(self.check_every, most)
@@ -327,10 +326,10 @@ class Engine:
             self.pos[self.free] = self.at[self.free] = 0
 
     def first_stops(self, steps, width, slots):
-        """After how many of the last steps each of these slots wrote a stop token: 0 for the first, `steps` for none.
-        FloatingPointError if a hidden state was not finite."""
+        """Which of the last `steps` steps wrote the first stop token in each of these slots: 0 for the first step,
+        `steps` if none did. FloatingPointError if a hidden state was not finite."""
         row, at = self.row[:width, None], self.at[:width, None]
-        tokens = self.written[row, at + self.recent[-steps:]]                            # (B, steps)
+        tokens = self.written[row, at + self.recent[-steps:]]       # (B, steps); steps 2 read places at - 2 and at - 1
         hit = (tokens[..., None] == self.stops).any(-1)                                  # (B, steps)
         first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
         *first, checksum = torch.cat((first, self.checksum[None])).tolist()              # one wait for both

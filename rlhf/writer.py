@@ -15,10 +15,10 @@ SCORED = 128                            # tokens of prompts whose logits are hel
 
 class ServingEngine(Engine):
     """An engine that runs for as long as the server. Answers join and leave it one by one, each with its own
-    temperature, top_p, top_k, min_p, random numbers and limit. Log-probs are computed, and logits sorted, only while
-    somebody wants it.
+    temperature, top_p, top_k, min_p, random numbers and limit. Log-probs are computed, and logits sorted, only while a
+    request needs it.
 
-    There are as many rows as slots, and a row is reused: `free_rows` are those that no answer has.
+    There are as many rows as slots, and rows are reused: `free_rows` are those without an answer.
     """
 
     def __init__(self, gpt, slots, context, stops, best=20, graph=True):
@@ -57,7 +57,7 @@ class ServingEngine(Engine):
         self.free_rows.append(row)
 
     def prefill(self, waiting):
-        """Engine.prefill(), with as many more of the slots that compact() dropped as are needed."""
+        """Engine.prefill(), after taking back slots that compact() has dropped, as far as they are needed."""
         width = len(self.row_in)
         wanted = width - len(self.free) + sum(len(rows) for _, rows in waiting)
         if self.graphs is not None:
@@ -98,7 +98,7 @@ class ServingEngine(Engine):
         return ids, list(zip(*(x[row, begin:end].tolist() for x in kept))), ended
 
     def score(self, prompts):
-        """For each prompt what read() says of an answer's log-probs, of each of its tokens; None of the first."""
+        """The log-probs of the tokens of each prompt: a list as read() returns it, with None for the first token."""
         sizes, scores = [len(prompt) for prompt in prompts], [[None] for _ in prompts]
         longer = [i for i, size in enumerate(sizes) if size > 1]
         for micro in micro_batches(longer, sizes, PREFILL_TOKENS[self.gpt.device.type]):
@@ -130,9 +130,10 @@ class Writer(threading.Thread):
     (whether tokens are reported as they come, or only at the end). Its queue `events` gets tuples (answer, *read()), or
     the exception that ended it; `farewell` is the exception for requests that are open when the server closes.
 
-    An answer has its `request`, its `prompt`, a list that the answers to one prompt share, uniforms `u` (limit,), and
-    `told`, the number of tokens that were reported. Before anything is reported, `scores` becomes what score() says of
-    the prompt; with a limit of 0 that is all. Whoever no longer wants an answer sets its `dropped`.
+    An answer has its `request`, its `prompt` (one list object, which all answers to a prompt share), uniforms `u`
+    (limit,), and `told`, the number of tokens that were reported. If the prompt's log-probs are wanted, `scores` is set
+    to them before anything is reported; with a limit of 0 nothing else is computed. Whoever no longer wants an answer
+    sets its `dropped`.
     """
 
     def __init__(self, engine, farewell, most=1024):
