@@ -23,8 +23,8 @@ from pathlib import Path
 from data import InputError, attempt, did_you_mean, loading, one_of, run, run_folders, sets
 from data.judges.person import PERSON
 
-# Read when torch loads: a thread that waits for the others spins for a tenth of a millisecond, and only then sleeps.
-# Without that two threads are hardly faster than one; spinning three times as long, the default, only heats the room.
+# Read when torch loads: a thread that waits for the others spins for a tenth of a millisecond before it sleeps. Without
+# spinning, two threads are hardly faster than one; the default, three times as long, is not faster either.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 with loading(__name__, "farm.py"):
@@ -66,9 +66,9 @@ def refuse_single(flags, names):
 
 
 def route(argv, name, names=()):
-    """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`. If that is "", since
-    there are several, `names`, everything else is a flag that all stages share. InputError for a flag of one stage that
-    is for the whole run or command."""
+    """{stage: {field: value}}: `--sft.lr 1e-3` is for sft, everything else for the method `name`. With several methods,
+    `names`, `name` is "", and everything else must be a flag that all stages share. InputError if a flag for the whole
+    run or command is given to one stage."""
     routed, stage = {name: []}, name
     for token in argv:
         if match := re.match(r"--(\w+)\.(.+)", token):
@@ -92,7 +92,7 @@ def route(argv, name, names=()):
 # -- settings ------------------------------------------------------------------------------------------------------
 
 def configure(given, name, method, names=()):
-    """The Config of one stage of a command for the method `name`, or for several, `names`; `given` is what route()
+    """The Config of one stage of a command for the method `name`, or for several methods, `names`. given: what route()
     returns."""
     common = {f.name for f in fields(config.Config)} - (set() if method in names else config.COMMAND)
     shared = {key: value for key, value in given[name].items() if key in common}
@@ -105,8 +105,8 @@ def needs(method, cfg):
 
 
 def plan(name, given=None, names=()):
-    """The methods that `name` needs with these flags (default: none are given), in order, and itself. `names` are
-    several methods instead, if `name` is ""."""
+    """The methods that `name` needs with these flags (default: none are given), in order, and `name` itself at the end.
+    If `name` is "", the same for the methods `names`."""
     given = given or {name: {}}
 
     def with_needs(method):
@@ -122,7 +122,7 @@ def settings(given, name, needed, names):
     common = {f.name for f in fields(config.Config)} - config.COMMAND
     configs = {method: configure(given, name, method, names) for method in needed}
     for method, flags in given.items():
-        for flag in flags:                          # one that all stages share has to change something in one of them
+        for flag in flags:                          # a shared flag must change something in at least one stage
             heard = [method] if method != name else needed if flag in common else names
             why = [configs[each].idle().get(flag) for each in heard]
             if all(why):
@@ -132,21 +132,21 @@ def settings(given, name, needed, names):
 
 
 def configured(names, argv):
-    """{method: its Config} of all that a command runs: the checkpoint itself, what the methods need, the methods. And
-    whether --start was given."""
+    """({method: its Config}, whether --start was given) of all that a command runs: the checkpoint itself, what the
+    methods need, and the methods."""
     name = names[0] if len(names) == 1 else ""
     given = route(argv, name, names)
     if not name and "name" in given[name]:
         raise InputError(f"--name {given[name]['name']} is for one method: give --{names[0]}.name")
     needed, said = plan(name, given, names), given[name]
     if "base" not in needed and (said.get("start") == "base" or not PERSON.fullmatch(said.get("judge", ""))):
-        needed = ["base", *needed]      # a person is not asked about one more model, unless it is what is trained
+        needed = ["base", *needed]      # a person is not asked about base, except where training starts at it
     configs = settings(given, name, needed, names)
-    call(configs)
+    name_stages(configs)
     return configs, "start" in said
 
 
-def call(configs):
+def name_stages(configs):
     """Give each Config the name of its stage, and the folders of the others."""
     for method, cfg in configs.items():
         cfg.stage = cfg.name or method
@@ -161,7 +161,7 @@ def call(configs):
         cfg.folders = names
 
 
-def named(said, configs):
+def methods_to_rerun(said, configs):
     """The methods that --rerun names, by their own names or by those of their stages."""
     known = {cfg.stage: method for method, cfg in configs.items()} | {method: method for method in configs}
     found = [word.strip() for word in said.split(",") if word.strip()]
@@ -219,28 +219,28 @@ def prepared(names, configs):
     return found
 
 
-def neighbours(records):
-    """Pairs to try a judge with: each reference answer beside the one to the next instruction."""
+def trial_pairs(records):
+    """Pairs to try a judge with: a reference answer against the reference answer to the next instruction."""
     return [{"instruction": one["instruction"], "input": one["input"], "output_1": one["output"],
              "output_2": other["output"]} for one, other in zip(records, records[1:])]
 
 
 def train(names, configs, starts):
-    """Run every stage of a plan that has to run. starts: whether --start was given. Returns what --rerun names, to be
-    ended when all else of the command is done."""
+    """Run every stage of a plan that has to run. starts: whether --start was given. Returns the stages.Again of
+    --rerun; the command calls its end() when everything else is done."""
     cfg = configs[names[0]]
     options, found = annotate.options(cfg), prepared(names, configs)
     if not cfg.judge:
         raise InputError(f"who judges the answers to {cfg.data}? Give --judge MODEL, serve:PATH or me, or --judge none")
     if not starts and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
         print(f"{cfg.model} has a chat template: --start base trains it as it is, without SFT first")
-    rerun = named(cfg.rerun, configs)
+    rerun = methods_to_rerun(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})
     folders = [stages.place(stage, again) for stage in found]
     if cfg.judge != "none":
         with annotate.connect(cfg.judge, cfg.judge_cache, **options) as judge:
             if any(folders):
-                annotate.probe(judge, annotate.pool(cfg.judge, cfg.pool), neighbours(cfg.splits()["eval"]))
+                annotate.probe(judge, annotate.pool(cfg.judge, cfg.pool), trial_pairs(cfg.splits()["eval"]))
     again.begin()
     for n, stage in enumerate(found, 1):
         stages.run(stage, again, f"stage {n} of {len(found)}")
@@ -248,8 +248,8 @@ def train(names, configs, starts):
 
 
 def run_once(names, argv):
-    """Run the methods and judge their answers: the Config of the first, the leaderboard as text ("" if nobody judges),
-    and what train() returned."""
+    """Run the methods and judge their answers. Returns the first method's Config, the leaderboard as text ("" if nobody
+    judges), and what train() returned."""
     configs, starts = configured(names, argv)
     cfg = configs[names[0]]
     with plainly("finished stages are kept. Try, in this order: a lower --micro_batch_tokens, --checkpointing, fewer "
@@ -262,7 +262,7 @@ def run_once(names, argv):
 
 
 def run_seeds(names, argv, said):
-    """run_once() with each seed, in a folder of its own below --out; the Config and leaderboard of all of them."""
+    """run_once() with each seed, in a folder of its own below --out, then eval.main() on all. Returns the Config."""
     if not re.fullmatch(r"\d+(,\d+)*", said):
         raise InputError(f"--seeds {said} are no numbers: give them as in --seeds 0,1,2")
     configs, _ = configured(names, argv)

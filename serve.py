@@ -80,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = route
 
     def refuse_other_sites(self):
-        """Refused for a request that a page of another site makes from a browser on this machine: its Origin is that
-        site, or its Host, where the site has given its own name the address of this machine."""
+        """Refused for a request that a page of another site makes from a browser on this machine. Its Origin names that
+        site, or its Host does, if the site has let its own name point to this machine (DNS rebinding)."""
         named = [f"http://{host}" for host in self.headers.get_all("Host", [])] + self.headers.get_all("Origin", [])
         if self.server.loopback and not all(map(on_this_machine, named)):
             raise Refused(403, "this server is for programs and pages of its own machine", "forbidden")
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, self.card(name))
 
     def card(self, name):
-        """What /v1/models says of the model; Refused if it has another name."""
+        """What /v1/models says of the model; Refused if `name` is not one of its names."""
         check_name(name, self.server)
         return {"id": name, "object": "model", "created": self.server.since, "owned_by": "local",
                 "max_model_len": self.server.context}
@@ -180,15 +180,16 @@ class Handler(BaseHTTPRequestHandler):
                 yield answer, *answer.take(*written)
 
     def check_connection(self):
-        """ConnectionResetError if the client has gone. One that has only said all it has to say still waits.
+        """ConnectionResetError if the client has closed the connection.
 
-        Both look alike until something is sent, which only the one that has gone refuses: so it is sent an interim
-        reply, which clients have to skip (RFC 9110, section 15.2).
+        A client that has only ended its sending direction still waits for the reply. The two look alike until something
+        is sent: a closed connection then becomes an error. Therefore an interim reply is sent, which clients have to
+        skip (RFC 9110, section 15.2).
         """
         self.connection.settimeout(0)                   # select() cannot watch more than a thousand connections
         try:
             ended = not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:                         # it waits, as most do
+        except BlockingIOError:                         # the connection is open, and there is nothing to read
             ended = False
         finally:
             self.connection.settimeout(self.timeout)

@@ -3,8 +3,8 @@
 AlpacaFarm's p_sim^ann: a pool of annotators, one drawn for each pair, and a quarter of the labels flipped, which makes
 simulated feedback as noisy as people's (arXiv 2305.14387, section 2.2). Pairs of equal texts are dropped.
 
-Or preferences that others have collected: those that AlpacaFarm released, or a file. They need no judge; but their
-answers are not the SFT model's own.
+--pairs.labels takes preferences that others have collected instead: those that AlpacaFarm released, or a file. They
+need no judge, but their answers are not the SFT model's own.
 """
 import json
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ NEEDS = ("sft",)
 @dataclass
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
-    flip: float = .25                   # share of the labels that are flipped at random (of other pools than p_eval: 0)
+    flip: float = .25                   # share of the labels that are flipped at random (pools other than p_eval: 0)
     labels: str = ""                    # judge (default), a file, human (default for alpaca_farm), gpt4 or noisy
 
     BARN = {"pairs_per_prompt": 3}
 
     @classmethod
     def suits(cls, given):
-        """p_eval with flips is the paper's p_ann; one annotator, or one's own, says what it says."""
+        """Only labels of p_eval are flipped by default; with flips it is the paper's p_sim^ann."""
         return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
 
     def __post_init__(self):
@@ -94,14 +94,14 @@ def different(pairs, key):
 
 
 def label(cfg):
-    """(pairs of the policy's answers that the judge prefers one of, how many it was asked about)."""
-    asked = cfg.dir() / "unlabelled.json"
-    if not asked.exists():              # a judge that failed must not cost the sampling again
-        part = asked.with_suffix(".part")
+    """(pairs in which the judge prefers one answer, how many pairs it was asked about)."""
+    sampled = cfg.dir() / "unlabelled.json"
+    if not sampled.exists():            # if the judge fails, the same pairs are used in the next attempt
+        part = sampled.with_suffix(".part")
         part.write_text(json.dumps(sample_pairs(cfg)))
-        part.replace(asked)
+        part.replace(sampled)
     with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
-        pairs = annotate.annotate(json.loads(asked.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
+        pairs = annotate.annotate(json.loads(sampled.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
     asked = sum(pair["scored_by"] not in ("coin", "equal") for pair in pairs)
     decided = [pair for pair in pairs if pair["preference"] not in (None, 1.5)]
@@ -121,8 +121,8 @@ def run(cfg):
 
 
 def load_pairs(cfg, text):
-    """The pairs of the run: N times (chosen row, rejected row), each row (prompt ids, response ids). The tokens of
-    sampled answers are kept as they were sampled."""
+    """The pairs of the run: N times (chosen row, rejected row), each row (prompt ids, response ids). Responses are the
+    ids that were sampled, not their text encoded again."""
     pairs = []
     for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
         prompt = text.prompt(pair)

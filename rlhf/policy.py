@@ -14,7 +14,8 @@ from rlhf.sampler import longest_answer
 
 HUB = "https://huggingface.co/"         # a name on the hub may be copied from a browser
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
-MUCH_LOST = .1                          # a share of an update that should not be lost in silence
+MUCH_LOST = .1                          # merge() warns if rounding loses more than this share of an update
+
 
 @dataclass
 class Policy:
@@ -150,9 +151,9 @@ def with_adapter(gpt, role, folder):
 
 
 def open_checkpoint(path, device="", int8=False, dtype="", beside=None):
-    """(policy, Config, settings) of anything that can answer: whatever --model takes, or a stage of a run, whose
-    settings are those it ran with; else they are {}. beside: a policy on the same base, which is then not loaded again.
-    InputError for a reward model."""
+    """(policy, Config, settings) of anything that can answer: whatever --model takes, or a stage of a run. settings:
+    those that the stage ran with, {} for anything else. beside: a policy on the same base, which is then not loaded
+    again. InputError for a reward model."""
     path = str(path).removeprefix(HUB)
     folder, settings = resolve(path), stage(Path(path))
     if (folder / HEAD_FILE).exists() or classifiers.is_classifier(folder):
@@ -166,7 +167,7 @@ def config_of(path, device="", int8=False, dtype=""):
     folder = resolve(str(path).removeprefix(HUB))
     adapted = (folder / "adapter_config.json").exists()
     made = stage(Path(path))
-    moved = adapted and made.get("model") == "barn"     # the project may have moved
+    moved = adapted and made.get("model") == "barn"     # so that the base is found if the project has moved
     kept = {name: made[name] for name in ("template", "max_new_tokens", "max_thought_tokens") if name in made}
     cfg = Config(model="barn" if moved else str(folder), device=device, int8=int8, dtype=dtype, **kept)
     cfg.day = made.get("day", cfg.day)
@@ -174,7 +175,7 @@ def config_of(path, device="", int8=False, dtype=""):
 
 
 def body_of(path, cfg, beside=None):
-    """The policy of a checkpoint, or what a reward model is without its head. cfg: as config_of() gives it. beside: a
+    """The policy in a checkpoint; of a reward model, the decoder without its head. cfg: from config_of(). beside: a
     policy on the same base."""
     folder = resolve(path)
     gpt = beside.gpt if beside else load_base(cfg, classifiers.is_classifier(folder))
@@ -183,8 +184,9 @@ def body_of(path, cfg, beside=None):
 
 
 def merge(cfg):
-    """Write what a finished stage has trained as one Hugging Face checkpoint: the adapter merged into its base. Of a
-    reward model that is a folder that transformers loads as a classifier with one label. Returns sentences about it."""
+    """Write what a finished stage has trained as one Hugging Face checkpoint, the adapter merged into its base. A
+    reward model becomes a folder that transformers loads as a classifier with one label. Returns a text for the user.
+    """
     folder, merged = cfg.dir() / "checkpoint", cfg.dir() / "merged"
     adapter = folder if (folder / "adapter_config.json").exists() else None
     head = reward_head(cfg, folder) if (folder / HEAD_FILE).exists() else None

@@ -45,7 +45,7 @@ class Config(config.Config):
 
     def idle(self):
         found = super().idle() | dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
-        found.pop("merge", None)        # without adapters, too, it makes a folder that transformers loads
+        found.pop("merge", None)        # even without adapters --merge writes a folder that transformers loads
         return found
 
     def __post_init__(self):
@@ -178,7 +178,7 @@ def load(cfg, beside):
 
 
 def with_head(body, folder):
-    """The frozen reward model of a body and of the head in a folder."""
+    """The frozen reward model made of a decoder `body` (a Policy) and the head in a folder."""
     model, file = fresh(body), folder / policy.HEAD_FILE
     if file.exists():
         tensors, _ = read_safetensors(file)
@@ -193,8 +193,8 @@ def with_head(body, folder):
 # -- reward models that are there already --------------------------------------------------------------------------
 
 def examined(path):
-    """The folder of a reward model: a stage of a run, a folder, or a name on the hub. InputError if it is none, or one
-    that cannot be used, as far as this can be told without its weights."""
+    """The folder of a reward model, which is a stage of a run, a folder, or a name on the hub. InputError if it is not
+    a reward model or cannot be used, as far as can be seen without loading the decoder's weights."""
     folder, cfg = config.resolve(path), policy.config_of(path)
     if not (folder / policy.HEAD_FILE).exists():
         if not classifiers.is_classifier(folder):
@@ -209,8 +209,8 @@ def examined(path):
 
 
 def open_model(path, cfg):
-    """(model, its Text, whether it was trained here) of what examined() accepts, on the device of cfg; in 16 bits if
-    that is a GPU."""
+    """(reward model, its Text, whether it was trained here) of what examined() accepts, on the device of cfg; in 16
+    bits on a GPU."""
     folder, own = config.resolve(path), policy.config_of(path, cfg.device, cfg.int8)
     trained_here = (folder / policy.HEAD_FILE).exists() or classifiers.BIAS in read_json(folder / "config.json")
     return with_head(policy.body_of(path, own), folder), own.text(), trained_here

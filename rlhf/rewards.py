@@ -1,9 +1,9 @@
 """[kit] Rewards: what --reward chooses, as a function of rows [(prompt ids, response ids)] -> scores (B,).
 
 model: the reward model of the run. The others need none, so none is trained.
-rule: 1 or 0, what can be checked exactly (learning from verifiable rewards). In the offline world: number, category,
-facts, steps, words, and that the text is complete. In a file: whether the last number of the answer is the last number
-under `answer` in the record, as in GSM8K and in countdown.
+rule: 1 or 0, by what can be checked exactly (learning from verifiable rewards). In the offline world: number, category,
+facts, steps, words, and that the text is complete. For records of a file: whether the last number of the answer is the
+last number under `answer` in the record, as in GSM8K and in countdown.
 true: the hidden true reward of the offline world, an upper bound for what feedback about it can teach.
 judge: 1 if the annotators prefer the answer to one of the SFT model, 0 if not, 0.5 if the two are equal.
 FILE.py:function: a function (instruction, output) -> float in a file of your own.
@@ -40,7 +40,7 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 class Config(config.Config):
     """What methods with a choice of rewards share."""
     reward: str = "model"               # model, rule, true (barn), judge, FILE.py:function, or a reward model's name
-    flip: float = .25                   # share of the judge's labels that are flipped (of other pools than p_eval: 0)
+    flip: float = .25                   # share of the judge's labels that are flipped (pools other than p_eval: 0)
 
     @classmethod
     def suits(cls, given):
@@ -112,7 +112,7 @@ def same_number(record, output):
 
 
 def own_function(said):
-    """The function that FILE.py:function names, of a record and an output; InputError if there is none."""
+    """FILE.py:function as a function (record, output) -> float; InputError if there is no such function."""
     file, _, name = said.rpartition(":")
     if not file.endswith(".py"):
         raise InputError(f"--reward {said} names no function: give it as in {said}:function")
@@ -139,7 +139,7 @@ def own_function(said):
 
 def of_text(cfg):
     """The reward of a text: a function (record, output) -> float."""
-    if cfg.reward == "true":            # about mean 0 and deviation 1 over demonstrations, as prices of the KL expect
+    if cfg.reward == "true":            # mean 0 and deviation 1, roughly, over demonstrations, so that --kl_coef fits
         return lambda record, output: (true_reward(question(record), output) - 7) / 2
     if cfg.reward == "rule" and cfg.data == "barn":
         return lambda record, output: float(correct(question(record), output))
@@ -172,8 +172,8 @@ class Annotators:
         self.lost, self.allowed, self.judge.max_unusable = 0, cfg.max_unusable, 1.
 
     def compare(self, ones, twos):
-        """What is preferred of each two rows with one prompt: 1, 2, a fraction between them if the judge gives its
-        probabilities, or 1.5 for equal texts and where there is no usable verdict."""
+        """The preferences between the rows `ones` and the rows `twos`, which have the same prompts: 1, 2, a fraction
+        between them if the judge gives its probabilities, or 1.5 if the texts are equal or no verdict is usable."""
         pairs = []
         for (prompt, one), (_, two) in zip(ones, twos):
             record, self.pairs = self.records[tuple(prompt)], self.pairs + 1
@@ -191,7 +191,7 @@ class Annotators:
         return [record["preference"] or 1.5 for record in labelled]
 
     def spent(self):
-        """Metrics: labels that were asked for so far, and what they cost in $."""
+        """Metrics: the number of labels that were asked for so far, and what they cost in $."""
         return {"judge/asked": self.asked, "judge/cost": self.cost}
 
 
@@ -213,7 +213,8 @@ def against_sft(annotators, ref, text, cfg):
 class ReadyMade:
     """The reward model that --reward names, as a reward of the policy's rows: rows -> scores (B,).
 
-    text: the tokenizer and prompts of the policy. records: {prompt ids: record}. The answer crosses over as a text.
+    text: the tokenizer and prompts of the policy. records: {prompt ids: record}. Answers are decoded with the policy's
+    tokenizer and encoded again with that of the reward model, `own`. said: whether the warning has been printed.
     """
 
     def __init__(self, cfg, text, records):
@@ -233,8 +234,11 @@ class ReadyMade:
         return reward.scores(self.model, [(ids[:-1], ids[-1:]) for ids in texts], self.cfg)
 
     def tokens(self, record, response):
-        """Prompt and answer as the reward model has seen them in its training: by its chat template, the turn of the
-        answer closed; or where it was trained here or has no template, up to EOS, without it if the answer was cut."""
+        """Token ids of prompt and answer, written as in the reward model's training.
+
+        A model from elsewhere with a chat template gets the whole chat, in which the turn of the answer is closed. Any
+        other one gets the prompt and the answer with EOS, but without EOS if the answer was cut off.
+        """
         ended = response[-1] in self.text.stops
         output = self.text.decode(response[:-1] if ended else response)
         if self.own.template and not self.trained_here:
@@ -246,7 +250,7 @@ class ReadyMade:
 
 
 def without_middle(ids, longest):
-    """The ids, at most `longest` of them: the first half and the last half of what there is room for."""
+    """At most `longest` of the ids, from both ends: if longest is 5, the first 2 and the last 3."""
     return ids if len(ids) <= longest else ids[:longest // 2] + ids[longest // 2 - longest:]
 
 
@@ -268,8 +272,11 @@ def scorer(cfg, text, ref, model=None):
 
 
 def comparer(cfg, text, ref, score_fn=None):
-    """What compares two answers to a prompt: the annotators themselves if they are the reward, else by scores (those of
-    score_fn, if it is given). Two functions: rows, rows -> preferences from 1 to 2; and -> metrics of the costs."""
+    """(compare, costs) for pairs of answers. compare: rows, rows -> preferences from 1 to 2; costs: () -> metrics.
+
+    If --reward is judge and there is no score_fn, the annotators compare. Else the higher score wins: that of score_fn,
+    or of scorer().
+    """
     if cfg.reward == "judge" and score_fn is None:
         annotators = Annotators(cfg, text, records_of(cfg, text, ref))
         return annotators.compare, annotators.spent

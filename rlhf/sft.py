@@ -59,7 +59,7 @@ def train(model, rows, cfg, log, show=None, start=0):
 
 
 def cut_off(responses, cfg, what):
-    """The responses (token ids) without what is beyond the longest answer. Prints how many lose their EOS by it."""
+    """The responses (token ids), cut to --max_new_tokens. Prints how many are cut and so lose their EOS."""
     long = sum(len(response) > cfg.max_new_tokens for response in responses)
     if long:
         print(f"{long} of {len(responses)} {what} are cut off at {cfg.max_new_tokens} tokens and have no end")

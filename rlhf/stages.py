@@ -65,7 +65,7 @@ def files_of(folder):
 
 
 def checkpoint_of(folder):
-    """What a checkpoint is: the name of a folder from the hub, which is its commit, or a hash of the files."""
+    """What identifies a checkpoint: the name of a folder from the hub, which is its commit, or a hash of its files."""
     return folder.name if config.in_cache(folder) else files_of(folder.absolute())
 
 
@@ -215,8 +215,8 @@ def write_json(path, document):
 
 
 def first_day(out):
-    """The day of a run's first stage, which all its stages tell their chat templates; today for a new run. It makes no
-    stage another one, so that a run goes on after midnight as it began."""
+    """The day of a run's first stage, which chat templates get in all its stages; today for a new run. It is no part of
+    a stage's id, so that a run can go on after midnight."""
     days = []
     for path in out.glob("*/config.json"):
         with contextlib.suppress(InputError):           # find() has a sentence about a damaged one
@@ -228,7 +228,7 @@ class Difference(NamedTuple):
     text: str
     flag: str = ""                      # a flag that would make it the same
     short: str = ""                     # the difference in a word, for the name of a variant
-    need: str = ""                      # the needed method whose stage is another one now
+    need: str = ""                      # the needed method whose stage was made again
 
 
 def differences(stage, there):
@@ -268,8 +268,8 @@ def refusal(stage, what, different):
 # -- which stages have to run --------------------------------------------------------------------------------------
 
 class Again:
-    """The stages that --rerun names. The file .rerun in the run folder has their names, so that after an interruption
-    the same command continues and does not start all of them again."""
+    """The stages that --rerun names. They are also noted in the run folder, in the file .rerun: after an interruption
+    the same command continues there, and does not start all of them again."""
 
     def __init__(self, out, ids):
         """ids: {method: id} of the stages that are named."""

@@ -10,12 +10,12 @@ for l = 0.
 Without difficulties, as for instructions of your own, the term b D_i is dropped (AlpacaEval's
 "length_controlled_minimal").
 
-Some annotations do not determine the weights; what is printed would be the work of the small penalty, with an error far
-too small. unknown() then says why the rate cannot be told:
-- every row was won, or every row lost, so that no finite c is the likeliest;
+Some annotations do not determine the weights. The small penalty alone would then decide the number, and its error would
+be far too small. In these cases unknown() says why the rate cannot be told:
+- every row was won, or every row was lost, so that no finite c is the likeliest;
 - the fitted line puts all wins on one side and all losses on the other, so that a steeper line is always likelier
   (complete separation: Albert and Anderson 1984, Biometrika 71). An answer then won if and only if it was longer, say;
-- all answers are longer than the reference's, or all are shorter, so that l = 0 lies outside of all that was seen.
+- all answers are longer than the reference's, or all are shorter, so that l = 0 lies outside of the data.
 """
 from itertools import product
 from math import nan
@@ -24,8 +24,8 @@ import numpy as np
 
 from stats.winrate import mean_and_error, rate_interval, usable
 
-HARDLY_ANY = 100.0                      # as C: so small a penalty only keeps weights finite if every row is won
-GAMED_WEIGHT = 0.1                      # of a row of the gamed baseline: 0.2 over two models
+HARDLY_ANY = 100.0                      # a value of C: this penalty is so small that it only keeps weights finite
+GAMED_WEIGHT = 0.1                      # weight of a row of the gamed baseline: 0.2, shared by its two models
 C_GRID = np.logspace(-4, 4, 10)         # scikit-learn's grid, from which AlpacaEval chooses C
 
 
@@ -140,12 +140,12 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     difficulty        (N,) D of the same instructions in the same order
     gamed             from data.alpaca_eval.read_length_control: the reference, told to be brief and told to be long,
                       against itself. Each such row weighs a tenth and has no c. These rows pull a and b to the
-                      reference's, so that intervals are about AlpacaEval's regularised number
+                      reference's values, so that intervals are those of AlpacaEval's regularised rate
     C                 inverse strength of the L1 penalty; None: chosen by cross-validation
-    counts            (B, N) of winrate.resample. With them lc_standard_error is the bootstrap's, of the whole fit at
-                      this C, and there is an interval; or, instead of all numbers, lc_unknown: why they cannot be
-                      told. Without them it is what AlpacaEval prints, the spread of the
-                      fitted probabilities over instructions. That is no error of the estimate, and often far too small
+    counts            (B, N) of winrate.resample, for a bootstrap of the whole fit at this C: it gives lc_standard_error
+                      and an interval. If the rate cannot be told, lc_unknown says why and replaces all numbers. Without
+                      counts, lc_standard_error is what AlpacaEval prints, the spread of the fitted probabilities over
+                      instructions. That is no error of the estimate, and often far too small
     """
     p = usable(preferences)
     fitted = ~np.isnan(p)
@@ -158,8 +158,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     y = np.concatenate([p[fitted] - 1, extra_y])
 
     def rows(counts):
-        """The length feature and the weight of all that is fitted, both (B, N), if row n of the model counts so often:
-        counts (B, N)."""
+        """The length feature and the weight of all rows that are fitted, both (B, N + G), if row n of the model counts
+        counts[b, n] times. G: rows of the gamed baseline."""
         s = deviation(gap, counts)[:, None]                                                     # (B, 1)
         length = np.tanh(np.divide(gap, s, out=np.zeros((len(s), len(gap))), where=s > 0))
         extra_length = np.broadcast_to(extra[0], (len(s), len(extra_y)))
@@ -208,7 +208,7 @@ def unknown(y, z, gap, gamed):
 
 
 def deviation(x, counts):
-    """Standard deviation (B,) of x (N,) if its rows count so often, counts (B, N); 0 where only rounding is left."""
+    """Standard deviation (B,) of x (N,) if x[n] counts counts[b, n] times; 0 where only rounding is left."""
     x, n = x - x.mean(), counts.sum(1)
     s = np.sqrt(np.maximum(counts @ x ** 2 - (counts @ x) ** 2 / n, 0) / (n - 1))
     return np.where(s > 1e-6 * np.abs(x).max(), s, 0)

@@ -15,16 +15,16 @@ EXTRA = ["lc_name",                                                             
          "lc_unknown",                                                          # why there is no LC,
          "win_rate_ci_low", "win_rate_ci_high", "lc_ci_low", "lc_ci_high",      # bootstrap intervals,
          "n_unusable", "n_missing", "win_rate_if_lost", "win_rate_if_won",      # what was left out,
-         "diff_start", "diff_start_standard_error",                                 # points over what it started from,
+         "diff_start", "diff_start_standard_error",                             # points more than at its start,
          "true_reward",                                                         # what only the offline world knows,
          "kl", "cpu_seconds", "judge_calls",                                    # how far it is from the start; costs
          "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
-         "diff_start_spread", "true_reward_spread"]                               # of runs that differ in the seed
-MANY = 12                               # models: more of them, and the terminal shows only the most important tables
+         "diff_start_spread", "true_reward_spread"]                             # of runs that differ in the seed
+MANY = 12                               # with more models the terminal shows only the most important tables
 WIDTH = 80                              # columns of a terminal
-NAME = 16                               # columns that a name always has, and the head of a column of numbers at most
+NAME = 16                               # characters: names are never cut below this, heads of columns are cut to it
 UNTOLD = "cannot be told"
-PAIR = 28                               # columns that the names of two models have together
+PAIR = 28                               # characters that the names of two models may take together
 
 
 # ---- cells ---------------------------------------------------------------------------------------------
