@@ -673,7 +673,7 @@ def load(folder, device="cpu", dtype=torch.float32, classifier=False):
     prefix, head = gpt.name("model."), gpt.name("lm_head.weight")
     if not any(name.startswith(prefix) for name in loaded):             # the decoder was saved alone, as that of GPT-2
         loaded.data = {name if name == head else prefix + name: place for name, place in loaded.data.items()}
-    for name in [name for name in loaded if name not in names and families.is_no_part(name, classifier)]:
+    for name in [name for name in loaded if name not in names and families.is_outside_decoder(name, classifier)]:
         del loaded[name]
     if config.tie_word_embeddings and head in loaded:                   # some files hold a tied head as well
         if not torch.equal(loaded.pop(head), loaded.get(gpt.name("model.embed_tokens.weight"), torch.empty(0))):

@@ -204,7 +204,7 @@ def describe(folder, config, dtype, head, files):
     if dtype:                           # transformers 5 reads "dtype", older ones "torch_dtype"
         config = {**config, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
     if head:
-        config = classifiers.config_of(config, head)
+        config = classifiers.classifier_config(config, head)
         classifiers.set_padding(folder, head.pad[0])
     write_whole(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
     if (folder / INDEX).exists():

@@ -37,7 +37,7 @@ def padding(text):
             return tokens.id_to_token(i), i
 
 
-def config_of(config, head):
+def classifier_config(config, head):
     """The config.json of a decoder -> that of the reward model made of it."""
     named = config.get("architectures") or []
     if config.get("model_type") == "gemma3_text":       # the class without Text in its name also takes images

@@ -204,7 +204,7 @@ def fields(config):
     }
 
 
-def is_no_part(name, classifier=False):
+def is_outside_decoder(name, classifier=False):
     """Whether a tensor of a checkpoint does not belong to the decoder: a buffer, or the head of a classifier."""
     return BUFFERS.fullmatch(name) is not None or classifier and name == SCORE
 

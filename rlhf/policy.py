@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import model
-from data import InputError, adapters, classifiers, families, text, weights
+from data import InputError, adapters, classifiers, families, read_json, weights
 from rlhf.config import Config, resolve, stage
 from rlhf.sampler import longest_answer
 
@@ -84,10 +84,10 @@ def fresh(cfg, role):
     lora_rank 0 the base itself. If --model is an adapter, it is that adapter, or with lora_rank 0 the base with the
     adapter merged into it. InputError if the context is too short or the adapter has another rank or alpha."""
     gpt = load_base(cfg)
-    words = cfg.text()
-    context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + longest_answer(words, cfg)
+    text = cfg.text()
+    context, longest = gpt.config.max_position_embeddings, cfg.max_prompt_tokens + longest_answer(text, cfg)
     if longest > context:
-        thought = ", --max_thought_tokens" * words.thinks
+        thought = ", --max_thought_tokens" * text.thinks
         raise InputError(f"{cfg.model} knows {context} positions, but a prompt and its answer may take {longest}: "
                          f"lower --max_prompt_tokens{thought} or --max_new_tokens")
     torch.manual_seed(cfg.seed)
@@ -120,11 +120,11 @@ def save(policy, cfg):
     if policy.role:
         rank, alpha = policy.size()
         base = cfg.base.partition("@")[0] if cfg.revision else cfg.base
-        own_words = cfg.tokenizer[0] if cfg.tokenizer[0] != cfg.checkpoint else None
+        own_tokenizer = cfg.tokenizer[0] if cfg.tokenizer[0] != cfg.checkpoint else None
         adapters.save_adapter(folder, policy.gpt.adapter(policy.role), rank, alpha, policy.gpt.targets(), base,
-                             policy.gpt.config.transposed, cfg.revision or None, own_words)
+                             policy.gpt.config.transposed, cfg.revision or None, own_tokenizer)
     else:                               # transformers 5 reads "dtype", older ones "torch_dtype"
-        config = {**families.text_config(text.read_json(cfg.checkpoint / "config.json")),
+        config = {**families.text_config(read_json(cfg.checkpoint / "config.json")),
                   "tie_word_embeddings": policy.gpt.config.tie_word_embeddings,
                   "dtype": "float32", "torch_dtype": "float32"}
         weights.save_pretrained(folder, policy.gpt.weights(), config, cfg.tokenizer[0])

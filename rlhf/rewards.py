@@ -214,22 +214,22 @@ class ReadyMade:
     """The reward model that --reward names, as a reward of the policy's rows: rows -> scores (B,).
 
     text: the tokenizer and prompts of the policy. records: {prompt ids: record}. Answers are decoded with the policy's
-    tokenizer and encoded again with that of the reward model, `own`. said: whether the warning has been printed.
+    tokenizer and encoded again with that of the reward model, `own`. warned: whether the warning has been printed.
     """
 
     def __init__(self, cfg, text, records):
-        self.cfg, self.text, self.records, self.said = cfg, text, records, False
+        self.cfg, self.text, self.records, self.warned = cfg, text, records, False
         self.model, self.own, self.trained_here = reward.open_model(cfg.reward, cfg)
 
     def __call__(self, rows):
         texts = [self.tokens(self.records[tuple(prompt)], response) for prompt, response in rows]
         longest = self.model.gpt.config.max_position_embeddings
         long = sum(len(ids) > longest for ids in texts)
-        if long and not self.said:
+        if long and not self.warned:
             Progress.close()
             print(f"{long} of {len(texts)} answers are too long for the reward model: it reads {longest} tokens,\n"
                   "so the middle of prompt and answer is left out", flush=True)
-            self.said = True
+            self.warned = True
         texts = [without_middle(ids, longest) for ids in texts]
         return reward.scores(self.model, [(ids[:-1], ids[-1:]) for ids in texts], self.cfg)
 

@@ -321,7 +321,7 @@ def place(stage, again):
 
 def beside(stage):
     """The folder in which a stage is made again while the old one is kept."""
-    new, _ = neighbours(stage.folder)
+    new, _ = new_and_old(stage.folder)
     found = find(new)
     if found and not found.finished and not only_logs(new):
         different = differences(stage, found.there) if found.there else []
@@ -332,14 +332,14 @@ def beside(stage):
     return new
 
 
-def neighbours(folder):
+def new_and_old(folder):
     """(folder of a stage while it is made again, folder of the old one while the two are exchanged)."""
     return folder.with_name(f"{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def settle(folder):
     """Put a finished new stage into the place of the old one, if there is one."""
-    new, old = neighbours(folder)
+    new, old = new_and_old(folder)
     if (new / "result.json").exists() and not find(new).damage:
         if folder.exists():
             folder.rename(old)

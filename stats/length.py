@@ -11,7 +11,7 @@ Without difficulties, as for instructions of your own, the term b D_i is dropped
 "length_controlled_minimal").
 
 Some annotations do not determine the weights. The small penalty alone would then decide the number, and its error would
-be far too small. In these cases unknown() says why the rate cannot be told:
+be far too small. In these cases why_unknown() says why the rate cannot be told:
 - every row was won, or every row was lost, so that no finite c is the likeliest;
 - the fitted line puts all wins on one side and all losses on the other, so that a steeper line is always likelier
   (complete separation: Albert and Anderson 1984, Biometrika 71). An answer then won if and only if it was longer, say;
@@ -177,7 +177,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     if counts is None:
         return row
     z = w[0, 0] * length[0] + w[0, 1:] @ fixed
-    if why := unknown(p[fitted] - 1, z, gap[fitted], np.asarray(extra_y)):
+    if why := why_unknown(p[fitted] - 1, z, gap[fitted], np.asarray(extra_y)):
         return {"lc_name": row["lc_name"], "lc_unknown": why}
 
     counts, samples = counts[counts[:, fitted].sum(1) > 1], []
@@ -191,7 +191,7 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     return row
 
 
-def unknown(y, z, gap, gamed):
+def why_unknown(y, z, gap, gamed):
     """Why the rate cannot be told, or "".
 
     y, gap (N,): wins in [0, 1] and lengths l of the model's rows. gamed (G,): wins of the gamed baseline's rows.

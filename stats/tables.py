@@ -74,7 +74,7 @@ def table(*lines):
     columns = [(shortened(head, NAME), *cells) for head, *cells in columns if any(cells)]
     room = WIDTH - sum(2 + widest(column) for column in columns)
     names = [shortened(name, max(NAME, room)) for name in names]
-    blocks = side_by_side(columns, WIDTH - widest(names))
+    blocks = in_groups(columns, WIDTH - widest(names))
     return "\n\n".join(block(names, group) for group in blocks)
 
 
@@ -82,7 +82,7 @@ def widest(column):
     return max(map(len, column))
 
 
-def side_by_side(columns, room):
+def in_groups(columns, room):
     """The columns in groups, in order: as many beside each other as `room` characters hold."""
     groups, left = [[]], room
     for column in columns:
