@@ -132,8 +132,8 @@ def settings(given, name, needed, names):
 
 
 def configured(names, argv):
-    """({method: its Config}, whether --start was given) of all that a command runs: base, except where a person would be
-    asked about it in vain, what the methods need, and the methods."""
+    """({method: its Config}, whether --start was given) of all that a command runs: the checkpoint itself (base), what
+    the methods need, and the methods."""
     name = names[0] if len(names) == 1 else ""
     given = route(argv, name, names)
     if not name and "name" in given[name]:

@@ -1,7 +1,8 @@
 """The checkpoint itself: --model answers as it is. Nothing is trained.
 
 Its row on the leaderboard shows whether training has improved on what was downloaded, so farm.py runs this stage before
-every other method; if a person is the judge, only with --start base. By itself it has any checkpoint judged: python farm.py --method base --model runs/barn/dpo.
+every other method; if a person is the judge, only with --start base. By itself it has any checkpoint judged:
+python farm.py --method base --model runs/barn/dpo.
 
 Memory: one model, without gradients.
 Questions a reader asks. Why does the base of the offline world win so rarely? It was trained on texts of that world,
