@@ -27,7 +27,7 @@ NEEDS = ("sft", "reward")
 @dataclass
 class Config(rewards.Config):
     reward: str = "judge"               # judge, model, rule, true (barn), FILE.py:function, or a reward model's name
-    lr: float = 3e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     beta: float = .1                    # strength of the pull to the reference: higher stays closer
     steps: int = 80                     # rounds of new pairs, each followed by updates
     prompts: int = 256                  # prompts in a step, with one pair each

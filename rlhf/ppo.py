@@ -35,7 +35,7 @@ METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clip
 
 @dataclass
 class Config(rewards.Config):
-    lr: float = 3e-4                    # peak learning rate, of policy and value function
+    lr: float = 2e-4                    # peak learning rate, of policy and value function
     steps: int = 80                     # rollouts, each followed by updates
     rollout_batch: int = 256            # answers in a rollout
     batch_size: int = 32                # answers in an optimizer step

@@ -35,7 +35,7 @@ CHUNK = 1024                            # tokens whose logits are held at a time
 
 @dataclass
 class Config(config.Config):
-    lr: float = 3e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     rounds: int = 20                    # how often to sample and train
     rollout_batch: int = 512            # answers that a round adds to the pool
     updates: int = 10                   # optimizer steps in a round

@@ -19,7 +19,7 @@ NEEDS = ("sft", "reward")
 
 @dataclass
 class Config(rewards.Config):
-    lr: float = 3e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     steps: int = 160                    # rollouts, each followed by one update
     prompts: int = 256                  # prompts in a rollout, one answer to each
     kl_coef: float = .05                # price of a nat of KL to the reference, in deviations of the reward

@@ -20,7 +20,7 @@ NEEDS = ("sft", "reward")
 
 @dataclass
 class Config(rewards.Config):
-    lr: float = 3e-4                    # peak learning rate
+    lr: float = 2e-4                    # peak learning rate
     steps: int = 80                     # rollouts, each followed by updates
     prompts: int = 128                  # prompts in a rollout
     n: int = 4                          # answers to each prompt
