@@ -240,8 +240,8 @@ def ppo_step(args, roles, prompts, caps, cfg):
     and those of the updates."""
     ours, ref, reward_model, value, updater = roles
     start = clock(args.device)
-    cfg.max_new_tokens = caps
-    roll = collect(prompts, SimpleNamespace(stops=[-1]), ours, ref, reward.scorer(reward_model, cfg), cfg, 0)
+    cfg.max_new_tokens, text = caps, SimpleNamespace(stops=[-1], thinks=False)
+    roll = collect(prompts, text, ours, ref, reward.scorer(reward_model, cfg), cfg, 0)
     values = roll.per_token(value.values, cfg)
     middle = clock(args.device)
     rewards = ppo.shape_rewards(roll.score, roll.logp - roll.ref_logp, roll.mask, cfg.kl_coef)

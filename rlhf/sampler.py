@@ -42,7 +42,7 @@ def generate(model, prompts, text, cfg, seed, n=1, judged=False):
 
 def longest_answer(text, cfg):
     """The most tokens of an answer, with the thought before it if the template expects one."""
-    return cfg.max_new_tokens + cfg.max_thought_tokens * text.thinks
+    return cfg.max_new_tokens + cfg.max_thought_tokens if text.thinks else cfg.max_new_tokens
 
 
 @torch.inference_mode()

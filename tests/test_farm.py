@@ -857,7 +857,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(shelf, tmp_path, argv, said):
 def test_without_a_method_the_command_says_what_it_is(argv):
     result = farm(*argv)
     assert result.code == 0 and not result.err and max(map(len, result.out.splitlines())) <= 80
-    assert result.out.count("python farm.py") == 2 and len(result.out.splitlines()) <= 12 + 2 * len(methods())
+    assert result.out.count("python farm.py") == 4 and len(result.out.splitlines()) <= 12 + 2 * len(methods())
     for name in ("sft", "dpo", "ppo"):
         first = importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0]
         assert f"{name} {first}" in " ".join(result.out.split())

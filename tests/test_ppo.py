@@ -623,7 +623,7 @@ def test_three_methods_share_their_stages_and_one_seed_makes_the_same_bytes(rank
             printed += result.out
         for stage in ("sft", "pairs", "reward"):
             assert reused(printed).count(stage) == 2
-        assert leaderboard(tmp_path / out).keys() == {"sft", *OWN}
+        assert leaderboard(tmp_path / out).keys() == {"base", "sft", *OWN}
     a, b = (results(tmp_path / out) for out in "ab")
     assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
     heads = [name for name in a if name.endswith("head.safetensors")]
