@@ -123,20 +123,17 @@ def leaderboard(rows, path):
     """Write {name: row} as AlpacaEval's leaderboard CSV, best first; returns a table for the terminal."""
     rows = best_first(rows)
     write_csv(rows, path)
-    lines = [["model", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
+    lines = [["model", "win rate", "LC", "length", "vs start", "true reward"]]
     for name, row in rows.items():
         lines.append([name, plus_minus(row["win_rate"], row["standard_error"]),
                       plus_minus(row.get("length_controlled_winrate"), row.get("lc_standard_error")) or untold(row),
                       str(row["avg_length"]),
                       plus_minus(row.get("diff_start"), row.get("diff_start_standard_error"), "+.1f"),
-                      number(row.get("true_reward")), *costs(row)])
+                      number(row.get("true_reward"))])
     sizes = sorted({row["n_total"] for row in rows.values()})
     prompts = " to ".join(dict.fromkeys([str(sizes[0]), str(sizes[-1])]))
     parts = [table(*lines), f"±: standard error over {prompts} prompts, without the noise of training (seeds)"]
-    if any("cpu_seconds" in row for row in rows.values()):
-        parts.append(filled("KL: from the start, in nats an answer; CPU s, asked: of all stages that a model needed, "
-                            "asked are the labels to learn from"))
-    return "\n\n".join(parts + reasons(rows) + left_out(rows))
+    return "\n\n".join(parts + reasons(rows) + left_out(rows) + costs(rows))
 
 
 def untold(row):
@@ -202,25 +199,29 @@ def write_over_seeds(result, out):
 
 def over_seeds(result):
     """eval.averaged as text: the means, the numbers of each run, the differences between methods."""
-    lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward", "KL", "CPU s", "asked"]]
+    lines = [["method", "runs", "win rate", "LC", "length", "vs start", "true reward"]]
     for name, row in result["rows"].items():
         lines.append([name, str(row["n_runs"]), with_spread(row, "win_rate"),
                       with_spread(row, "length_controlled_winrate") or untold(row), number(row["avg_length"], ".0f"),
-                      with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f"), *costs(row)])
+                      with_spread(row, "diff_start", "+.1f"), with_spread(row, "true_reward", ".2f")])
     errors = sorted(row["standard_error"] for row in result["runs"].values())
     note = ("(...): the standard deviation over the seeds, that is, how much one training differs from another. A "
             "standard error (±) knows the prompts only: for the win rate of one run it is "
             f"{errors[0]:.1f} to {errors[-1]:.1f} points.")
-    parts = [table(*lines), *reasons(result["rows"]), filled(note), *each_run(result)]
+    parts = [table(*lines), *reasons(result["rows"]), filled(note), *costs(result["rows"]), *each_run(result)]
     title, *lines = differences(result["compared"])
     if len(lines) > 1:
         parts.append(f"{filled(title)}\n\n{table(*lines)}")
     return "\n\n".join(parts)
 
 
-def costs(row):
-    """The cells of what a model cost, with all stages that it needed."""
-    return [number(row.get("kl"), ".1f"), number(row.get("cpu_seconds"), ".0f"), number(row.get("judge_calls"), ".0f")]
+def costs(rows):
+    """What models cost, with all stages that they needed, as a table with a note below: [] or [table, text]."""
+    lines = [[name, number(row.get("kl"), ".1f"), number(row["cpu_seconds"], ".0f"),
+              number(row.get("judge_calls"), ".0f")] for name, row in rows.items() if "cpu_seconds" in row]
+    note = ("KL to what training started from, in nats an answer; CPU seconds, and labels that the judge was asked for "
+            "to learn from, of all stages that a model needed")
+    return [table(["model", "KL", "CPU s", "labels"], *lines), filled(note)] if lines else []
 
 
 def with_spread(row, key, form=".1f"):
