@@ -8,8 +8,8 @@ from plain_judge import Handler, quality
 import annotate
 
 ASKED = "Name three large lakes of Africa."
-BEST = ("Three of the large lakes of Africa are Lake Victoria, Lake Tanganyika and Lake Malawi. The first of them is the "
-        "largest, the second the deepest, and the third has the most kinds of fish.")
+BEST = ("Three of the large lakes of Africa are Lake Victoria, Lake Tanganyika and Lake Malawi. The first of them is "
+        "the largest, the second the deepest, and the third has the most kinds of fish.")
 WORSE = {"no end": BEST[:-1] + " and",
          "off the topic": "One day a bee met a cow, and the two of them walked home to see what was for dinner.",
          "again and again": "Lake Victoria is a large lake. " * 6, "short": "Victoria.", "long": BEST + " More." * 200}
