@@ -94,6 +94,10 @@ class Handler(BaseHTTPRequestHandler):
         if parse(instruction) and not knows(instruction):
             return self.reply(400, {"error": {"message": f"there is no such thing in this world: {instruction!r:.60}"}})
         verdict = "Output (a)" if prefers_first(model, instruction, a, b) else "Output (b)"
+        self.say(model, verdict)
+
+    def say(self, model, verdict):
+        """Send a verdict as a chat completion."""
         message = {"role": "assistant", "content": verdict}
         self.reply(200, {"object": "chat.completion", "model": model,
                          "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
