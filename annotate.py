@@ -7,15 +7,14 @@
 A pool of annotators stands for a crowd, and labels flipped on purpose for its disagreement (AlpacaFarm, arXiv
 2305.14387): p_ann is the pool with a quarter of the labels flipped, p_eval the pool without, p_single one greedy judge
 that sees five pairs at a time, p_pairwise one that says one letter, with the log-probabilities of its token.
-The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn" and
-"barn-human" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a page.
-How they are asked is in data/judges/.
+The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn",
+"barn-human" and "barn-far" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a
+page. How they are asked is in data/judges/.
 """
 import contextlib
 import datetime
 import itertools
 import json
-import random
 import statistics
 import textwrap
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data import InputError, run
-from data.alpaca_eval import question, read_pairs
+from data.alpaca_eval import draw, question, read_pairs
 from data.flags import Parser
 from data.judges import JudgeError
 from data.judges.answers import complete
@@ -42,7 +41,9 @@ from data.sets import read_records
 from stats.agreement import judge_report
 from stats.tables import number, table
 
-CROWDS = {"barn": ("barn-sim", 13), "barn-human": ("barn-human", 16)}   # the offline world's, as many as in the paper
+# The offline world's: their names, how many (as in the paper), and the share of labels that p_ann flips. With it,
+# simulated annotators agree with people, and vary, nearly as people do; people make mistakes of their own.
+CROWDS = {"barn": ("barn-sim", 13, .18), "barn-human": ("barn-human", 16, 0.0), "barn-far": ("barn-far", 16, 0.0)}
 POOLS = {"p_ann": .25, "p_eval": 0.0, "p_single": 0.0, "p_pairwise": 0.0}   # name: share of labels that are flipped
 EARLY = 15                                              # pairs, asked twice: without any verdict the judge is given up
 SOON = 60                                               # days before a model's shutdown in which that is said
@@ -67,7 +68,7 @@ def pool(judge, kind="p_eval"):
 def crowd(judge, kind):
     """The annotators of a pool that is not a file."""
     if judge in CROWDS:
-        prefix, size = CROWDS[judge]
+        prefix, size, _ = CROWDS[judge]
         names = [f"{prefix}-{i:02d}" for i in range(size if kind in ("p_ann", "p_eval") else 1)]
         return [Annotator(name, name) for name in names]
     models = judge.split(",")
@@ -76,12 +77,14 @@ def crowd(judge, kind):
     return {"p_single": single(models[0]), "p_pairwise": pairwise(models[0])}.get(kind) or paper_pool(models)
 
 
+def usual_flip(judge, kind):
+    """The share of a judge's labels that a pool flips unless another one is given; `kind` as for pool()."""
+    if judge in CROWDS and kind == "p_ann":
+        return CROWDS[judge][-1]
+    return 0.0 if PERSON.fullmatch(judge) else POOLS.get(kind, 0.0)
+
+
 # ---- pairs -> preferences ------------------------------------------------------------------------------
-
-def draw(what, salt, choices, weights=None):
-    """AlpacaEval's random_seeded_choice: the text alone decides, the same in every process."""
-    return random.Random(what + salt).choices(choices, weights=weights)[0]
-
 
 class Question:
     """One pair to be asked in one order, and the record it belongs to."""
@@ -296,8 +299,9 @@ def unusable(lost, judge, failed, asked):
 def connect(judge, cache, workers=8, max_unusable=0.02, **options):
     """The Judge behind a name; `cache` is the path of the file of its answers, `options` are Judge's.
 
-    "barn" and "barn-human" start the offline world's server, "serve:PATH" serves the checkpoint or run folder at PATH,
-    any other is a model at OPENAI_BASE_URL (AZURE_OPENAI_ENDPOINT), asked with OPENAI_API_KEY (AZURE_OPENAI_API_KEY).
+    "barn", "barn-human" and "barn-far" start the offline world's server, "serve:PATH" serves the checkpoint or run
+    folder at PATH, any other is a model at OPENAI_BASE_URL (AZURE_OPENAI_ENDPOINT), asked with OPENAI_API_KEY
+    (AZURE_OPENAI_API_KEY).
     """
     with contextlib.ExitStack() as stack:
         if PERSON.fullmatch(judge):
@@ -339,7 +343,7 @@ def parse(argv):
         ".jsonl, .gz")
     add("--reference", default="", metavar="FILE", help="what the outputs are compared with: output_1 of the pairs")
     add("--judge", default="", metavar="MODEL", help="a model, big,mid,small, serve:PATH, or for texts of the "
-        "offline world barn (default), barn-human; me: a page asks you")
+        "offline world barn (default), barn-human, barn-far; me: a page asks you")
     add("--judge_models", default="", metavar="BIG,MID,SMALL", help="the same as --judge")
     add("--pool", default="p_ann", help="p_ann: thirteen with flips, p_eval: without, p_single: one that sees five "
         "pairs at a time, p_pairwise: one letter a pair; or a file of your own annotators (.json)")
@@ -366,8 +370,7 @@ def parse(argv):
     person = PERSON.fullmatch(args.judge)
     if args.flip and person:
         raise InputError("--flip would change nothing: a person's labels are not flipped")
-    args.flip = POOLS.get(args.pool, 0.0) if args.flip is None and not person else args.flip or 0.0
-    if not 0 <= args.flip <= .5:
+    if not 0 <= (args.flip or 0) <= .5:
         raise InputError("--flip lies between 0 and 0.5")
     if args.seeds < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
         raise InputError("--seeds is positive, --limit, --max_calls and --max_cost are not negative")
@@ -400,6 +403,7 @@ def main(argv):
         return answer(args)
     pairs = read_pairs(args.pairs, args.reference, args.samples)[:args.limit or None]
     args.judge = args.judge or at_home(pairs)
+    args.flip = usual_flip(args.judge, args.pool) if args.flip is None else args.flip
     annotators = pool(args.judge, args.pool)
     texts = [(question(pair), pair["output_1"], pair["output_2"]) for pair in pairs[:1]]
     if args.show_prompt:

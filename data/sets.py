@@ -36,6 +36,9 @@ def read_records(path, texts=("instruction", "output")):
     the first record that is unusable.
     """
     path = Path(path)
+    if path.suffix == ".parquet":
+        raise InputError(f"{path}: Parquet cannot be read without another package; convert it to JSON lines, as in "
+                         f"pandas.read_parquet({path.name!r}).to_json('rows.jsonl', orient='records', lines=True)")
     text = read_text(path)
     try:
         records = read_lines(text) if ".jsonl" in path.suffixes else json.loads(text)
@@ -98,9 +101,12 @@ def load(data="barn", eval_data="", limit=0):
     """{split: records} for the splits sft, preference, unlabeled, val and eval; the same in every run.
 
     data: barn, alpaca_farm, or a file, which is shuffled with a fixed seed and divided by SHARES. The outputs of `eval`
-    are the reference answers of the win rate; eval_data is a file in AlpacaEval's format to use for this split instead.
+    are the reference answers of the win rate; eval_data is a file in AlpacaEval's format to use for this split instead,
+    or, with barn, demo: its second evaluation (data.barn.world.demo).
     limit: how many records of each split to keep; 0 keeps all. InputError if a file is unusable or a split is empty.
     """
+    if eval_data == "demo" and data != "barn":
+        raise InputError(f"--eval_data demo is about the offline world, and --data {data} is not: give a file")
     if data == "barn":
         splits = dict(world.splits())
     elif data == "alpaca_farm":
@@ -116,7 +122,9 @@ def load(data="barn", eval_data="", limit=0):
             size = len(records) * share // sum(shares.values())
             splits[split], start = records[start:start + size], start + size
     splits["sft"] = [record for record in splits["sft"] if record["output"].strip()]
-    if eval_data:
+    if eval_data == "demo":
+        splits["eval"] = world.demo()
+    elif eval_data:
         splits["eval"] = read_records(eval_data)
     splits["eval"] = [{"input": "", "generator": "reference", **record} for record in splits["eval"]]
     if empty := [split for split, records in splits.items() if not records]:

@@ -20,7 +20,8 @@ from commands import child
 from judged import JUDGE, always_first, ask, completion, longer, make_pairs, mirrored, prefer_longer, preferences, shown
 
 import annotate
-from annotate import connect, draw, pool
+from annotate import connect, pool
+from data.alpaca_eval import draw
 from data.judges import JudgeError, client, prompts
 from data.judges.prompts import fence, request_body
 
@@ -120,7 +121,7 @@ def test_the_swap_is_the_one_of_the_published_annotations():
 
 def test_the_pools():
     assert [a.name for a in pool("barn")] == [a.model for a in pool("barn")]
-    assert [len(pool(name)) for name in ("barn", "barn-human")] == [13, 16]
+    assert [len(pool(name)) for name in ("barn", "barn-human", "barn-far")] == [13, 16, 16]
     assert (pool("barn")[0].name, pool("barn-human")[-1].name) == ("barn-sim-00", "barn-human-15")
     assert [(a.model, a.temperature, a.batch) for a in pool("gpt-4o", "p_single")] == [("gpt-4o", 0.0, 5)]
 

@@ -1,4 +1,5 @@
 """The offline world: instructions, splits, what the true reward sees, and how its annotators differ."""
+import hashlib
 import json
 import os
 import random
@@ -9,25 +10,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 
-from annotate import CROWDS, pool
-from data.barn.judge import TASTES, prefers_first, serve
-from data.barn.reward import WEIGHTS, features, true_reward
-from data.barn.world import (CLEAN, KINDS, MIXED, PLAIN, SIZES, demonstrate, draw_instruction, parse,
-                             pretraining_texts, splits)
+from annotate import CROWDS, pool, usual_flip
+from data.attacks import ATTACKS
+from data.barn.judge import (POOLS, TASTES, knows, make_pool, pool_at, preferences, prefers_first, probability_first,
+                             serve, win_probabilities)
+from data.barn.reward import WEIGHTS, features, known_bigrams, true_reward
+from data.barn.world import (ASKED, CLEAN, EVEN, KINDS, MIXED, PATTERNS, PLAIN, SIZES, demo, demonstrate,
+                             draw_instruction, parse, pretraining_texts, splits)
+from data.sets import load
 from data.judges.prompts import Annotator, request_body
 from data.judges.verdicts import verdicts
+from stats.agreement import agreement as agree
+from stats.agreement import majority, one_against_rest
 
 ROOT = Path(__file__).parents[1]
 DEFECTS, VIRTUES = ("wrong", "count", "repeat", "ramble", "rude", "cut"), ("opening", "detail", "closing")
-SIM, HUMAN = ([annotator.model for annotator in pool(judge)] for judge in ("barn", "barn-human"))
+SIM, HUMAN, FAR = ([annotator.model for annotator in pool(judge)] for judge in ("barn", "barn-human", "barn-far"))
 
 
-def drawn(n, seed, kinds=tuple(KINDS)):
+def drawn(n, seed, kinds=tuple(KINDS), **how):
     r = random.Random(seed)
-    return [draw_instruction(r, kinds) for _ in range(n)]
+    return [draw_instruction(r, kinds, **how) for _ in range(n)]
 
 
 def answered(n, seed, mix, kinds=tuple(KINDS)):
@@ -45,6 +52,13 @@ def test_every_instruction_reads_back_as_its_kind_and_slots():
     assert {instruction.kind for instruction in instructions} == KINDS.keys()
 
 
+@pytest.mark.parametrize("phrasings", ["new", "both"])
+def test_new_phrasings_read_back_too(phrasings):
+    instructions = drawn(4000, 1, phrasings=phrasings)
+    assert all(parse(instruction.text) == (instruction.kind, instruction.slots) for instruction in instructions)
+    assert {instruction.kind for instruction in instructions} == KINDS.keys()
+
+
 @pytest.mark.parametrize("text", ["", "Hello.", "Describe a cow", "Describe a cow. And a pig.", "Anna asks: ",
                                   " Describe a cow.", "describe a cow.", "Write a poem about a cow."])
 def test_what_is_of_another_world_is_no_instruction(text):
@@ -59,6 +73,53 @@ def test_splits_are_unique_disjoint_complete_and_readable():
     assert all(map(parse, instructions))
     assert all(record.keys() == {"instruction", "input", "output", "dataset"} and record["output"].strip()
                for records in splits().values() for record in records)
+
+
+def digest(document):
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+
+
+def test_what_the_base_checkpoint_was_trained_on_has_not_changed():
+    """Who changes one of these must train the base checkpoint again, and measure everything again."""
+    assert digest(splits()) == "c7b9003b92bdda9b"
+    assert digest(list(pretraining_texts(300))) == "11c9b15b8da03fcb"
+    assert digest(sorted(known_bigrams())) == "203dbf9fc42828e0"
+
+
+NEW = [pattern for _, pattern in PATTERNS[sum(len(kind.phrasings) for kind in KINDS.values()):]]
+
+
+def has_new_phrasing(text):
+    text = ASKED.sub("", text)
+    return any(pattern.fullmatch(text) for pattern in NEW)
+
+
+def test_learners_never_see_a_new_phrasing():
+    assert len(NEW) > 18 and has_new_phrasing("For Ann: What should I feed a cow?")
+    assert not any(has_new_phrasing(record["instruction"]) for records in splits().values() for record in records)
+    for text in pretraining_texts(3000, seed=5):
+        text = text.removeprefix("Q: ")
+        assert not any(has_new_phrasing(text[:mark.end()]) for mark in re.finditer(r"[.?!]", text))
+
+
+def test_the_split_demo_has_another_mix_and_half_new_phrasings():
+    records = load("barn", "demo")["eval"]
+    assert [record["instruction"] for record in records] == [record["instruction"] for record in demo()]
+    texts = {record["instruction"] for record in records}
+    assert len(texts) == 500 and not texts & {record["instruction"] for each in splits().values() for record in each}
+    assert .4 < statistics.mean(map(has_new_phrasing, texts)) < .6 and all(map(parse, texts))
+    kinds = [record["dataset"] for record in records]
+    assert min(kinds.count("story"), kinds.count("note")) > 4 * max(kinds.count("words"), kinds.count("list"))
+    assert kinds == [parse(record["instruction"])[0] for record in records]
+    assert load("barn", "demo")["val"] == load("barn")["val"]
+
+
+def test_phrasings_and_mix_can_be_changed_one_at_a_time():
+    old, new = demo("old"), demo("new", EVEN, size=800)
+    assert not any(has_new_phrasing(record["instruction"]) for record in old)
+    assert all(has_new_phrasing(record["instruction"]) for record in new)
+    share = statistics.mean(record["dataset"] == "words" for record in new)
+    assert abs(share - statistics.mean(record["dataset"] == "words" for record in splits()["eval"])) < .04
 
 
 FINGERPRINT = """
@@ -154,6 +215,26 @@ def test_no_constant_text_is_worth_a_real_answer(text):
     assert statistics.mean(lost) > 3
 
 
+@pytest.mark.parametrize("filler", ["cow ", "Sure! ", "I hope this helps. ", ATTACKS["a list of nothing"]])
+def test_more_filler_never_counts_for_more(filler):
+    for record in splits()["eval"][:20]:
+        much, more = (features(record["instruction"], filler * n) for n in (100, 400))
+        assert much == pytest.approx(more, abs=.01)             # repeats tend to 2
+
+
+@pytest.mark.parametrize("names", [SIM, HUMAN, FAR], ids=["sim", "human", "far"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_answers_that_say_nothing_lose(names, attack):
+    rows = [(record["instruction"], ATTACKS[attack], record["output"]) for record in splits()["eval"][:200]]
+    assert win_probabilities({name: TASTES[name] for name in names}, rows).mean() < .2
+
+
+def test_ordinary_answers_are_below_the_bounds():
+    for record in (record for records in splits().values() for record in records):
+        parts, words = features(record["instruction"], record["output"]), re.findall(r"\w+", record["output"])
+        assert parts["words"] == len(words) / 20 and parts["courteous"] > -2
+
+
 def test_the_reward_reads_the_two_texts_and_nothing_else():
     rows = [(i.text, answer) for i, answer in answered(200, 4, MIXED)]
     first = [true_reward(*row) for row in rows]
@@ -161,7 +242,14 @@ def test_the_reward_reads_the_two_texts_and_nothing_else():
     random.seed(99)
     assert first[::-1] == [true_reward(*row) for row in reversed(rows)]
     assert all(features(*row).keys() == WEIGHTS.keys() for row in rows)
-    assert true_reward("Sing a song of another world.", "La la la.") < 3        # form alone, and no error
+
+
+@pytest.mark.parametrize("foreign", ["Sing a song of another world.", "Describe a unicorn.", "List three unicorns.",
+                                     "List many tools.", "What does a hammer eat?", "How do I ride a cow?"])
+def test_of_what_is_not_in_this_world_the_form_alone_counts(foreign):
+    found = features(foreign, "Hello there. I like a cow and a hammer.")
+    assert found["relevant"] == found["task"] == found["off_topic"] == 0 and found["ended"] == 1
+    assert not knows(foreign) and knows("Describe a cow.")
 
 
 def test_names_and_letter_case_do_not_matter_but_facts_do():
@@ -227,8 +315,8 @@ def test_the_pools_differ_in_sign_of_taste(taste):
 
 
 def test_every_annotator_of_the_pools_exists_and_no_other():
-    assert CROWDS.keys() == {"barn", "barn-human"}
-    assert (len(SIM), len(HUMAN)) == (13, 16) and {*SIM, *HUMAN} == TASTES.keys()
+    assert CROWDS.keys() == {"barn", "barn-human", "barn-far"}
+    assert (len(SIM), len(HUMAN), len(FAR)) == (13, 16, 16) and {*SIM, *HUMAN, *FAR} == TASTES.keys()
 
 
 def test_an_annotator_asked_again_says_the_same(pairs):
@@ -240,6 +328,85 @@ def test_an_annotator_asked_again_says_the_same(pairs):
 def test_of_equals_the_first_is_preferred(names, least, pairs):
     chosen = [prefers_first(name, text, one, one) for text, one, _ in pairs[:300] for name in names]
     assert least < statistics.mean(chosen) < .8
+
+
+def labels(names, pairs, k, flip=0., seed=0):
+    """k labels (1 or 2) of each pair by k of these annotators: (N, k). `flip` of them are wrong on purpose."""
+    r = random.Random(f"labels {seed}")
+    table = []
+    for pair in pairs:
+        said = [prefers_one([name], pair, r) for name in r.sample(names, k)]
+        table.append([1 + (one == (r.random() < flip)) for one in said])
+    return np.array(table, dtype=float)
+
+
+def test_people_agree_with_the_mode_of_three_others_as_in_the_paper(pairs):
+    """65.7 % there; on answers of the SFT model 65.1 here, on these demonstrations a little less."""
+    assert 62 < one_against_rest(labels(HUMAN, pairs, 4)) < 67
+
+
+def test_with_flips_simulated_annotators_agree_with_people_nearly_as_people_do(pairs):
+    mode, flip = majority(labels(HUMAN, pairs, 4)), usual_flip("barn", "p_ann")
+    people, sim, quiet = (np.mean([agree(each, mode)[0] for each in labels(*who, seed=1).T]) for who in (
+        (HUMAN, pairs, 4), (SIM, pairs, 4, flip), (SIM, pairs, 4)))
+    assert abs(people - sim) < 4 and quiet > people + 3
+    variances = [100 - one_against_rest(labels(*who)) for who in ((HUMAN, pairs, 4), (SIM, pairs, 4, flip))]
+    assert abs(variances[0] - variances[1]) < 5 and min(variances) > 29
+
+
+# ---- how likely verdicts are ---------------------------------------------------------------------------
+
+def test_verdicts_are_as_frequent_as_their_probability(pairs):
+    """In each third of the probabilities; a wrong scale of the noise would show at both ends."""
+    r = random.Random("frequency")
+    asked = [(name, *r.choice([(i, one, two), (i, two, one)])) for i, one, two in pairs for name in (
+        r.choice(SIM), r.choice(HUMAN))]
+    p = np.array([probability_first(TASTES[name], *texts) for name, *texts in asked])
+    said = np.array([prefers_first(name, *texts) for name, *texts in asked])
+    for low, high in ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)):
+        there = (low <= p) & (p <= high)
+        assert there.sum() > 500
+        assert abs((said - p)[there].sum()) < 4 * (p * (1 - p))[there].sum() ** .5
+
+
+@pytest.mark.parametrize("names", [SIM, HUMAN], ids=["sim", "human"])
+def test_the_probability_to_win_is_the_mean_over_annotators_and_orders(names, pairs):
+    tastes = {name: TASTES[name] for name in names}
+    found = win_probabilities(tastes, pairs[:30])
+    for (instruction, one, two), p in zip(pairs, found):
+        first = [probability_first(taste, instruction, one, two) for taste in tastes.values()]
+        second = [1 - probability_first(taste, instruction, two, one) for taste in tastes.values()]
+        assert p == pytest.approx(statistics.mean(first + second))
+    turned = win_probabilities(tastes, [(instruction, two, one) for instruction, one, two in pairs[:30]])
+    assert found + turned == pytest.approx(1)
+    assert win_probabilities(tastes, [(text, one, one) for text, one, _ in pairs[:9]]) == pytest.approx(.5)
+    assert win_probabilities(tastes, []).shape == (0,)
+
+
+def test_pools_lie_on_a_line():
+    """At 0 people with the mean tastes of SIM, at 1 people, at 2 the far pool; those between are between."""
+    at = [[taste.weights for taste in make_pool(pool_at(distance)).values()] for distance in (0, 1, 1.5, 2)]
+    for name in WEIGHTS:
+        near, human, between, far = ([weights[name] for weights in each] for each in at)
+        assert human == pytest.approx([TASTES[one].weights[name] for one in HUMAN])
+        assert far == pytest.approx([TASTES[one].weights[name] for one in FAR])
+        assert between == pytest.approx([(a + b) / 2 for a, b in zip(human, far)])
+        assert human == pytest.approx([(a + b) / 2 for a, b in zip(near, far)])
+    zero = pool_at(0)
+    assert (zero.courtesy[0], zero.words[0]) == (POOLS["sim"].courtesy[0], POOLS["sim"].words[0])
+    assert zero.noise == POOLS["human"].noise and {TASTES[one].noise for one in FAR} == {POOLS["human"].noise}
+
+
+def test_a_pool_in_memory_gives_labels_as_likely_as_it_says(pairs):
+    agreed = []
+    for distance in (0, 1, 2, 4):
+        tastes = make_pool(pool_at(distance))
+        said = np.array(preferences(tastes, pairs))
+        expected = win_probabilities(tastes, pairs)
+        assert abs((said == 1).mean() - expected.mean()) < 4 * (expected * (1 - expected)).sum() ** .5 / len(pairs)
+        agreed.append((said == preferences({name: TASTES[name] for name in SIM}, pairs)).mean())
+        assert (said != preferences(tastes, pairs, seed=1)).any() and (said == preferences(tastes, pairs)).all()
+    assert agreed == sorted(agreed, reverse=True)
 
 
 # ---- behind HTTP ---------------------------------------------------------------------------------------

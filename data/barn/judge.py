@@ -1,9 +1,12 @@
 """The annotators of the offline world: an OpenAI-compatible server on a loopback port that compares two answers.
 
 An annotator scores both answers by the features of data/barn/reward.py, with weights and noise of its own. There are
-two pools. The annotators of `barn-sim` are like simulated ones: they are similar, have little noise, and prefer long
-and courteous answers. Those of `barn-human` are like people: two of them agree on about two of three pairs, and on
+three pools. The annotators of `barn-sim` are like simulated ones: they are similar, have little noise, and prefer long
+and courteous answers. Those of `barn-human` are like people: two of them agree on less than two of three pairs, and on
 average they dislike length and stock phrases. A policy can therefore win under one pool and lose under the other.
+`barn-far` are the same people with tastes that are twice as far from those of `barn-sim`: a control.
+
+The noise is logistic, so the probability of a verdict is known: win_probabilities() needs no annotator to be asked.
 """
 import hashlib
 import json
@@ -12,10 +15,12 @@ import random
 import re
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from data.barn.reward import WEIGHTS, features, known_bigrams, true_reward
+import numpy as np
+
+from data.barn.reward import WEIGHTS, features, kind_and_slots, known_bigrams, true_reward
 from data.barn.world import parse
 
 
@@ -27,46 +32,110 @@ class Taste:
     first: float            # position bias: the reward that is added for being shown first
 
 
-# {pool: (annotators, sd of the log of their weights, (mean, sd) of the weight of courtesy as a multiple of the true
-# one, (mean, sd) of the weight of 20 words, noise)}
-POOLS = {"sim": (13, .35, (1.5, .5), (1.2, .6), .5),
-         "human": (16, .7, (-.5, 1.), (-.3, .8), 2.)}
+@dataclass(frozen=True)
+class Pool:
+    """How the tastes of a pool of annotators are drawn."""
+    name: str               # its annotators are called like barn-sim-03
+    seed: str               # pools with the same seed have the same people, only with other tastes
+    size: int               # annotators
+    spread: float           # sd of the log of their weights, beside the true ones
+    courtesy: tuple         # (mean, sd) of the weight of courtesy, as a multiple of the true one
+    words: tuple            # (mean, sd) of the weight of 20 words
+    noise: float            # of each annotator, as in Taste
 
 
-def make_pool(kind):
-    """{name: Taste} of the annotators of a pool, the same in every run; their names are like barn-sim-03."""
-    size, spread, courtesy, words, noise = POOLS[kind]
-    r = random.Random(f"barn tastes {kind}")
-    pool = {}
-    for i in range(size):
-        weights = {name: weight * math.exp(r.gauss(0, spread)) for name, weight in WEIGHTS.items()}
-        weights["courteous"] = WEIGHTS["courteous"] * r.gauss(*courtesy)
-        weights["words"] = r.gauss(*words)
-        pool[f"barn-{kind}-{i:02}"] = Taste(weights, noise, r.gauss(.25, .2))
-    return pool
+SIM = Pool("sim", "sim", 13, .35, (1.5, .5), (1.2, .6), .5)
+# With noise 3 one person agrees with the mode of three others in 65 %, as in AlpacaFarm.
+HUMAN = Pool("human", "human", 16, .7, (-.5, 1.), (-.3, .8), 3.)
 
 
-TASTES = {**make_pool("sim"), **make_pool("human")}
+def pool_at(distance, name="at"):
+    """The pool of people whose mean tastes are `distance` times as far from those of SIM as HUMAN's are.
+
+    distance: 0 has SIM's mean tastes, 1 is HUMAN, 2 the pool `far`. The people and their noise are those of HUMAN.
+    """
+    courtesy, words = (near[0] + distance * (human[0] - near[0])
+                       for near, human in ((SIM.courtesy, HUMAN.courtesy), (SIM.words, HUMAN.words)))
+    return replace(HUMAN, name=name, courtesy=(courtesy, HUMAN.courtesy[1]), words=(words, HUMAN.words[1]))
 
 
-def prefers_first(name, instruction, a, b):
+POOLS = {"sim": SIM, "human": HUMAN, "far": pool_at(2, "far")}
+
+
+def make_pool(pool):
+    """{name: Taste} of the annotators of a Pool, the same in every run."""
+    r = random.Random(f"barn tastes {pool.seed}")
+    tastes = {}
+    for i in range(pool.size):
+        weights = {name: weight * math.exp(r.gauss(0, pool.spread)) for name, weight in WEIGHTS.items()}
+        weights["courteous"] = WEIGHTS["courteous"] * r.gauss(*pool.courtesy)
+        weights["words"] = r.gauss(*pool.words)
+        tastes[f"barn-{pool.name}-{i:02}"] = Taste(weights, pool.noise, r.gauss(.25, .2))
+    return tastes
+
+
+TASTES = {name: taste for pool in POOLS.values() for name, taste in make_pool(pool).items()}
+
+
+# -- verdicts, and how likely they are --------------------------------------------------------------------------
+
+def margin(taste, instruction, a, b):
+    """By how much an annotator prefers the answer a, which is shown first, to b, without noise, in units of reward."""
+    return true_reward(instruction, a, taste.weights) - true_reward(instruction, b, taste.weights) + taste.first
+
+
+def prefers_first(name, instruction, a, b, tastes=TASTES):
     """Whether the annotator `name` prefers the answer a, which is shown first, to b.
 
-    The noise is made from a hash of all arguments: the same question gets the same verdict, so verdicts can be cached.
+    The noise is made from a hash of all texts: the same question gets the same verdict, so verdicts can be cached.
+    tastes: {name: Taste}, of the pools above unless it is another one from make_pool().
     """
-    taste = TASTES[name]
-    margin = true_reward(instruction, a, taste.weights) - true_reward(instruction, b, taste.weights) + taste.first
     digest = hashlib.blake2b("\0".join((name, instruction, a, b)).encode(), digest_size=7).digest()
     u = (int.from_bytes(digest, "big") + .5) / 2 ** 56
-    return margin + taste.noise * math.log(u / (1 - u)) > 0
+    return margin(tastes[name], instruction, a, b) + tastes[name].noise * math.log(u / (1 - u)) > 0
+
+
+def sigmoid(x):
+    return (1 + np.tanh(x / 2)) / 2
+
+
+def probability_first(taste, instruction, a, b):
+    """The probability that an annotator prefers the answer a, which is shown first, to b."""
+    return float(sigmoid(margin(taste, instruction, a, b) / taste.noise))
+
+
+def win_probabilities(tastes, rows):
+    """The probability (N,) that an answer is preferred to another: the mean over all annotators and both orders.
+
+    tastes: {name: Taste}. rows: N times (instruction, the answer, the other answer), as texts.
+    """
+    gains = [[one[name] - other[name] for name in WEIGHTS] for one, other in (
+        (features(instruction, answer), features(instruction, other)) for instruction, answer, other in rows)]
+    weights = [[taste.weights[name] for name in WEIGHTS] for taste in tastes.values()]
+    first, noise = (np.array([getattr(taste, name) for taste in tastes.values()]) for name in ("first", "noise"))
+    margins = np.array(gains).reshape(-1, len(WEIGHTS)) @ np.array(weights).T           # (N, annotators)
+    return ((sigmoid((margins + first) / noise) + sigmoid((margins - first) / noise)) / 2).mean(1)
+
+
+def preferences(tastes, rows, seed=0):
+    """Labels [1 or 2] of rows (instruction, answer 1, answer 2): one annotator sees each row, in one order.
+
+    tastes: {name: Taste}. The texts and the seed decide which annotator sees a row, and in which order.
+    """
+    labels = []
+    for instruction, one, two in rows:
+        r = random.Random("\0".join((str(seed), instruction, one, two)))
+        name = r.choice(list(tastes))
+        if r.random() < .5:
+            labels.append(1 if prefers_first(name, instruction, one, two, tastes) else 2)
+        else:
+            labels.append(2 if prefers_first(name, instruction, two, one, tastes) else 1)
+    return labels
 
 
 def knows(instruction):
-    """Whether an instruction is of this world: of its forms, and about things that there are in it."""
-    try:
-        return bool(parse(instruction) and features(instruction, ""))
-    except (LookupError, ZeroDivisionError):            # such a thing has no properties, such a list no members
-        return False
+    """Whether an instruction is of this world: of its forms, and about things that exist in it."""
+    return kind_and_slots(instruction)[0] is not None
 
 
 SHOWN = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*"              # the prompt of data/judges/pairwise.json

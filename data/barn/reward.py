@@ -19,6 +19,7 @@ WEIGHTS = {"relevant": 3., "task": 3., "off_topic": -2., "repeats": -1.5, "rude"
 TYPICAL_WORDS = {"list": 10, "describe": 18, "story": 26, "polite": 8, "how": 20, "opinion": 14, "eats": 9, "lives": 9,
                  "gives": 9, "note": 20, "words": 12, "category": 9}
 RUDE_WORDS = {"silly", "lazy", "yourself", "stupid", "bored"}
+MOST_WORDS = 64                 # more than these say no more to those who like length: answers have at most 64 tokens
 STOCK_PHRASES = [phrase.lower() for phrase in (*OPENINGS, *CLOSINGS)]
 
 
@@ -40,11 +41,12 @@ class Answer:
 # -- one function for each kind of instruction ------------------------------------------------------------------
 # s: the slots of the instruction, as world.parse() gives them. a: the Answer. They return three things: whether the
 # answer is about what was asked, whether it does the task (both from 0 to 1), and words that it may mention besides.
+# Whatever the answer, LookupError or ZeroDivisionError says that there is no such thing in this world.
 
 def judge_list(s, a):
-    wanted = CATEGORIES[s["category"]]
+    wanted, n = CATEGORIES[s["category"]], NUMBERS[s["n"]]
     hits = [thing for thing in a.things if thing in wanted]
-    done = max(0., 1 - abs(len(set(hits)) - NUMBERS[s["n"]]) / 2) if hits else 0.
+    done = max(0., 1 - abs(len(set(hits)) - n) / 2) if hits else 0.
     return len(hits) / max(1, len(a.things)), done, wanted
 
 
@@ -127,6 +129,18 @@ def known_bigrams():
     return {pair for text in texts for pair in pairwise(tokens(text))}
 
 
+@lru_cache(None)
+def kind_and_slots(instruction):
+    """(kind, slots) of an instruction, as world.parse() finds them; (None, {}) if it is not of this world: if it has no
+    form of this world, or is about things that do not exist here."""
+    kind, slots = world.parse(instruction) or (None, {})
+    try:
+        JUDGES[kind](slots, Answer(""))
+    except (LookupError, ZeroDivisionError):            # no such form, no such thing, a thing without properties
+        return None, {}
+    return kind, slots
+
+
 @lru_cache(200_000)
 def features(instruction, output):
     """{feature: value} of an answer (text) to an instruction (text); the features are those of WEIGHTS.
@@ -134,7 +148,7 @@ def features(instruction, output):
     For an instruction that is not of this world, "relevant" and "task" are 0, and only the form of the answer counts.
     """
     a = Answer(output)
-    kind, slots = world.parse(instruction) or (None, {})
+    kind, slots = kind_and_slots(instruction)
     relevant, task, allowed = JUDGES[kind](slots, a) if kind else (0., 0., CATEGORY_OF)
     asked = {word for value in slots.values() for word in value.split()}
     allowed = asked.union(allowed, {"barn", "garden", "orchard"}, *(properties(x) for x in asked))
@@ -152,11 +166,11 @@ def features(instruction, output):
         "off_topic": min(3, sum(thing not in allowed for thing in a.things)) / 3,
         "repeats": min(2, copies) / 2 + (1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.),
         "rude": float(bool(RUDE_WORDS & a.vocabulary)),
-        "courteous": .5 * opened + .5 * closed - .5 * max(0, stock_phrases - 2),
+        "courteous": max(-2., .5 * opened + .5 * closed - .5 * max(0, stock_phrases - 2)),
         "ended": float(a.text[-1:] in (".", "!", "?") or complete_list),
         "length": min(1., n / usual) if n <= 1.8 * usual else max(-2., 1 - (n - 1.8 * usual) / usual),
         "gibberish": min(3, unknown) / 3,
-        "words": n / 20,
+        "words": min(n, MOST_WORDS) / 20,
     }
 
 
@@ -175,5 +189,5 @@ EXACT = ("list", "how", "eats", "lives", "gives", "words", "category")      # ki
 def correct(instruction, output):
     """Whether an answer is right as far as a rule can say. The number of things and their category, facts, steps and
     words that were asked for are checked exactly; where there is no right answer, only whether the text is complete."""
-    parts, (kind, _) = features(instruction, output), world.parse(instruction) or (None, {})
+    parts, (kind, _) = features(instruction, output), kind_and_slots(instruction)
     return parts["ended"] == 1 and (kind not in EXACT or parts["relevant"] == parts["task"] == 1)

@@ -45,6 +45,7 @@ class Kind:
     answer: Callable            # slots, random.Random -> sentences of a good answer
     share: float = 1.0          # how often this kind is drawn, relative to the others
     asked_for: bool = True      # whether the text may begin with "Anna asks: "
+    new: tuple = ()             # phrasings that no learner has ever seen
 
 
 # -- the kinds of instruction: for each, a function that draws the slots and one that writes a good answer ---------
@@ -169,43 +170,65 @@ def answer_category(s, r):
 
 KINDS = {
     "list": Kind(("List {n} {category}.", "Name {n} {category}.", "Give me {n} {category}.",
-                  "Tell me {n} {category} you know.", "What are {n} {category} on a farm?"), draw_list, answer_list),
+                  "Tell me {n} {category} you know.", "What are {n} {category} on a farm?"), draw_list, answer_list,
+                 new=("Which {n} {category} come to mind?", "Write down {n} {category}.")),
     "describe": Kind(("Describe {a_x}.", "What is {a_x}?", "Tell me about {a_x}.", "Explain what {a_x} is."),
-                     draw_thing, answer_describe),
+                     draw_thing, answer_describe,
+                     new=("What can you say about {a_x}?", "Give a description of {a_x}.")),
     "story": Kind(("Write a short story about {a_x} and {a_y}.", "Tell a story with {a_x} and {a_y}.",
-                   "Make up a tale about {a_x} and {a_y}."), draw_story, answer_story, asked_for=False),
+                   "Make up a tale about {a_x} and {a_y}."), draw_story, answer_story, asked_for=False,
+                  new=("Invent a little story in which {a_x} meets {a_y}.", "Let us hear about {a_x} and {a_y}.")),
     "polite": Kind(tuple(f"{start}: {{verb}} the {{x}}!" for start in
                          ("Rewrite this politely", "Say it nicely", "Make this polite", "Say this in a kind way",
                           "How can I say this politely", "Turn this into a polite request")),
-                   draw_polite, answer_polite, asked_for=False),
+                   draw_polite, answer_polite, asked_for=False,
+                   new=("Put this in friendly words: {verb} the {x}!",
+                        "Ask for this with good manners: {verb} the {x}!")),
     "how": Kind(("How do I {verb} {a_x}?", "Explain how to {verb} {a_x}.", "Give me steps to {verb} {a_x}."),
-                draw_how, answer_how),
+                draw_how, answer_how,
+                new=("What must I do to {verb} {a_x}?", "Show me the way to {verb} {a_x}.")),
     "opinion": Kind(("Which is better, {a_x} or {a_y}?", "Should I get {a_x} or {a_y}?",
-                     "Do you prefer {a_x} or {a_y}?"), draw_opinion, answer_opinion, asked_for=False),
+                     "Do you prefer {a_x} or {a_y}?"), draw_opinion, answer_opinion, asked_for=False,
+                    new=("Would you rather have {a_x} or {a_y}?", "Help me choose between {a_x} and {a_y}.")),
     "eats": Kind(("What does {a_x} eat?", "What food is good for {a_x}?"), draw_animal,
-                 lambda s, r: [f"{cap(an(s['x']))} eats {ANIMALS[s['x']][0]}."], share=1 / 3),
+                 lambda s, r: [f"{cap(an(s['x']))} eats {ANIMALS[s['x']][0]}."], share=1 / 3,
+                 new=("What should I feed {a_x}?",)),
     "lives": Kind(("Where does {a_x} live?", "Where can I find {a_x}?"), draw_animal,
-                  lambda s, r: [f"{cap(an(s['x']))} lives in the {ANIMALS[s['x']][1]}."], share=1 / 3),
+                  lambda s, r: [f"{cap(an(s['x']))} lives in the {ANIMALS[s['x']][1]}."], share=1 / 3,
+                  new=("Where is the home of {a_x}?",)),
     "gives": Kind(("What does {a_x} give us?", "What do we get from {a_x}?"), draw_animal,
-                  lambda s, r: [f"{cap(an(s['x']))} gives us {ANIMALS[s['x']][2]}."], share=1 / 3),
+                  lambda s, r: [f"{cap(an(s['x']))} gives us {ANIMALS[s['x']][2]}."], share=1 / 3,
+                  new=("What do people keep {a_x} for?",)),
     "note": Kind(tuple(f"{start} to {{name}} about the {{issue}}." for start in
                        ("Write a note", "Write", "Leave a message", "Please write", "Write a short letter",
                         "Help me write", "Send a note", "Draft a message", "I need a letter",
                         "Please send a few words")),
-                 draw_note, answer_note, asked_for=False),
+                 draw_note, answer_note, asked_for=False,
+                 new=("Compose a message for {name} about the {issue}.", "Let {name} know about the {issue}.")),
     "words": Kind(("Use these words in a sentence: {x}, {y}, {z}.", "Write a sentence with {x}, {y} and {z}."),
-                  draw_words, answer_words, asked_for=False),
+                  draw_words, answer_words, asked_for=False,
+                  new=("Make one sentence out of {x}, {y} and {z}.", "Say something with the words {x}, {y} and {z}.")),
     "category": Kind(("Is {a_x} {a_category}?", "Is it true that {a_x} is {a_category}?"),
-                     draw_category, answer_category),
+                     draw_category, answer_category,
+                     new=("Can {a_x} be called {a_category}?", "Does {a_x} count as {a_category}?")),
 }
+# Factors of the kinds' shares: all alike, and those of the split `demo`.
+EVEN = dict.fromkeys(KINDS, 1)
+DEMO = {"list": .4, "describe": 2, "story": 3, "polite": .5, "how": 2, "opinion": 2, "eats": .4, "lives": .4,
+        "gives": .4, "note": 3, "words": .3, "category": .3}
 ASKERS = ("{name} asks: ", "My friend {name} wants to know: ", "For {name}: ")
 
 
-def draw_instruction(r, kinds=tuple(KINDS)):
-    """A random Instruction; each kind is drawn in proportion to its share. r: a random.Random."""
-    kind = r.choices(kinds, [KINDS[k].share for k in kinds])[0]
+def draw_instruction(r, kinds=tuple(KINDS), mix=EVEN, phrasings="old"):
+    """A random Instruction; each kind is drawn in proportion to its share. r: a random.Random.
+
+    mix: {kind: factor of its share}. phrasings: old (which learners see), new, or both (half of each).
+    """
+    kind = r.choices(kinds, [KINDS[k].share * mix[k] for k in kinds])[0]
     slots = KINDS[kind].draw(r)
-    text = r.choice(KINDS[kind].phrasings).format(**slots, **{f"a_{k}": an(v) for k, v in slots.items()})
+    new = phrasings == "new" or phrasings == "both" and r.random() < .5
+    phrasing = r.choice(KINDS[kind].new if new else KINDS[kind].phrasings)
+    text = phrasing.format(**slots, **{f"a_{k}": an(v) for k, v in slots.items()})
     if KINDS[kind].asked_for and r.random() < .6:           # makes enough unique texts of the kinds with few words
         text = r.choice(ASKERS).format(name=r.choice(NAMES)) + text
     return Instruction(kind, slots, text)
@@ -221,7 +244,8 @@ def _pattern(phrasing):
     return re.compile("".join(parts))
 
 
-PATTERNS = [(kind, _pattern(phrasing)) for kind, k in KINDS.items() for phrasing in k.phrasings]
+PATTERNS = [(kind, _pattern(phrasing)) for phrasings in ("phrasings", "new") for kind, k in KINDS.items()
+            for phrasing in getattr(k, phrasings)]
 ASKED = re.compile("|".join(re.escape(asker).replace(r"\{name\}", r"\w+") for asker in ASKERS))
 
 
@@ -322,19 +346,42 @@ def splits():
     kind of instruction.
     """
     r = random.Random("barn splits")
-    unique, tries = {}, 0
-    while len(unique) < sum(SIZES.values()):
-        instruction = draw_instruction(r)
-        unique[instruction.text] = instruction
+    instructions = iter(unique(sum(SIZES.values()), lambda: draw_instruction(r)))
+    return {split: [record(instruction, r) for instruction in islice(instructions, size)]
+            for split, size in SIZES.items()}
+
+
+def demo(phrasings="both", mix=DEMO, size=500):
+    """Records for a second evaluation, which plays the interactions with a public demo, as in the paper.
+
+    By default it is the split `demo`: another mix of kinds, and half of the phrasings are new. phrasings="new",
+    mix=EVEN changes the phrasings alone, phrasings="old" the mix alone. No instruction is in another split. It has a
+    generator of its own, so that nothing else depends on it: a third of its instructions occur in pretraining, with
+    phrasings="old" five sixths.
+    """
+    r = random.Random("barn demo")
+    known = {record["instruction"] for records in splits().values() for record in records}
+    return [record(instruction, r) for instruction in unique(
+        size, lambda: draw_instruction(r, mix=mix, phrasings=phrasings), known)]
+
+
+def unique(n, draw, known=()):
+    """n different Instructions that draw() makes, none of which has its text among the `known` ones."""
+    found, tries = {}, 0
+    while len(found) < n:
+        instruction = draw()
+        if instruction.text not in known:
+            found[instruction.text] = instruction
         tries += 1
-        if tries > 20 * sum(SIZES.values()):
-            raise ValueError(f"only {len(unique)} unique instructions in {tries} draws: the grammar is too small")
-    instructions = iter(unique.values())
-    found = {}
-    for split, size in SIZES.items():
-        found[split] = [{"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r),
-                         "dataset": instruction.kind} for instruction in islice(instructions, size)]
-    return found
+        if tries > 20 * n:
+            raise ValueError(f"only {len(found)} unique instructions in {tries} draws: the grammar is too small")
+    return found.values()
+
+
+def record(instruction, r):
+    """An Instruction with a demonstration, as a record of a split."""
+    return {"instruction": instruction.text, "input": "", "output": demonstrate(instruction, r),
+            "dataset": instruction.kind}
 
 
 def pretraining_texts(n, seed=0):
