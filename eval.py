@@ -10,36 +10,46 @@ python eval.py --judge_report LABELS.json --human HUMAN.json
                                             how far to trust a judge
 python eval.py --rankings ONE.csv TWO.csv   do two leaderboards agree?
 python eval.py --attack --judge MODEL       judge answers that say nothing
+python eval.py --arena_hard JUDGE_FOLDER    Arena-Hard v2's judgments
+
+--format md or latex prints the tables for READMEs and papers.
 
 leaderboard.csv has AlpacaEval's columns, then ours. For runs that differ in
 the seed it has a row for each method (means; counts are sums; n_runs is the
 number of runs, *_spread the standard deviation over them) and, named like
-"dpo (0)", a row for each run, with its `run` and `seed`.
+"dpo (0)", a row for each run, with its `run` and `seed`. leaderboard.md is
+the same table for people; comparisons.csv, data_sets.csv and ratings.csv are
+the other tables; report.json has everything.
 """
-import csv
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import numpy as np
 
-from annotate import POOLS, add_flags, annotate, connect, draw, options, pool, price_of, probe
+from annotate import CROWDS, POOLS, add_flags, annotate, connect, options, pool, price_of, probe
 from data import InputError, run, run_folders, sets
-from data.alpaca_eval import (check_against, matched, paired, question, read_annotations, read_column, read_judges,
-                              read_labels, read_length_control, read_outputs)
+from data.alpaca_eval import (BASELINES, check_against, labels_of, matched, pair_of, paired, question, read_annotations,
+                              read_column, read_judges, read_labels, read_length_control, read_outputs)
+from data.arena_hard import ARENA_HARD, arena_hard_score, read_arena_hard
 from data.attacks import ATTACKS
+from data.barn.judge import TASTES, win_probabilities
 from data.barn.reward import true_reward
 from data.flags import Parser
+from stats import run_report
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
+from stats.prompts import Prompts
 from stats.ranking import agreement_of_rankings, best_first, to_compare, tournament
 from stats.seeds import over_runs
 from stats.side_by_side import side_by_side
-from stats.tables import correlations, details, filled, number, table, write, write_over_seeds
+from stats.tables import (FORMS, NOT_PUBLISHED, correlations, details, document, headline, write, write_over_seeds,
+                          write_rows)
 from stats.tables import judges as judges_table
-from stats.winrate import (compare, left_out, paired_difference, position_flips, position_gap, rate_interval, resample,
-                           resampled_means, usable, win_rate)
+from stats.winrate import (compare, holm, left_out, mean_and_error, paired_difference, position_flips, position_gap,
+                           rate_interval, resample, resampled_means, win_rate)
 
 # ---- judging -------------------------------------------------------------------------------------------
 
@@ -53,41 +63,6 @@ def evaluate(outputs, reference, annotators, judge, seed=0, both_orders=False):
 
 
 # ---- annotations -> numbers ----------------------------------------------------------------------------
-
-class Prompts:
-    """The annotations of M models as arrays (M, N), with the same N instructions in the same order for all.
-
-    The instructions are those of the records `asked`, in this order, then others that a model has. preferences, lengths
-    and reference_lengths are NaN where a model has no annotation; `there` says where it has one.
-    """
-
-    def __init__(self, models, asked=()):
-        keys = {question(record): None for records in [asked, *models.values()] for record in records}
-        self.place = {key: n for n, key in enumerate(keys)}
-        self.names, shape = list(models), (len(models), len(keys))
-        self.preferences, self.lengths, self.reference_lengths = (np.full(shape, np.nan) for _ in range(3))
-        self.switched, self.datasets = np.zeros(shape, dtype=bool), np.full(len(keys), "", dtype=object)
-        for m, records in enumerate(models.values()):
-            rows = [self.place[question(record)] for record in records]
-            self.preferences[m, rows] = usable([record["preference"] for record in records])
-            self.lengths[m, rows] = [len(record["output_2"]) for record in records]
-            self.reference_lengths[m, rows] = [len(record["output_1"]) for record in records]
-            self.switched[m, rows] = [shown_first(record) for record in records]
-        for record in [record for records in [asked, *models.values()] for record in records]:
-            n = self.place[question(record)]
-            self.datasets[n] = self.datasets[n] or record.get("dataset") or ""
-        self.there = ~np.isnan(self.lengths)
-        self.references = [records[0]["generator_1"] for records in models.values()]
-        writers = [records[0]["generator_2"] for records in models.values()]
-        self.players = self.names if len(set(self.references)) == 1 else writers    # who plays in stats.ranking
-
-
-def shown_first(record):
-    """Whether the judge saw the model's answer first. AlpacaEval's files do not say it, but the instruction decides
-    it there (with seed 0)."""
-    switched = record.get("is_switched")
-    return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
-
 
 def controlled(records, prompts, m, lc, lc_data, lc_C, counts):
     """The length-controlled columns of model m."""
@@ -126,7 +101,8 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     All intervals are from the same `resamples` draws of the instructions.
 
     rows        {name: row of the leaderboard}, best first
-    compared    [{a, b, and the row of stats.winrate.compare}], for models with the same reference
+    compared    [{a, b, the row of stats.winrate.compare, holm_p: its mcnemar_p corrected for the number of
+                comparisons}], for models with the same reference
     by_dataset  {name: {dataset: row}}
     position    {name: stats.winrate.position_gap}; flips: {name: stats.winrate.position_flips}, if asked in both orders
     ratings     stats.ranking.ratings, the reference at 1000
@@ -152,6 +128,8 @@ def report(models, asked=(), baseline="", lc="default", lc_data=None, lc_C=None,
     clusters = prompts.datasets if len(datasets) > 1 else None
     compared = [{"a": a, "b": b, **compare(preferences[a], preferences[b], counts, clusters)}
                 for a, b in to_compare(rows, baseline) if reference[a] == reference[b]]
+    for row, p in zip(compared, holm([row["mcnemar_p"] for row in compared])):
+        row["holm_p"] = float(p)
     by_dataset = {name: {dataset: win_rate(preferences[name][prompts.datasets == dataset]) for dataset in datasets}
                   for name in rows}
     return {"rows": rows, "compared": compared, "by_dataset": by_dataset if len(datasets) > 1 else {},
@@ -170,7 +148,10 @@ def one_by_one(models, prompts, counts, lc, lc_data, lc_C, barn):
                       **controlled(records, prompts, m, lc, lc_data, lc_C, counts),
                       "win_rate_ci_low": low, "win_rate_ci_high": high, **left_out(p[there], int((~there).sum()))}
         if name in barn:
+            rows[name] |= expected(records)
             rows[name]["true_reward"] = statistics.mean(map(true_reward_of, records))
+        if any("battles" in record for record in records):
+            rows[name]["arena_hard"] = arena_hard_score(records)
         if by_order := [record["preference_by_order"] for record in records if "preference_by_order" in record]:
             flips[name] = position_flips(by_order)
         else:
@@ -186,6 +167,18 @@ def known(baseline, models):
 
 def true_reward_of(record):
     return true_reward(record["instruction"], record["output_2"])
+
+
+def expected(records):
+    """The win rate by the offline world's judge over all annotators of its pool and both orders, without the noise of a
+    single verdict, and its standard error over prompts; {} for another judge or pool. Equal texts have 50 %."""
+    judge, kind = (records[0].get(key) for key in ("judge", "pool"))
+    if judge not in CROWDS or kind not in POOLS:
+        return {}
+    tastes = {annotator.name: TASTES[annotator.name] for annotator in pool(judge, kind)}
+    rows = [(question(record), record["output_2"], record["output_1"]) for record in records]
+    mean, error = mean_and_error(100 * win_probabilities(tastes, rows))
+    return {"expected_win_rate": mean, "expected_standard_error": error}
 
 
 def averaged(result, models, stages, methods, asked=(), baseline=""):
@@ -226,7 +219,7 @@ def folder_of(name):
 def reference_outputs(args):
     if args.reference:
         return read_outputs(args.reference)
-    if args.judge != "barn":
+    if args.judge not in CROWDS:
         raise InputError("which answers are these compared with? Give --reference REF.json, in AlpacaEval's format")
     return sets.load()["eval"]                          # the offline world's
 
@@ -247,23 +240,6 @@ def judged(args, outputs, reference):
     return models
 
 
-def pair_of(record):
-    return question(record), record["output_1"], record["output_2"]
-
-
-def labels_of(records, pairs=None):
-    """({pair: its first record}, labels (N, K)): K labels of each of N pairs, NaN where a pair has fewer.
-
-    With `pairs` given, of these pairs in this order, whatever else there is."""
-    first, labels = {}, {}
-    for record in records:
-        first.setdefault(pair_of(record), record)
-        labels.setdefault(pair_of(record), []).append(record["preference"])
-    rows = [usable(labels.get(key, [])) for key in pairs or first]
-    longest = max(1, max(map(len, rows)))
-    return first, np.array([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
-
-
 def labelled_anew(args, records):
     """Labels by args.judge of the pairs that the records are about, one for each seed."""
     keep = ("instruction", "input", "output_1", "output_2", "generator_2")
@@ -277,7 +253,7 @@ def labelled_anew(args, records):
 
 def examined(args):
     """The judge report of the labels in args.judge_report, as a table; also in evaluators_leaderboard.csv."""
-    judges, note = read_judges(args.judge_report), ""
+    judges, notes = read_judges(args.judge_report), []
     if args.judge:                                      # not these labels, then, but the judge's own of the same pairs
         judges = {args.judge: labelled_anew(args, [record for records in judges.values() for record in records])}
     if len(judges) > 1:
@@ -287,19 +263,12 @@ def examined(args):
         lonely = sum(pair_of(record) not in common for records in judges.values() for record in records)
         judges = {name: [record for record in records if pair_of(record) in common]
                   for name, records in judges.items()}
-        note = (f"\n\non the {len(common)} pairs that all of them have labelled ({lonely} labels are left out)"
-                "\nagrees: with people; repeats: two labels of one pair by this judge agree")
+        notes = [f"on the {len(common)} pairs that all of them have labelled ({lonely} labels are left out)",
+                 "agrees: with people; repeats: two labels of one pair by this judge agree"]
     others = {name: read_labels(path) for name, path in (("human", args.human), ("second", args.second)) if path}
     rows = {name: judge_row(args, records, others) for name, records in judges.items()}
-    with open(args.out / "evaluators_leaderboard.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["", *next(iter(rows.values()))])
-        writer.writerows([name, *("" if x != x else x for x in row.values())] for name, row in rows.items())
-    if len(rows) > 1:
-        return judges_table(rows) + note
-    (name, row), = rows.items()
-    return table(["", name], *([key, number(value, "d" if isinstance(value, int) else ".2f")]
-                               for key, value in row.items() if value == value))
+    write_rows([{"": name, **row} for name, row in rows.items()], args.out / "evaluators_leaderboard.csv")
+    return document([judges_table(rows), *notes], args.format)
 
 
 def judge_row(args, records, others):
@@ -317,8 +286,9 @@ def judge_row(args, records, others):
                         *(values if any(values) else None for values in money))
 
 
-def correlated(paths):
-    """How well two leaderboards agree, as a table."""
+def correlated(args):
+    """How well the two leaderboards in args.rankings agree, as a table."""
+    paths = args.rankings
     one, two = map(read_column, paths)
     both = [name for name in one if name in two]
     if len(both) < 3:
@@ -326,8 +296,11 @@ def correlated(paths):
     lonely = len(one) + len(two) - 2 * len(both)
     others = f" ({lonely} others are in one of the two files only)" if lonely else ""
     title = f"{len(both)} models{others}; 95 %: interval over resampled models, p: over permutations of the models:"
+    for path, column in zip(paths, (one, two)):
+        if len({column[name] for name in both}) == 1:
+            raise InputError(f"{path}: all of the {len(both)} models in both files have the same value: no ranking")
     found = agreement_of_rankings([one[name] for name in both], [two[name] for name in both])
-    return f"{filled(title)}\n\n{correlations(found)}"
+    return document([title, correlations(found)], args.format)
 
 
 def shown(args):
@@ -350,7 +323,7 @@ def parse(argv):
     add("--outputs", nargs="+", metavar="FILE", help="answers to be judged, one file for each model")
     add("--reference", default="", metavar="FILE", help="the answers to compare with (default: the offline world's); "
         "with annotations: all instructions in their order, to know which are missing")
-    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, serve:PATH, a model at "
+    add("--judge", default="", metavar="MODEL", help="who judges: barn, barn-human, barn-far, serve:PATH, a model at "
         "OPENAI_BASE_URL, or me: a page asks you (default: barn)")
     add("--pool", default="p_eval", help="p_eval: thirteen annotators; p_single: one greedy one; p_pairwise: one that "
         "says one letter, with its log-probabilities; or a file of your own annotators (.json)")
@@ -363,19 +336,25 @@ def parse(argv):
     add("--rankings", nargs=2, metavar="CSV", help="two leaderboards: FILE.csv, or FILE.csv:COLUMN for a column other "
         "than win_rate")
     add("--attack", action="store_true", help="have answers judged that say nothing")
+    add("--arena_hard", nargs="+", metavar="FILE", help="Arena-Hard v2's files of judgments, or a judge's folder of "
+        "them; the answers are read from model_answer, where Arena-Hard has them")
     add("--baseline", default="", metavar="NAME", help="compare all models with this one (default: each with the next "
         "on the leaderboard)")
     add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
     add("--any_reference", action="store_true", help="accept annotations against different answers of one reference")
     add("--lc", choices=["default", "alpaca_eval", "none"], default="default",
         help="length control: correct (default), as AlpacaEval published it, or none")
-    add("--lc_data", default="", metavar="FILE", help="AlpacaEval's difficulties and gamed baseline (df_gamed.csv)")
+    add("--lc_data", default="", metavar="FILE", help="AlpacaEval's instruction difficulties (df_gamed.csv), or "
+        "alpaca_eval: fetched from the hub (default: none; with --lc alpaca_eval: the hub's)")
     add("--lc_C", type=float, metavar="C", help="inverse L1 penalty of the length control (default: 100, hardly any; "
         "with --lc alpaca_eval: cross-validated)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples of the instructions")
     add("--seed", type=int, default=0, help="seed of orders, annotators, resamples, and of what --show draws")
     add("--limit", type=int, default=0, help="judge only so many instructions, 0 for all (default: 0)")
+    add("--report", action="store_true", help="write report.html, too: figures, tables and answers side by side")
     add_flags(add)
+    add("--format", choices=list(FORMS), default="text", help="of what is printed: 80 columns (default), Markdown, or "
+        "LaTeX with the package booktabs")
     add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
     args = parser.parse(argv)
     modes = [mode for mode in MODES if getattr(args, mode)]
@@ -396,19 +375,22 @@ def parse(argv):
         raise InputError("--pool p_ann flips labels, to learn from: choose p_eval, p_single, or a file of annotators")
     if not 1e-6 <= (1 if args.lc_C is None else args.lc_C) <= 1e6:
         raise InputError("--lc_C lies between 1e-6 and 1e6")
+    if args.arena_hard and args.lc == "alpaca_eval":
+        raise InputError("--lc alpaca_eval knows the difficulty of AlpacaEval's instructions, not of Arena-Hard's")
     args.options = options(args)
     return args
 
 
 ASKING = "workers max_unusable timeout max_tokens reasoning_effort judge_body ask_again"
-NUMBERS = "reference baseline lc lc_data lc_C resamples seed"
+NUMBERS = "reference baseline lc lc_data lc_C resamples seed format report"
 MODES = {                                               # what is done, and the flags that go with it
     "annotations": f"{NUMBERS} any_reference",
     "show": "n seed any_reference",
     "outputs": f"{NUMBERS} judge pool both_orders limit {ASKING}",
-    "attack": f"reference judge pool both_orders limit resamples seed {ASKING.replace('max_unusable ', '')}",
-    "judge_report": f"judge pool human second seeds limit {ASKING}",
-    "rankings": ""}
+    "attack": f"reference judge pool both_orders limit resamples seed format {ASKING.replace('max_unusable ', '')}",
+    "arena_hard": "baseline lc lc_C resamples seed format",
+    "judge_report": f"judge pool human second seeds limit format {ASKING}",
+    "rankings": "format"}
 
 
 def to_judge(args):
@@ -423,48 +405,71 @@ def to_judge(args):
     return judged(args, outputs, asked), asked
 
 
-def main(argv):
+def gathered(args):
+    """({name: annotations}, {name: the folder of its stage}, the reference's records): read from files, or judged."""
+    if args.arena_hard:
+        return read_arena_hard(args.arena_hard), {}, []
+    if not args.annotations:
+        models, asked = to_judge(args)
+        return models, {}, asked
+    models, stages = run_folders.named_by_run(*read_annotations(args.annotations, args.any_reference))
+    asked = read_outputs(args.reference) if args.reference else []
+    if asked and not args.any_reference:
+        check_against(models, asked, args.reference)
+    return models, stages, asked
+
+
+def write_html(args, argv, command, result, models, stages):
+    """Write report.html. argv, command: as for main(); result: of report() or averaged(); models, stages: of
+    gathered()."""
+    title = str(args.out) if command else ", ".join(args.annotations or args.outputs)
+    typed = command or shlex.join(["python", "eval.py", *argv])
+    replies = [args.out / "judge.jsonl"] if args.outputs else []
+    run_report.write(args.out / "report.html", title, typed, result, models,
+                     [folder.parent for folder in stages.values()],
+                     run_folders.in_the_barn(stages) == models.keys(), replies)
+
+
+def main(argv, command=""):
+    """command: what was typed, if it was not this command but farm.py."""
     args = parse(argv)
     if args.rankings:
-        return print(correlated(args.rankings))
+        return print(correlated(args))
     if args.show:
         return print(shown(args))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.judge_report:
         return print(examined(args))
-    lc_data = read_length_control(args.lc_data) if args.lc_data else None
-    if args.annotations:
-        models, stages = run_folders.named_by_run(*read_annotations(args.annotations, args.any_reference))
-        asked = read_outputs(args.reference) if args.reference else []
-        if asked and not args.any_reference:
-            check_against(models, asked, args.reference)
-    else:
-        stages = {}
-        models, asked = to_judge(args)
+    difficulties = args.lc_data or ("alpaca_eval" if args.lc == "alpaca_eval" else "")
+    lc_data = read_length_control(difficulties) if difficulties else None
+    models, stages, asked = gathered(args)
     references = sorted({records[0]["generator_1"] for records in models.values()})
     lc = "none" if args.attack else args.lc             # where all answers are one text, their length explains nothing
-    what = f"win rate over {', '.join(references)} in %{LC[lc, bool(lc_data)]}"
+    what = headline(references, lc, bool(lc_data))
     methods, remarks = {}, []
     if len(references) == 1 and len(set(stages.values())) == len(models):       # each model is a stage of a run
         methods, remarks = run_folders.by_method(stages)
+    if lc == "default" and not lc_data and set(references) & set(BASELINES):
+        remarks = [NOT_PUBLISHED, *remarks]
+    remarks += [ARENA_HARD] if args.arena_hard else []
     result = report(models, asked, "" if methods else args.baseline, lc, lc_data, args.lc_C, args.resamples, args.seed,
                     run_folders.starts_of(stages) if stages else None,
                     {name: run_folders.costs_of(folder) for name, folder in stages.items()},
                     run_folders.in_the_barn(stages))
     if methods:
         what += ", mean over runs that differ in the seed"
-        text = write_over_seeds(averaged(result, models, stages, methods, asked, args.baseline), args.out)
-        more = ""
+        result = averaged(result, models, stages, methods, asked, args.baseline)
+        text, more = write_over_seeds(result, args.out, args.format), ""
     else:
-        text = write(result, args.out)
-        more = details({**result, "compared": [], "ratings": [], "matrix": None} if args.attack else result)
-    where = f"leaderboard.csv and report.json are in {args.out}"
-    print("\n\n".join(filter(None, [filled(f"{what}:"), text, *map(filled, remarks), more, where])))
-
-
-LC = {("default", True): ", LC: length-controlled, by instruction", ("none", True): "", ("none", False): "",
-      ("default", False): ", LC: length-controlled, without the difficulty of instructions",
-      ("alpaca_eval", True): ", LC: length-controlled, as AlpacaEval published it", ("alpaca_eval", False): ""}
+        if args.attack:                                 # answers that say nothing are not compared with each other
+            result |= {"compared": [], "ratings": [], "matrix": None}
+        text, more = write(result, args.out, args.format), details(result, args.format)
+    if args.report:
+        write_html(args, argv, command, result, models, stages)
+    title, beside, where = (document(parts, args.format) for parts in (
+        [f"{what}:"], remarks, [f"leaderboard.csv, the other tables and report.json are in {args.out}"
+                                + ", report.html shows them" * args.report]))
+    print("\n\n".join(filter(None, [title, text, beside, more, where])))
 
 
 if __name__ == "__main__":

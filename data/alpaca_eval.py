@@ -12,8 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, read_text
+from data import InputError, hub, read_text
 from data.sets import question, read_records
+
+HUB, DIFFICULTIES = "tatsu-lab/alpaca_eval", "df_gamed.csv"
+BASELINES = "gpt4_1106_preview", "text_davinci_003"     # the references of AlpacaEval 2 and 1
+
+
+def draw(what, salt, choices, weights=None):
+    """AlpacaEval's random_seeded_choice: the text alone decides, the same in every process."""
+    return random.Random(what + salt).choices(choices, weights=weights)[0]
+
+
+def shown_first(record):
+    """Whether the judge saw the model's answer first. AlpacaEval's files do not say it, but the instruction decides
+    it there (with seed 0)."""
+    switched = record.get("is_switched")
+    return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
 
 
 def shown(text):
@@ -146,6 +161,23 @@ def read_labels(path):
     return records
 
 
+def pair_of(record):
+    return question(record), record["output_1"], record["output_2"]
+
+
+def labels_of(records, pairs=None):
+    """({pair: its first record}, labels (N, K)): K labels of each of N pairs, NaN where a pair has fewer.
+
+    With `pairs` given, of these pairs in this order, whatever else there is."""
+    first, labels = {}, {}
+    for record in records:
+        first.setdefault(pair_of(record), record)
+        labels.setdefault(pair_of(record), []).append(record["preference"])
+    rows = [np.array(labels.get(key, []), dtype=float) for key in pairs or first]               # None becomes NaN
+    longest = max(1, max(map(len, rows)))
+    return first, np.array([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
+
+
 def read_judges(paths):
     """{name: labels} of the judges in files: labels of one name belong together, wherever they stand.
 
@@ -254,9 +286,11 @@ def read_column(path):
 def read_length_control(path):
     """(difficulty (805,), (X (3, G), y (G,))) for stats.length.length_controlled, from AlpacaEval.
 
-    Either df_gamed.csv of its hub, or JSON {"instruction_difficulty": [805], "gamed": [{"std_delta_len": [805],
-    "preference": [805] in [0, 1]}, ...]}. Both follow the order of the instructions in AlpacaEval's reference file.
+    path: its df_gamed.csv; "alpaca_eval", for that file from the hub; or JSON {"instruction_difficulty": [805],
+    "gamed": [{"std_delta_len": [805], "preference": [805] in [0, 1]}, ...]}. All follow the order of the instructions
+    in AlpacaEval's reference file.
     """
+    path = hub.data_files(HUB, [DIFFICULTIES]) / DIFFICULTIES if path == "alpaca_eval" else path
     text = read_text(path)
     try:
         if ".csv" in Path(path).suffixes:

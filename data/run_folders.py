@@ -4,6 +4,7 @@ A run folder holds a folder for each stage. In there config.json holds the setti
 {stage: id} of what it `needs`; annotations.json holds the verdicts on its answers, if it answers.
 """
 import contextlib
+import json
 
 from data import InputError, read_json
 from data.alpaca_eval import different_parts
@@ -11,7 +12,8 @@ from data.alpaca_eval import different_parts
 # What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
 NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
                 "checkpointing", "graph", "compile", "merge", "merge_dtype", "shared_prompt", "day", "commit",
-                "versions", "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data"}
+                "versions", "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data",
+                "tensorboard", "changed"}
 NAMED = 3                               # how many differences between two runs a sentence names
 
 
@@ -82,6 +84,51 @@ def costs_of(folder):
     return {**({"cpu_seconds": sum(seconds)} if len(seconds) == len(results) else {}),
             "judge_calls": sum(each["metrics"].get("judge/asked", 0) for each in results),
             **({"kl": kl} if kl is not None else {})}
+
+
+def contents(runs):
+    """What the finished stages of run folders hold, for people who look: a dict for each stage, in the order in which
+    stages need each other, with what is there of
+
+    run, name       the run folder and the name of the stage
+    settings        config.json;  result: result.json;  curve: curve.json of best-of-n
+    metrics         [one dict a step] of metrics.jsonl;  samples: the same of samples.jsonl
+    pairs           the labelled pairs of pairs.json
+    """
+    found = []
+    for run in runs:
+        beside = finished(run)
+        for folder in sorted(beside.values(), key=lambda folder: (depth(folder, beside), folder.name)):
+            read = {name: read_json(folder / f"{name}.json") for name in ("config", "result")}
+            found.append({"run": run, "name": folder.name, "settings": read["config"], "result": read["result"],
+                          "curve": document(folder / "curve.json", {}), "pairs": document(folder / "pairs.json", []),
+                          "metrics": json_lines(folder / "metrics.jsonl"),
+                          "samples": json_lines(folder / "samples.jsonl")})
+    return found
+
+
+def depth(folder, beside):
+    """How many stages in a row a stage needed, one after the other. beside: {id: folder}."""
+    needed = [beside[id] for id in settings(folder).get("needs", {}).values() if id in beside]
+    return 1 + max((depth(each, beside) for each in needed), default=0)
+
+
+def document(path, missing):
+    """The JSON in a file; `missing` if there is no such file, or if it is something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return missing
+    return found if type(found) is type(missing) else missing
+
+
+def json_lines(path):
+    """The objects in a file of one on each line; lines that are none are left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [each for each in found if isinstance(each, dict)]
 
 
 def in_the_barn(stages):

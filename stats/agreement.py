@@ -37,6 +37,11 @@ def most_frequent(row):
     return tied[1] if len(tied) == 2 else tied[0]
 
 
+def of_three(q):
+    """The probability that a majority of three prefers what one of them prefers with probability q."""
+    return q * q * (3 - 2 * q)
+
+
 def agreement(labels, other):
     """100 (1 - mean |difference|) of two columns of labels (N,), and its standard error over pairs."""
     same = agreements(labels, other)

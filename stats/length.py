@@ -12,10 +12,13 @@ Without difficulties, as for instructions of your own, the term b D_i is dropped
 
 Some annotations do not determine the weights. The small penalty alone would then decide the number, and its error would
 be far too small. In these cases why_unknown() says why the rate cannot be told:
-- every row was won, or every row was lost, so that no finite c is the likeliest;
+- every row was won, or every row was lost, so that no finite c is the likeliest; or all verdicts are the same in
+  another way, so that nothing shows what length does;
 - the fitted line puts all wins on one side and all losses on the other, so that a steeper line is always likelier
   (complete separation: Albert and Anderson 1984, Biometrika 71). An answer then won if and only if it was longer, say;
 - all answers are longer than the reference's, or all are shorter, so that l = 0 lies outside of the data.
+If this holds for more than one bootstrap resample in twenty, a few rows alone determine the weights, and the rate
+cannot be told either: the penalty would decide where its 95 % interval ends.
 """
 from itertools import product
 from math import nan
@@ -26,6 +29,7 @@ from stats.winrate import mean_and_error, rate_interval, usable
 
 HARDLY_ANY = 100.0                      # a value of C: this penalty is so small that it only keeps weights finite
 GAMED_WEIGHT = 0.1                      # weight of a row of the gamed baseline: 0.2, shared by its two models
+FEW = 0.05                              # share of resamples that may leave the rate open
 C_GRID = np.logspace(-4, 4, 10)         # scikit-learn's grid, from which AlpacaEval chooses C
 
 
@@ -176,35 +180,45 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
            "lc_weights": w[0].tolist(), "lc_C": float(C), "lc_name": f"length_controlled_{name}"}
     if counts is None:
         return row
-    z = w[0, 0] * length[0] + w[0, 1:] @ fixed
-    if why := why_unknown(p[fitted] - 1, z, gap[fitted], np.asarray(extra_y)):
-        return {"lc_name": row["lc_name"], "lc_unknown": why}
+    unknown = {"lc_name": row["lc_name"]}
+    if why := why_unknown(y, w[:, :1] * length + w[:, 1:] @ fixed, gap[fitted], weight)[0]:
+        return unknown | {"lc_unknown": str(why)}
 
-    counts, samples = counts[counts[:, fitted].sum(1) > 1], []
+    counts, samples, left_open = counts[counts[:, fitted].sum(1) > 1], [], 0
     for some in np.array_split(counts, max(1, len(counts) * len(y) // 25_000)):                 # parts fit the cache
         length, weight = rows(some)
         each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
         samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
+        left_open += (why_unknown(y, each[:, :1] * length + each[:, 1:] @ fixed, gap[fitted], weight) != "").sum()
+    if left_open > FEW * len(counts):
+        return unknown | {"lc_unknown": "a few rows alone decide it, and many resamples lack them"}
     samples = np.concatenate(samples)
     row["lc_standard_error"] = float(samples.std(ddof=1)) if len(samples) > 1 else nan
     row["lc_ci_low"], row["lc_ci_high"] = rate_interval(mean, samples, int(fitted.sum()))
     return row
 
 
-def why_unknown(y, z, gap, gamed):
-    """Why the rate cannot be told, or "".
+def why_unknown(y, z, gap, weight):
+    """Why the rate cannot be told in each of B problems, or "": (B,) texts.
 
-    y, gap (N,): wins in [0, 1] and lengths l of the model's rows. gamed (G,): wins of the gamed baseline's rows.
-    z (N + G,): fitted log-odds of both.
+    y (N + G,): wins in [0, 1] of the model's N rows and of the G rows of the gamed baseline. z, weight (B, N + G):
+    their fitted log-odds and weights; a row of weight 0 is not there. gap (N,): lengths l of the model's rows.
     """
-    if (y == 1).all() or (y == 0).all():
-        return f"every answer has {'won' if y[0] else 'lost'}"
-    both = np.concatenate([y, gamed])
-    if (z[both > 0] > 0).all() and (z[both < 1] < 0).all():
-        return "the fit separates all wins from all losses"
-    if len(gamed) == 0 and (gap.min() > 0 or gap.max() < 0):
-        return f"every answer is {'shorter' if gap.min() > 0 else 'longer'} than the reference's"
-    return ""
+    n = len(gap)
+    wins, own = y[:n], weight[:, :n]
+
+    def none(holds):
+        return own @ holds == 0                         # of the model's rows
+
+    certain = np.select([y == 1, y == 0], [1, -1])      # 0: a fraction, which no line puts on one side
+    separated = ~((z * certain <= 0) & (weight > 0)).any(1)
+    open_ended = (n == len(y)) | (deviation(gap, own) == 0)     # else the gamed baseline shows what length does
+    reasons = {"every answer has won": none(wins < 1), "every answer has lost": none(wins > 0),
+               "all verdicts are the same": deviation(wins, own) == 0,
+               "the fit separates all wins from all losses": separated,
+               "every answer is shorter than the reference's": open_ended & none(gap <= 0),
+               "every answer is longer than the reference's": open_ended & none(gap >= 0)}
+    return np.select(list(reasons.values()), list(reasons), "")
 
 
 def deviation(x, counts):

@@ -216,3 +216,29 @@ def agreement_of_rankings(x, y, times=10_000, seed=0):
         p = luck / len(order) if exact else (luck + 1) / (times + 1)
         result[name] = {"value": value, "ci_low": low, "ci_high": high, "p": nan if np.isnan(value) else p}
     return result
+
+
+def resampled_scores(scores, counts):
+    """Mean scores of S systems over all N prompts and over each of B resamples: (..., S, N) -> (..., 1 + B, S).
+
+    counts (B, N) are those of stats.winrate.resample. NaN in the scores are left out.
+    """
+    there, counts = ~np.isnan(scores), np.concatenate([np.ones((1, counts.shape[1])), counts])
+    with np.errstate(invalid="ignore"):
+        means = np.where(there, scores, 0.) @ counts.T / (there @ counts.T)
+    return means.swapaxes(-1, -2)
+
+
+def agreement_over_prompts(x, y):
+    """Do two leaderboards of the same systems agree? {spearman, kendall, r2: {value, ci_low, ci_high, each}}.
+
+    x, y (R, 1 + B, S): resampled_scores() of R trainings of the systems. `each` has the value of each training, `value`
+    is their mean, and its interval is over prompts: the trained systems are fixed.
+    """
+    found = {}
+    for name, correlation in CORRELATIONS.items():
+        values = correlation(x, y)                                                              # (R, 1 + B)
+        low, high = interval(values[:, 1:].mean(0))
+        found[name] = {"value": float(values[:, 0].mean()), "ci_low": low, "ci_high": high,
+                       "each": values[:, 0].tolist()}
+    return found

@@ -11,10 +11,10 @@ from stats.ranking import best_first, to_compare
 from stats.winrate import compare
 
 AVERAGED = ("win_rate", "standard_error", "discrete_win_rate", "avg_length", "length_controlled_winrate",
-            "lc_standard_error", "diff_start", "diff_start_standard_error", "true_reward", "kl",
-            "cpu_seconds", "judge_calls")
+            "lc_standard_error", "diff_start", "diff_start_standard_error", "expected_win_rate",
+            "expected_standard_error", "true_reward", "kl", "cpu_seconds", "judge_calls")
 ADDED = ("n_wins", "n_wins_base", "n_draws", "n_total", "n_unusable", "n_missing")
-SPREAD = ("win_rate", "length_controlled_winrate", "avg_length", "diff_start", "true_reward")
+SPREAD = ("win_rate", "length_controlled_winrate", "avg_length", "diff_start", "expected_win_rate", "true_reward")
 
 
 def mean_and_spread(x):

@@ -138,6 +138,23 @@ def mcnemar(better, worse):
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2 ** n)
 
 
+def holm(p):
+    """p-values (M,) of M comparisons, corrected for their number.
+
+    If no two models differ at all, one of the M comparisons or more has a corrected p below 5 % in at most 5 % of all
+    cases, without correction far more often. If some do differ, this holds for the others. Comparisons may depend on
+    each other.
+
+    Holm (1979), A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6: the k-th
+    smallest is multiplied by M - k + 1, and is at least as large as the one before it.
+    """
+    p = np.asarray(p, dtype=float)
+    order = p.argsort()
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected
+
+
 def errors_apart(level, power):
     """How many standard errors from 0 a difference must lie for a two-sided test to find it so often."""
     return NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)

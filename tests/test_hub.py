@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from commands import command, refused
 
 from data import InputError, Refusal, hub
 
@@ -860,6 +861,31 @@ def test_files_of_a_data_set(world):
     assert folder.parents[1].name == "datasets--tatsu-lab--alpaca_farm"
     refuses(lambda: hub.data_files("tatsu-lab/alpaca_farm", ["README.md", "sft.json"]), InputError, "no sft.json")
     refuses(lambda: hub.data_files("tatsu-lab/other", ["a"]), InputError, "there is no", "/datasets/tatsu-lab/other")
+
+
+def test_alpacaeval_s_difficulties_are_fetched_where_they_are_asked_for(world, tmp_path):
+    rows = [f"{model},{i},{gap / 10},{i % 5 - 2},{.5 + gap / 40}\n" for gap, model in ((-9, "long"), (9, "brief"))
+            for i in range(20)]
+    text = "model,index,std_delta_len,instruction_difficulty,preference\n" + "".join(rows)
+    world.repos["datasets/tatsu-lab/alpaca_eval"] = {"df_gamed.csv": text.encode(), "README.md": b"#"}
+    pairs = [{"instruction": f"Sing {i}.", "output_1": "la" * (9 + i % 3), "generator_1": "gpt4_1106_preview",
+              "output_2": "la" * (5 + i % 7), "generator_2": "mine", "preference": 1 + i % 2} for i in range(20)]
+    answers = [{"instruction": pair["instruction"], "output": pair["output_1"]} for pair in pairs]
+    for name, records in (("mine", pairs), ("ref", answers)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+
+    def evaluated(*flags):
+        ended = command("eval.py", tmp_path / "mine.json", "--resamples", 9, "--out", tmp_path, *flags)
+        assert ended.code == 0, ended.err
+        name = json.loads((tmp_path / "report.json").read_text())["rows"]["mine"]["lc_name"]
+        return name, world.asked_for("hub", "GET").count("df_gamed.csv"), "is not the one that" in ended.out
+
+    assert evaluated() == ("length_controlled_minimal", 0, True)
+    assert evaluated("--lc_data", "alpaca_eval", "--reference", tmp_path / "ref.json") == (
+        "length_controlled_v1", 1, False)
+    assert evaluated("--lc", "alpaca_eval") == ("length_controlled_v1", 1, False)       # from the cache
+    ended = command("eval.py", tmp_path / "mine.json", "--lc_data", "alpaca_eval", "--out", tmp_path)
+    refused(ended, 2, "difficulties are of 20 instructions: give the reference outputs")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -12,6 +12,7 @@ from commands import command, refused
 from test_eval import annotations, write
 
 from data.alpaca_eval import different_parts
+from data.barn.judge import TASTES, win_probabilities
 from data.barn.reward import true_reward
 from data.barn.world import splits
 from data.run_folders import by_method, costs_of, starts_of
@@ -275,6 +276,27 @@ def test_the_true_reward_and_the_difference_to_sft_are_in_every_leaderboard_of_a
     write(barn / "sft" / "config.json", "{}")           # no stage of a run: whose instructions these are is not known
     evaluation(barn, "--out", tmp_path / "out", "--resamples", 9)
     assert rows_of(tmp_path / "out" / "leaderboard.csv")["sft"]["true_reward"] == ""
+
+
+@pytest.mark.parametrize("judge, pool, names", [("barn", "p_eval", "barn-sim-.."), ("barn", "p_single", "barn-sim-00"),
+                                                ("barn-human", "p_eval", "barn-human-.."), ("gpt-4", "p_eval", ""),
+                                                ("barn", None, ""), ("barn", "own.json", "")])
+def test_the_expected_win_rate_is_over_all_annotators_of_the_judge_s_pool(barn, tmp_path, judge, pool, names):
+    path = barn / "sft" / "annotations.json"
+    records = [{**record, "judge": judge, "pool": pool} for record in json.loads(path.read_text())]
+    write(path, records)
+    ended = evaluation(barn / "sft", "--out", tmp_path / "out", "--resamples", 9)
+    fits(ended.out)
+    row = rows_of(tmp_path / "out" / "leaderboard.csv")["sft"]
+    assert ("  expected" in ended.out) == bool(names)
+    if not names:
+        assert "expected_win_rate" not in row
+        return
+    wins = 100 * win_probabilities({name: taste for name, taste in TASTES.items() if re.fullmatch(names, name)}, [
+        (record["instruction"], record["output_2"], record["output_1"]) for record in records])
+    assert float(row["expected_win_rate"]) == pytest.approx(wins.mean())
+    assert float(row["expected_standard_error"]) == pytest.approx(statistics.stdev(wins) / len(wins) ** .5)
+    assert f"{wins.mean():.1f} ± {statistics.stdev(wins) / len(wins) ** .5:.1f}" in ended.out
 
 
 def test_answers_side_by_side(barn):
