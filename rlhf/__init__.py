@@ -8,6 +8,7 @@ level, its own or imported from another method. It is found by its name: add a f
 three are the kit, what methods share.
 """
 import ast
+from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -16,7 +17,10 @@ PARTS = ("NEEDS", "Config", "run")      # of a method
 
 def parse(name):
     """The syntax tree of rlhf/<name>.py."""
-    return ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    return parsed((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+
+
+parsed = lru_cache(None)(ast.parse)     # of a source text; a study asks many times which methods there are
 
 
 def bound(tree):

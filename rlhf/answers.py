@@ -49,8 +49,8 @@ def questions(policy, text, cfg):
 
 
 @torch.no_grad()
-def answer(policy, text, cfg, ref=None, ref_text=None):
-    """Answer the eval split and write outputs.json. Returns metrics: mean length in tokens, the share of answers that
+def answer(policy, text, cfg, ref=None, ref_text=None, file="outputs.json"):
+    """Answer the eval split and write `file`. Returns metrics: mean length in tokens, the share of answers that
     ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: the Text that
     writes the prompts of `ref`, if not `text`."""
     records, prompts = questions(policy, text, cfg)
@@ -59,7 +59,7 @@ def answer(policy, text, cfg, ref=None, ref_text=None):
     if empty := outputs.count(""):
         why = ": thoughts that did not end, perhaps (--max_thought_tokens)" * text.thinks
         say_once(f"{cfg.stage}: {empty} of {len(outputs)} answers are empty{why}")
-    write_outputs(cfg, records, outputs)
+    write_outputs(cfg, records, outputs, file)
     metrics = {"eval/mean_length": sum(len(response) for _, response in rows) / len(rows),
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
     if ref is not None:
@@ -71,9 +71,10 @@ def answer(policy, text, cfg, ref=None, ref_text=None):
     return metrics
 
 
-def write_outputs(cfg, records, outputs):
-    """Write outputs.json of the stage: AlpacaEval records, one for each record of the eval split, in its order."""
+def write_outputs(cfg, records, outputs, file="outputs.json"):
+    """Write outputs.json, or another `file`, of the stage: AlpacaEval records, one for each record of the eval split,
+    in its order."""
     keep = ("instruction", "input", "dataset", "datasplit")
-    (cfg.dir() / "outputs.json").write_text(json.dumps(
+    (cfg.dir() / file).write_text(json.dumps(
         [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": cfg.stage}
          for record, output in zip(records, outputs, strict=True)], indent=1))

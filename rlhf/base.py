@@ -20,7 +20,7 @@ NEEDS = ()
 class Config(config.Config):
     def idle(self):
         trains = ("start", "lora_rank", "lora_alpha", "temperature", "max_prompt_tokens", "merge", "checkpointing",
-                  "micro_batch_tokens", "compile")
+                  "micro_batch_tokens", "compile", "tensorboard")
         return super().idle() | dict.fromkeys(trains, "this stage trains nothing")
 
 

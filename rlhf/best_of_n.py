@@ -36,7 +36,7 @@ class Config(rewards.Config):
             raise InputError("--eval_temperature 0 makes all answers to a prompt equal: there is no best one")
 
     def idle(self):
-        return super().idle() | {"merge": "this method trains nothing"}
+        return super().idle() | dict.fromkeys(("merge", "tensorboard"), "this method trains nothing")
 
 
 def kl_bound(n):
@@ -45,17 +45,18 @@ def kl_bound(n):
 
 
 def best_of_k(scores, worth):
-    """Expected worth of the answer with the highest score among k, for k = 1 .. n: scores, worth (P, n) -> (n,).
+    """Expected worth of the answer with the highest score among k, for each prompt and k = 1 .. n: scores, worth (P, n)
+    -> (P, n).
 
     The mean over all subsets of k answers, which is unbiased. The answer with the i-th lowest score (i from 1) is the
     best of a random subset with probability C(i - 1, k - 1) / C(n, k).
     """
     n = scores.shape[1]
-    ranked = worth.gather(1, scores.argsort(1)).double().mean(0)                         # (n,): mean worth by rank
+    ranked = worth.gather(1, scores.argsort(1)).double()                                 # (P, n): worth by rank
     i = torch.arange(1, n + 1, dtype=torch.double)
     k = i[:, None]
     weights = (log_binomial(i - 1, k - 1) - log_binomial(torch.full_like(k, n), k)).exp()            # (k, rank)
-    return weights @ ranked
+    return ranked @ weights.T
 
 
 def log_binomial(n, k):
@@ -76,11 +77,11 @@ def run(cfg, score_fn=None):
     write_outputs(cfg, records, [outputs[i * cfg.n + j] for i, j in enumerate(best.tolist())])
 
     curve = {"n": list(range(1, cfg.n + 1)), "kl": [kl_bound(k) for k in range(1, cfg.n + 1)],
-             "score": best_of_k(scores, scores).tolist(), "random_score": [scores.mean().item()] * cfg.n}
+             "score": best_of_k(scores, scores).mean(0).tolist(), "random_score": [scores.mean().item()] * cfg.n}
     if cfg.data == "barn":
         truth = torch.tensor([true_reward(records[i // cfg.n]["instruction"], o) for i, o in enumerate(outputs)])
         truth = truth.view(scores.shape)                                                 # (P, n)
-        curve |= {"true_reward": best_of_k(scores, truth).tolist(),
+        curve |= {"true_reward": best_of_k(scores, truth).mean(0).tolist(),
                   "random_true_reward": [truth.mean().item()] * cfg.n}
     (cfg.dir() / "curve.json").write_text(json.dumps(curve, indent=1))
     for k in (2 ** i for i in range(cfg.n.bit_length())):

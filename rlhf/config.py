@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are 
 # Flags that do not change what a stage computes, only where it goes, how fast it is, and how much memory it takes.
 # eval_data is here since the content of that file is compared, not its name.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
-             "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data"} | ASKING
+             "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data", "tensorboard"} | ASKING
 
 
 def stage(folder):
@@ -96,7 +97,7 @@ class Config:
     template: str = ""                  # JSON: variables of the chat template, as in {"enable_thinking": false}
     start: str = "sft"                  # where learning starts: sft (trained first), or base (--model as it is)
     data: str = "barn"                  # a file of Alpaca records, alpaca_farm (the hub's), or barn: the offline world
-    eval_data: str = ""                 # a file of reference answers in AlpacaEval's format (default: the data's own)
+    eval_data: str = ""                 # file of reference answers (default: the data's), or demo: barn's second set
     judge: str = ""                     # one or three at OPENAI_BASE_URL, serve:PATH, me, none; barn for barn's data
     pool: str = "p_eval"                # thirteen annotators; p_single, p_pairwise: one; or a file of your own (.json)
     max_tokens: int = 0                 # longest reply of the judge (0: what the annotator needs)
@@ -131,6 +132,7 @@ class Config:
     merge: bool = False                 # write the trained adapter merged into its base, too: a Hugging Face folder
     merge_dtype: str = ""               # of that folder: float32, bfloat16, float16 (default: as the base)
     int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
+    tensorboard: bool = False           # write metrics for TensorBoard, too; needs the package tensorboard
 
     CHOICES: ClassVar[dict] = {}        # {flag: its values}, of a method's own flags that are words
     LEAST: ClassVar[dict] = {}          # {flag: its least value}, where that is more than 1
@@ -157,6 +159,8 @@ class Config:
             one_of(flag, dtype, ("", "float32", "bfloat16", "float16"))
         if self.dtype in ("bfloat16", "float16") and not self.lora_rank:
             raise InputError(f"--dtype {self.dtype} would swallow small updates of the weights: give --lora_rank 16")
+        if self.tensorboard and not find_spec("tensorboard"):
+            raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
         if self.pool.endswith(".json"):             # a file of annotators, which names models
             self.judge = self.judge or self.pool
         else:
@@ -296,22 +300,34 @@ def wrapped(text, room=117):
     return "\n".join(textwrap.fill(line, 79) for line in lines)
 
 
+def parser_for(prog, about):
+    """A Parser for a command and its description, both for --help. It returns only the flags that were given."""
+    return Parser(prog, usage=f"{prog} [--flag value ...]", description=wrapped(about), allow_abbrev=False,
+                  argument_default=argparse.SUPPRESS, formatter_class=lambda prog: (
+                      argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=79)))
+
+
+def add_flag(group, field, shown):
+    """Add the flag of a dataclass field to a Parser or to a group of its flags. shown: its help."""
+    kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "X"}
+    group.add_argument(f"--{field.name}", help=shown.strip().replace("%", "%%"), **kind)
+
+
+def spelled(argv):
+    """Flags as a Parser knows them: --no_merge and --no-merge are both --no-merge."""
+    return [re.sub("^--no_", "--no-", flag) for flag in underscored(argv)]
+
+
 def parse(cls, argv, prog, about=""):
     """{field: value} of the flags in argv. prog, about: the command and its description, for --help."""
-    parser = Parser(prog, usage=f"{prog} [--flag value ...]", description=wrapped(about), allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, formatter_class=lambda prog: (
-                        argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=79)))
+    parser = parser_for(prog, about)
     own = parser.add_argument_group("its own knobs")
     shared = parser.add_argument_group("shared by all stages (--sft.seed 1 is for sft alone)")
     common, help, barn = {f.name for f in fields(Config)}, helps(cls), {**PRESETS["barn"], **cls.BARN}
     for f in fields(cls):
         default = f"{f.default}" + (f"; {barn[f.name]} in barn" if barn.get(f.name, f.default) != f.default else "")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
-        shown = help[f.name] + f" [{default}]" * bool(default)
-        group = shared if f.name in common else own
-        group.add_argument(f"--{f.name}", help=shown.strip().replace("%", "%%"), **kind)
-    argv = [re.sub("^--no_", "--no-", flag) for flag in underscored(argv)]
-    given, unknown = parser.parse_known_args(argv)
+        add_flag(shared if f.name in common else own, f, help[f.name] + f" [{default}]" * bool(default))
+    given, unknown = parser.parse_known_args(spelled(argv))
     if unknown:
         flag = re.sub("^--no-", "--no_", unknown[0].partition("=")[0])
         parser.error(f"{flag} is not known{did_you_mean(flag, [f'--{f.name}' for f in fields(cls)])}")
@@ -336,6 +352,13 @@ def build(cls, given):
     if preset == "barn":
         tuned = {**cls.BARN, **(cls.BARN_LORA if given.get("lora_rank") else {})}
     return cls(**{**PRESETS[preset], **tuned, **cls.suits(given), **given, "preset": preset})
+
+
+def changed(cfg, settings):
+    """The settings of a stage that are not the defaults, of {name: value}."""
+    given = {key: getattr(cfg, key) for key in ("model", "data", "preset", "lora_rank")}
+    defaults = asdict(build(type(cfg), given))
+    return {key: value for key, value in settings.items() if value != defaults[key]}
 
 
 def provenance(cfg):

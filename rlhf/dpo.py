@@ -90,7 +90,8 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     lengths = pair_lengths(pairs)
     batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
-    log = update.Log(cfg.dir(), len(batches), ("loss", "rewards/margins", "rewards/accuracies"))
+    log = update.Log(cfg, len(batches), ("loss", "rewards/margins", "rewards/accuracies"))
+    log.rows(pairs[0], text)
     for step, batch in enumerate(batches):
         sums, kl = 0., [kl_fn(model, ref, [pairs[i] for i in batch], cfg)] if kl_fn else []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):

@@ -39,7 +39,7 @@ def run(cfg, score_fn=None):
     model = ref = policy.start(cfg)
     score_fn = score_fn or rewards.scorer(cfg, text, ref)
     steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # at most, in a round
-    log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss",))
+    log = update.Log(cfg, cfg.rounds * steps, ("loss",))
     for round in range(cfg.rounds):
         # best-of-n with the newest model
         start = round * cfg.prompts % len(unlabeled)

@@ -40,7 +40,7 @@ class Config(rewards.Config):
 
     LEAST = {"n": 2}
     CHOICES = {"kl_estimator": ("k2", "k3"), "loss_type": ("grpo", "dapo", "dr_grpo"), "level": ("token", "sequence")}
-    BARN = {"lr": 5e-4, "steps": 20, "prompts": 32, "batch_size": 64}
+    BARN = {"lr": 5e-4, "steps": 40, "prompts": 32, "batch_size": 64, "scale_rewards": False}   # or 5 points less
     BARN_LORA = {"lr": 1e-3}
 
 
@@ -71,7 +71,7 @@ def run(cfg, score_fn=None, advantage_fn=group_advantages, loss_fn=grpo_loss):
     score_fn = score_fn or rewards.scorer(cfg, text, ref)
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts * cfg.n // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
-    log = update.Log(cfg.dir(), cfg.steps, ("reward", "objective/kl", "clip_ratio/region_mean"))
+    log = update.Log(cfg, cfg.steps, ("reward", "objective/kl", "clip_ratio/region_mean"))
     for step, asked in enumerate(schedule(unlabeled, cfg.prompts, cfg.steps, cfg.seed)):
         roll = collect(list(map(text.prompt, asked)), text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step, cfg.n)
         advantages, sums = advantage_fn(roll, cfg), 0.                                   # (B,)

@@ -45,7 +45,7 @@ def run(cfg, score_fn=None):
     model = ref.copy("policy")
     compare, costs = rewards.comparer(cfg, text, ref, score_fn)
     steps = cfg.epochs * -(-cfg.prompts // cfg.batch_size)                               # at most, in a round
-    log = update.Log(cfg.dir(), cfg.rounds * steps, ("loss", "rewards/margins", "rewards/accuracies"))
+    log = update.Log(cfg, cfg.rounds * steps, ("loss", "rewards/margins", "rewards/accuracies"))
     for round, asked in enumerate(schedule(records, cfg.prompts, cfg.rounds, cfg.seed)):
         # new pairs of the newest policy
         pairs = online_dpo.fresh_pairs(model, asked, text, compare, cfg, cfg.seed + 10_007 * (round + 1))

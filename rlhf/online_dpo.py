@@ -77,7 +77,7 @@ def run(cfg, score_fn=None):
     compare, costs = rewards.comparer(cfg, text, ref, score_fn)
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
-    log = update.Log(cfg.dir(), cfg.steps, ("loss", "rewards/margins", "rewards/accuracies"))
+    log = update.Log(cfg, cfg.steps, ("loss", "rewards/margins", "rewards/accuracies"))
     metrics = {}
     for step, asked in enumerate(schedule(records, cfg.prompts, cfg.steps, cfg.seed)):
         pairs = fresh_pairs(model, asked, text, compare, cfg, cfg.seed * 100_003 + step)

@@ -9,7 +9,7 @@ Memory: the policy with its optimizer, and nothing else; with LoRA, one adapter 
 Questions a reader asks. Why odds? The log odds of likely answers differ more than their log-probs, by a factor of up to
 1 / (1 - p). So the loss asks for a smaller change, and pushes the rejected answer down less. What keeps the policy near
 SFT without a reference? The NLL of answers that the SFT model has written. Why does it gain so little in barn? As in
-SimPO with a large beta, pairs where SFT and label disagree get most of the gradient, and a quarter of the labels is
+SimPO with a large beta, pairs where SFT and label disagree get most of the gradient, and many of these labels are
 flipped; here beta is a weight, and does not change that.
 """
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ simulated feedback as noisy as people's (arXiv 2305.14387, section 2.2). Pairs o
 need no judge, but their answers are not the SFT model's own.
 """
 import json
+import random
 from dataclasses import dataclass
 
 import annotate
@@ -19,18 +20,26 @@ from rlhf.sft import cut_off
 NEEDS = ("sft",)
 
 
+def usual_flip(given):
+    """{flip: its default} with these flags given. Only labels of p_eval are flipped; with flips it is p_sim^ann."""
+    judge = given.get("judge") or ("barn" if given.get("data", "barn") == "barn" else "")
+    pool = given.get("pool", config.Config.pool)
+    return {"flip": annotate.usual_flip(judge, "p_ann" if pool == "p_eval" else pool)}
+
+
 @dataclass
 class Config(config.Config):
     pairs_per_prompt: int = 1           # pairs of answers to each instruction of the preference split
-    flip: float = .25                   # share of the labels that are flipped at random (pools other than p_eval: 0)
+    max_pairs: int = 0                  # have only so many of the pairs labelled, drawn at random (0: all)
+    flip: float = .25                   # share of labels flipped (barn: .18; its people, and other pools: 0)
     labels: str = ""                    # judge (default), a file, human (default for alpaca_farm), gpt4 or noisy
 
+    LEAST = {"max_pairs": 0}
     BARN = {"pairs_per_prompt": 3}
 
     @classmethod
     def suits(cls, given):
-        """Only labels of p_eval are flipped by default; with flips it is the paper's p_sim^ann."""
-        return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
+        return usual_flip(given)
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,8 +59,8 @@ class Config(config.Config):
         return super().reads() | ({"pool": read_text(self.pool)} if self.pool.endswith(".json") else {})
 
     def idle(self):
-        trains = ("merge", "checkpointing", "micro_batch_tokens")
-        samples = ("flip", "pairs_per_prompt", "seed", "slots", "device", "graph", "compile")
+        trains = ("merge", "checkpointing", "micro_batch_tokens", "tensorboard")
+        samples = ("flip", "pairs_per_prompt", "max_pairs", "seed", "slots", "device", "graph", "compile")
         found = super().idle() | dict.fromkeys(trains, "this stage trains nothing")
         found |= dict.fromkeys(config.OF_ANSWERS, "this stage answers nothing that is judged")
         if not self.asks_judge:
@@ -72,7 +81,7 @@ def sample_pairs(cfg):
             (_, one), (_, two) = rows[start:start + 2]
             pairs.append({"instruction": record["instruction"], "input": record["input"], "seed": f"/{j}",
                           "output_1": text.decode(one), "output_2": text.decode(two), "ids_1": one, "ids_2": two})
-    return different(pairs, "output")
+    return drawn(different(pairs, "output"), cfg.max_pairs, cfg.seed)
 
 
 def released(cfg):
@@ -91,6 +100,12 @@ def different(pairs, key):
     if len(kept) < len(pairs):
         print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs have two equal answers and are left out")
     return kept
+
+
+def drawn(pairs, most, seed):
+    """At most `most` of the pairs (0: all), drawn at random, in their order. Fewer pairs are a part of more."""
+    order = random.Random(seed).sample(range(len(pairs)), len(pairs))
+    return [pairs[i] for i in sorted(order[:most or None])]
 
 
 def label(cfg):

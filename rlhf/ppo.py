@@ -54,6 +54,7 @@ class Config(rewards.Config):
     init_value: str = "reward"          # the value function starts as a copy of the reward model, or as sft with head 0
     eval_every: int = 5                 # steps between looks at val, where the best policy is chosen
     val_prompts: int = 512              # prompts of val in a look
+    snapshots: bool = False             # at each look answer the eval split, too: outputs_5.json is after 5 steps
 
     CHOICES = {"kl_estimator": ("k1", "k2", "k3", "clamped"), "init_value": ("reward", "sft")}
     BARN = {"lr": 5e-4, "steps": 20, "rollout_batch": 256, "batch_size": 64}
@@ -151,7 +152,7 @@ def run(cfg, score_fn=None):
 
     updates = cfg.steps * cfg.num_ppo_epochs * math.ceil(cfg.rollout_batch / cfg.batch_size)
     updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, updates, fp16=model.fp16)
-    log = update.Log(cfg.dir(), cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
+    log = update.Log(cfg, cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
     kl_coef, best, chosen_step, kept = cfg.kl_coef, -math.inf, 0, []
     for step, asked in enumerate(schedule(prompts, cfg.rollout_batch, cfg.steps, cfg.seed)):
@@ -203,6 +204,8 @@ def run(cfg, score_fn=None):
             score, val_kl = look.score.mean().item(), look.kl()
             log.sample(step, question(val[i]), text.decode(look.rows[i][1]), score=look.score[i].item(),
                        val_score=score, val_kl=val_kl)
+            if cfg.snapshots:
+                answer(model, text, cfg, file=f"outputs_{step + 1}.json")
             objective = score - cfg.kl_coef * val_kl
             if objective > best:
                 best, chosen_step = objective, step

@@ -1,6 +1,6 @@
 """Quark: sort all answers by reward, learn each under the mark of its quantile, and ask for the best quantile.
 
-Lu et al. 2022 (arXiv 2205.13636), eq. 2. A round: sample answers under the mark of the best quantile (at first the SFT
+Lu et al. 2022 (arXiv 2205.13636), sec. 2. A round: sample answers under the mark of the best quantile (at first the SFT
 model's, without a mark), score them and add them to the pool; divide the pool anew into quantiles; learn from all of
 them: -log pi(token | mark, prompt) + beta KL(ref(. | prompt) || pi(. | mark, prompt)), where the KL is exact, over the
 whole vocabulary at every token of an answer. Marks are words in front of the instruction, so the vocabulary stays.
@@ -106,7 +106,7 @@ def run(cfg, score_fn=None):
     score_fn = score_fn or reward.scorer(reward.load(cfg, ref), cfg)
 
     updater = update.Updater(model.trainable(), cfg.lr, cfg.rounds * cfg.updates, fp16=model.fp16)
-    log = update.Log(cfg.dir(), cfg.rounds, ("objective/scores", "loss/nll", "loss/kl"))
+    log = update.Log(cfg, cfg.rounds, ("objective/scores", "loss/nll", "loss/kl"))
     pool, scores = [], torch.empty(0)                   # (record, response) each, and their scores
     for round, asked in enumerate(schedule(records, cfg.rollout_batch, cfg.rounds, cfg.seed)):
         # explore: the reward sees the answers without marks

@@ -28,7 +28,7 @@ class Config(rewards.Config):
     n = num_iterations = 1              # one answer to each prompt, and one update from it
 
     LEAST = {"prompts": 2}
-    BARN = {"lr": 5e-4, "steps": 80, "prompts": 64}
+    BARN = {"lr": 5e-4, "steps": 120, "prompts": 64}
     BARN_LORA = {"lr": 1e-3}
 
     @property

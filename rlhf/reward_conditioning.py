@@ -40,7 +40,7 @@ def run(cfg):
     val = cfg.splits()["val"]
     ref = policy.start(cfg)
     model = ref.copy("policy")
-    log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
+    log = update.Log(cfg, cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
     metrics = sft.train(model, rows, cfg, log, lambda step: show_sample(step, model, asked, cfg, val, log))
     policy.save(model, cfg)
     return {**metrics, **answer(model, asked, cfg, ref, text)}

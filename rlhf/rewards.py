@@ -30,6 +30,7 @@ from data.judges.person import PERSON
 from data.progress import Progress
 from rlhf import config, reward
 from rlhf.answers import questions
+from rlhf.pairs import usual_flip
 from rlhf.sampler import generate
 
 WORDS = ("model", "rule", "true", "judge")
@@ -40,11 +41,11 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 class Config(config.Config):
     """What methods with a choice of rewards share."""
     reward: str = "model"               # model, rule, true (barn), judge, FILE.py:function, or a reward model's name
-    flip: float = .25                   # share of the judge's labels that are flipped (pools other than p_eval: 0)
+    flip: float = .25                   # share of its labels flipped (barn: .18; its people, and other pools: 0)
 
     @classmethod
     def suits(cls, given):
-        return {} if given.get("pool", cls.pool) == "p_eval" else {"flip": 0.}
+        return usual_flip(given)
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,18 +212,27 @@ def against_sft(annotators, ref, text, cfg):
 # -- reward models that are there already --------------------------------------------------------------------------
 
 class ReadyMade:
-    """The reward model that --reward names, as a reward of the policy's rows: rows -> scores (B,).
+    """The reward model that --reward names, as a reward of rows, rows -> scores (B,), or of texts: scores().
 
     text: the tokenizer and prompts of the policy. records: {prompt ids: record}. Answers are decoded with the policy's
-    tokenizer and encoded again with that of the reward model, `own`. warned: whether the warning has been printed.
+    tokenizer and encoded again with that of the reward model, `own`. Neither is needed where texts are scored. warned:
+    whether the warning has been printed.
     """
 
-    def __init__(self, cfg, text, records):
+    def __init__(self, cfg, text=None, records=()):
         self.cfg, self.text, self.records, self.warned = cfg, text, records, False
         self.model, self.own, self.trained_here = reward.open_model(cfg.reward, cfg)
 
     def __call__(self, rows):
-        texts = [self.tokens(self.records[tuple(prompt)], response) for prompt, response in rows]
+        return self.scores([self.translated(self.records[tuple(prompt)], response) for prompt, response in rows])
+
+    def translated(self, record, response):
+        """An answer in tokens of the policy as tokens() of the reward model; one that was cut off has no EOS."""
+        ended = response[-1] in self.text.stops
+        return self.tokens(record, self.text.decode(response[:-1] if ended else response), ended)
+
+    def scores(self, texts):
+        """The scores (B,) of prompts with their answers, as tokens() returns them."""
         longest = self.model.gpt.config.max_position_embeddings
         long = sum(len(ids) > longest for ids in texts)
         if long and not self.warned:
@@ -233,14 +243,12 @@ class ReadyMade:
         texts = [without_middle(ids, longest) for ids in texts]
         return reward.scores(self.model, [(ids[:-1], ids[-1:]) for ids in texts], self.cfg)
 
-    def tokens(self, record, response):
+    def tokens(self, record, output, ended=True):
         """Token ids of prompt and answer, written as in the reward model's training.
 
         A model from elsewhere with a chat template gets the whole chat, in which the turn of the answer is closed. Any
-        other one gets the prompt and the answer with EOS, but without EOS if the answer was cut off.
+        other one gets the prompt and the answer, with EOS if the answer ended.
         """
-        ended = response[-1] in self.text.stops
-        output = self.text.decode(response[:-1] if ended else response)
         if self.own.template and not self.trained_here:
             turns = {"user": question(record), "assistant": output}
             messages = [{"role": role, "content": content} for role, content in turns.items()]

@@ -31,7 +31,7 @@ class Config(rewards.Config):
     missing_eos_penalty: float = 1.     # taken from the score of an answer that did not end
 
     LEAST = {"n": 2}
-    BARN = {"lr": 5e-4, "steps": 20, "prompts": 64, "batch_size": 64}
+    BARN = {"lr": 5e-4, "steps": 40, "prompts": 64, "batch_size": 64}
     BARN_LORA = {"lr": 1e-3}
 
 

@@ -78,7 +78,8 @@ def run(cfg, imitated=("sft",)):
     responses = cut_off([response for _, response in rows], cfg, "demonstrations")
     rows = [(prompt, response) for (prompt, _), response in zip(rows, responses)]
     model = policy.fresh(cfg, "sft")
-    log = update.Log(cfg.dir(), cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
+    log = update.Log(cfg, cfg.epochs * math.ceil(len(rows) / cfg.batch_size), ("loss",))
+    log.rows(rows[:2], text)
     metrics = train(model, rows, cfg, log, lambda step: show_sample(step, model, text, cfg, splits["val"], log))
     policy.save(model, cfg)
     return {**metrics, **answer(model, text, cfg)}

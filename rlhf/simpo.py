@@ -10,7 +10,7 @@ Questions a reader asks. Why means and not sums? What is maximised is then what 
 policy itself, and a long answer is not worse for being long. What keeps the policy near SFT without a reference? Only
 the learning rate and the number of steps: watch logps/chosen. Why is beta so small in barn? Without a reference the
 margin begins with what SFT finds likely. A large beta then spends the gradient on pairs where SFT and label disagree,
-and of these labels a quarter is flipped; a small one treats all pairs alike.
+and many of these labels are flipped; a small one treats all pairs alike.
 """
 from dataclasses import dataclass
 

@@ -289,6 +289,7 @@ class Again:
 
     def begin(self):
         if self.ids and self.began == math.inf:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, {"ids": self.ids, "anew": sorted(self.anew)})
             self.began = self.file.stat().st_mtime_ns
 
@@ -354,11 +355,8 @@ def settle(folder):
 
 def not_default(stage):
     """The settings of a stage that are not the defaults, as text."""
-    cfg = stage.cfg
-    given = {key: getattr(cfg, key) for key in ("model", "data", "preset", "lora_rank")}
-    defaults = asdict(config.build(type(cfg), given))
     return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in stage.settings.items() if value != defaults[key])
+                     for key, value in config.changed(stage.cfg, stage.settings).items())
 
 
 def run(stage, again, step):
@@ -384,7 +382,8 @@ def make(stage, folder):
     if left and differences(stage, left.there):
         shutil.rmtree(folder)           # it holds only logs
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {**config.provenance(cfg), **stage.made, "id": stage.id})
+    changed = list(config.changed(cfg, stage.settings))
+    write_json(folder / "config.json", {**config.provenance(cfg), **stage.made, "id": stage.id, "changed": changed})
     cfg.folders = {**cfg.folders, stage.name: folder.name}
     start, work = time.perf_counter(), time.process_time()
     metrics = stage.module.run(cfg) or {}

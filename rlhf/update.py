@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from data import OutOfMemory, Refusal
+from data.choices import speller
 from data.progress import Progress, amount, cut, width
+from rlhf.logprobs import pack
 
 try:
     import resource
@@ -97,24 +99,45 @@ class Updater:
 
 
 class Log:
-    """metrics.jsonl (one object a step), samples.jsonl, and how far the training is on the terminal."""
+    """metrics.jsonl (one object a step), samples.jsonl, and how far the training is on the terminal; event files for
+    TensorBoard, if cfg asks for them."""
 
-    def __init__(self, folder, steps, shown):
-        """`shown` names the metrics of the terminal line, the most important first; the file has all."""
+    def __init__(self, cfg, steps, shown):
+        """`shown` names the metrics of the terminal line, the most important first; the files have all."""
+        folder = cfg.dir()
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(folder / "metrics.jsonl", "w")
         self.samples = open(folder / "samples.jsonl", "w")
+        for old in folder.glob("events.out.tfevents*"):                                  # of an interrupted attempt
+            old.unlink()
         self.progress, self.steps, self.shown = Progress(folder.name, steps), steps, shown
-        self.start, self.tokens = time.perf_counter(), 0
+        self.start, self.tokens, self.events = time.perf_counter(), 0, None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(folder)
 
     def step(self, step, metrics, tokens):
         """Log one step: `metrics` by name, `tokens` that it processed."""
         self.tokens += tokens
         print(json.dumps({"step": step, **metrics}), file=self.metrics, flush=True)
+        if self.events:
+            for name, value in metrics.items():
+                if value is not None:
+                    self.events.add_scalar(name, value, step)
+            self.events.flush()
         shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if metrics[name] is not None]
         speed = self.tokens / (time.perf_counter() - self.start)
         text = " | ".join([*shown, f"{amount(speed)} tok/s", f"{peak_gb():.2f} GB" if peak_gb() else ""])
         self.progress.update(step + 1, text, keep=step in (0, self.steps - 1))
+
+    def rows(self, rows, text):
+        """Keep rows that are learned, as their tokens and the mask: index t of the mask is about token t+1."""
+        spell = speller(text.tokenizer)
+        for row in rows:
+            ids, mask = pack([row])                                                      # (1, T), (1, T-1)
+            tokens = [spell(id).decode(errors="replace") for id in ids[0].tolist()]
+            record = {"step": 0, "tokens": tokens, "mask": mask[0].int().tolist(), "ends": row[1][-1] in text.stops}
+            print(json.dumps(record), file=self.samples, flush=True)
 
     def sample(self, step, instruction, output, **scores):
         """Keep one answer, and show it in two lines."""
