@@ -13,11 +13,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Page:
-    """One tab. Commands are those of Chromium's debugging protocol: JSON with a null byte behind each message."""
+    """One tab. Commands are those of Chromium's debugging protocol: JSON with a null byte behind each message. What the
+    browser reports by itself is in `events`."""
 
     def __init__(self, commands, replies):
         self.commands, self.replies, self.data, self.ids = commands, replies, b"", itertools.count(1)
-        self.session = {}
+        self.session, self.events = {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.session = {"sessionId": session}
@@ -29,6 +30,7 @@ class Page:
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             reply = json.loads(self.read())
+            self.events += [reply] if "method" in reply else []
             if reply.get("id") == number:
                 assert "error" not in reply, reply
                 return reply["result"]

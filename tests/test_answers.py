@@ -33,6 +33,18 @@ def test_no_answer_is_in_two_pairs(folders, monkeypatch):
         assert len({pair["seed"] for pair in mine}) == 3        # each is judged by a draw of its own
 
 
+def test_fewer_pairs_are_a_random_part_of_more(folders):
+    def some(most, seed=0):
+        return pairs.sample_pairs(toy.settings(folders["full"], "full", pairs.Config, judge="barn", max_pairs=most,
+                                               pairs_per_prompt=3, seed=seed))
+    every = some(0)
+    few, more = some(5), some(9)
+    assert (len(few), len(more)) == (5, 9) and some(10 ** 6) == every
+    assert [pair for pair in more if pair in few] == few and [pair for pair in every if pair in more] == more
+    places = [every.index(pair) for pair in more]
+    assert places != list(range(9)) and places != [every.index(pair) for pair in pairs.drawn(every, 9, 1)]
+
+
 @pytest.mark.parametrize("asked", [{"eval_temperature": 1.5}, {"eval_temperature": 0.}, {"eval_top_p": .5}])
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_the_kl_is_of_the_policy_s_own_answers_and_has_its_sign(kind, asked, folders, monkeypatch):
@@ -78,7 +90,7 @@ def test_a_question_that_is_too_long_keeps_both_ends_and_is_counted(tmp_path, ca
         assert prompts[1:] == [[1, 2], [3]] and room - 3 <= len(prompts[0]) <= room
         assert prompts[0][:999] == ids[:999] and prompts[0][-999:] == ids[-999:]
     assert capsys.readouterr().out == f"1 of 3 prompts are longer than {room} tokens: cut in the middle\n"
-    answers.show_sample(0, model, text, cfg, records, update.Log(cfg.dir(), 1, ()))     # fits, too
+    answers.show_sample(0, model, text, cfg, records, update.Log(cfg, 1, ()))     # fits, too
     cfg.max_new_tokens = model.gpt.config.max_position_embeddings
     with pytest.raises(InputError, match="leave no room for a prompt in .* tokens: lower --max_new_tokens$"):
         answers.questions(model, text, cfg)

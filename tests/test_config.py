@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import farm
 import rlhf
 from data import InputError
-from rlhf import PARTS, config, lacks, methods
+from rlhf import PARTS, config, lacks, methods, plan
 from rlhf.config import PRESETS, Config, build, helps, parse
 
 torch.set_num_threads(1)
@@ -229,11 +228,11 @@ def test_a_typo_of_a_choice_gets_a_suggestion(knob, typo, meant):
 
 def test_a_dotted_flag_is_for_its_stage_and_the_rest_for_the_method():
     argv = "--beta 0.2 --sft.lr 1e-3 --sft.epochs=5 --limit 3 --pairs.flip 0 --out runs/a.b"
-    assert farm.route([*argv.split(), "--sft.no-checkpointing"], "dpo") == {
+    assert plan.route([*argv.split(), "--sft.no-checkpointing"], "dpo") == {
         "dpo": {"beta": .2, "limit": 3, "out": "runs/a.b"}, "pairs": {"flip": 0.},
         "sft": {"lr": 1e-3, "epochs": 5, "checkpointing": False}}
-    assert farm.route([], "dpo") == {"dpo": {}}
-    assert farm.route(["--sft.max-new-tokens", "9"], "dpo")["sft"] == {"max_new_tokens": 9}
+    assert plan.route([], "dpo") == {"dpo": {}}
+    assert plan.route(["--sft.max-new-tokens", "9"], "dpo")["sft"] == {"max_new_tokens": 9}
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -241,31 +240,33 @@ def test_a_dotted_flag_is_for_its_stage_and_the_rest_for_the_method():
     ("--sft. 1", "--sft."), ("--sft_lr 1", "--sft_lr")])
 def test_a_dotted_typo_is_refused_and_names_the_flag(argv, named):
     with pytest.raises(InputError, match=named):
-        farm.route(argv.split(), "dpo")
+        plan.route(argv.split(), "dpo")
 
 
 @pytest.mark.parametrize("stage", ["nope", "../farm"])
 def test_an_unknown_method_is_named(stage):
     with pytest.raises(InputError, match=f"method '{stage}' is not known: choose from .*dpo"):
-        farm.load(stage)
+        plan.load(stage)
 
 
 @pytest.mark.parametrize("stage", ["config", "update"])
 def test_a_flag_of_a_file_that_is_no_method_says_what_it_lacks(stage):
     with pytest.raises(InputError, match=f"rlhf/{stage}.py is no method: it has no NEEDS"):
-        farm.route([f"--{stage}.lr", "1"], "dpo")
+        plan.route([f"--{stage}.lr", "1"], "dpo")
 
 
 def test_a_plan_has_every_need_once_and_first():
-    assert farm.plan("dpo") == ["sft", "pairs", "dpo"] and farm.plan("sft") == ["sft"]
+    assert plan.order("dpo") == ["sft", "pairs", "dpo"] and plan.order("sft") == ["sft"]
     for name in methods():
-        plan = farm.plan(name)
-        assert plan[-1] == name and len(plan) == len(set(plan))
-        for stage in plan:
-            assert set(farm.needs(stage, build(CONFIGS[stage], {}))) <= set(plan[:plan.index(stage)])
+        order = plan.order(name)
+        assert order[-1] == name and len(order) == len(set(order))
+        for stage in order:
+            assert set(plan.needs(stage, build(CONFIGS[stage], {}))) <= set(order[:order.index(stage)])
 
 
-@pytest.mark.parametrize("given, flip", [({}, .25), ({"pool": "p_single"}, 0), ({"pool": "p_pairwise"}, 0),
+@pytest.mark.parametrize("given, flip", [({}, .18), ({"judge": "gpt-4"}, .25), ({"data": "x.json"}, .25),
+                                         ({"judge": "barn-human"}, 0), ({"judge": "barn-human", "flip": .3}, .3),
+                                         ({"pool": "p_single"}, 0), ({"pool": "p_pairwise"}, 0),
                                          ({"pool": "own.json"}, 0), ({"pool": "p_single", "flip": .1}, .1)])
 def test_flips_belong_to_the_crowd(given, flip):
     assert build(CONFIGS["pairs"], given).flip == flip

@@ -27,16 +27,17 @@ import annotate
 import farm as farm_py
 import rlhf.dpo
 import rlhf.sft
+import studies
 from data import InputError, adapters, weights
 from data.barn.world import splits
 from data.judges import JudgeError
-from rlhf import methods
+from rlhf import methods, plan
 from rlhf.config import BASE
 
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "mixture.py", "annotate.py", "eval.py", "stats", "data", "rlhf")
+PROJECT = ("farm.py", "model.py", "mixture.py", "annotate.py", "eval.py", "stats", "data", "rlhf", "studies")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +147,27 @@ def test_the_leaderboard_has_a_row_for_each_policy(first):
         assert f"{float(row['win_rate']):.1f} ±" in first.printed
 
 
+def test_a_run_ends_with_a_report(first):
+    page = (first.out / "report.html").read_text(encoding="utf-8")
+    assert first.printed.rstrip().endswith(f"everything is in {first.out}; report.html shows it")
+    assert "python farm.py --method dpo --limit 16" in page and "cannot be shown" not in page
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert {"Leaderboard", "Learning curves", "Answers", "Tokens", "Annotators", "Settings", "Cost"} <= {*headings}
+    assert "true reward" in page and "<summary>dpo: limit 16, max_new_tokens 16</summary>" in page
+
+
+def test_stages_keep_two_rows_that_they_learn_as_tokens(first):
+    for name in ("sft", "dpo"):
+        rows = [sample for sample in lines(first.out / name / "samples.jsonl") if "tokens" in sample]
+        assert len(rows) == 2
+        for row in rows:
+            kinds = [0, *row["mask"]]                           # the first token is never learned
+            asked, learned = ("".join(token for token, kind in zip(row["tokens"], kinds) if kind == which)
+                              for which in (0, 1))
+            assert len(kinds) == len(row["tokens"]) and asked.startswith("<user>") and asked.endswith("<assistant>")
+            assert 0 < sum(kinds) <= 16 and row["ends"] == learned.endswith("<end>")
+
+
 def test_metrics_have_trl_s_names_and_finite_values(first):
     steps = lines(first.out / "dpo" / "metrics.jsonl")
     assert steps[0].keys() >= {"step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -160,7 +182,7 @@ def test_metrics_have_trl_s_names_and_finite_values(first):
 
 
 def test_config_json_tells_how_to_do_it_again(first):
-    own = {"sft": {"lr": 1e-3, "epochs": 2}, "pairs": {"flip": .25}, "dpo": {"beta": .1, "lr": 3e-4}}
+    own = {"sft": {"lr": 1e-3, "epochs": 2}, "pairs": {"flip": .18}, "dpo": {"beta": .1, "lr": 3e-4}}
     for name, knobs in own.items():
         config = read(first.out / name / "config.json")
         common = {"seed": 0, "limit": 16, "max_new_tokens": 16, "model": "barn", "judge": "barn"}
@@ -191,7 +213,7 @@ def test_the_second_run_reuses_everything_and_asks_the_judge_nothing(first):
     table = re.compile(r"\nmodel .*?\n\n", re.DOTALL)
     assert table.search(again.out)[0] == table.search(first.printed)[0]
     alone = farm("--method", "pairs", *SMALL, "--out", first.out)   # a stage is a method too
-    assert alone.code == 0 and tree(first.out) == before
+    assert alone.code == 0 and {**tree(first.out), "report.html": before["report.html"]} == before  # has the command
 
 
 def test_what_only_changes_the_speed_changes_no_result(first, copy):
@@ -230,8 +252,8 @@ def test_a_stage_of_a_needed_stage_s_flags_is_never_shown_as_the_default(first, 
     coins = ("--method", "dpo", *SMALL, "--out", copy, "--pairs.flip", ".5")
     assert farm(*coins).code == 0
     before = tree(copy)
-    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, r"flip is 0.5 there and 0.25 here",
-            "give --pairs.flip 0.5 to use it, --rerun pairs .* --pairs.name pairs_flip0.25 .* another --out")
+    refused(farm("--method", "dpo", *SMALL, "--out", copy), 2, r"flip is 0.5 there and 0.18 here",
+            "give --pairs.flip 0.5 to use it, --rerun pairs .* --pairs.name pairs_flip0.18 .* another --out")
     again = farm(*coins)
     assert tree(copy) == before and "\npairs: reused (flip 0.5, limit 16, max_new_tokens 16)\n" in again.out or (
         "pairs: reused (limit 16, max_new_tokens 16, flip 0.5)" in again.out)
@@ -250,6 +272,11 @@ def test_stages_run_again_are_the_new_ones_everywhere(first, copy):
     refused(farm("--method", "dpo", *SMALL, "--out", copy, "--rerun", "sft,dop"), 2, "--rerun 'dop'.*did you mean dpo")
 
 
+def test_a_stage_may_run_again_that_has_never_run(tmp_path):
+    result = farm("--method", "base", *SMALL, "--out", tmp_path / "new", "--rerun", "base")
+    assert result.code == 0 and not result.err and (tmp_path / "new" / "base" / "result.json").exists()
+
+
 def test_a_variant_has_its_own_row_beside_the_method_on_the_same_stages(first, copy):
     result = farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5", "--beta", ".5")
     assert result.code == 0 and reused(result.out) == ["sft", "pairs"]
@@ -257,7 +284,7 @@ def test_a_variant_has_its_own_row_beside_the_method_on_the_same_stages(first, c
     config = read(copy / "dpo_b5" / "config.json")
     assert (config["method"], config["beta"], config["name"]) == ("dpo", .5, "dpo_b5")
     assert {o["generator"] for o in read(copy / "dpo_b5" / "outputs.json")} == {"dpo_b5"}
-    shared = [name for name in results(first.out) if name != "leaderboard.csv"]
+    shared = [name for name in results(first.out) if "/" in name]           # not the tables of all models
     assert all(results(copy)[name] == results(first.out)[name] for name in shared)
     refused(farm("--method", "dpo", *SMALL, "--out", copy, "--name", "dpo_b5"), 2, "beta is 0.5", "--rerun dpo_b5")
 
@@ -353,14 +380,14 @@ def test_several_methods_share_stages_and_a_leaderboard(first, copy):
 def test_flags_of_the_command_are_those_of_all_its_methods():
     flags = {"merge": True, "merge_dtype": "float32", "lora_rank": 4}
     argv = ["--merge", "--merge_dtype", "float32", "--lora_rank", "4"]
-    configs, _ = farm_py.configured(["dpo", "best_of_n"], argv)
+    configs, _ = plan.configured(["dpo", "best_of_n"], argv)
     for name in ("dpo", "best_of_n"):
         assert {flag: getattr(configs[name], flag) for flag in flags} == flags
     assert not configs["sft"].merge
     for wrong, why in ((["--merge_dtype", "float32"], "without --merge"), (["--merge_dtype", "f"], "'f' is not known"),
                        (["--merge", "--lora_rank", "0"], "--merge would change nothing")):
         with pytest.raises(InputError, match=why):
-            farm_py.configured(["dpo", "best_of_n"], wrong)
+            plan.configured(["dpo", "best_of_n"], wrong)
 
 
 def test_a_rerun_that_nobody_judged_is_not_made_twice(copy, monkeypatch):
@@ -377,8 +404,8 @@ def test_a_rerun_that_nobody_judged_is_not_made_twice(copy, monkeypatch):
 
 
 def test_all_methods_are_those_that_answer():
-    assert set(farm_py.chosen("all")) == set(methods()) - {"base", "pairs", "reward"}
-    assert farm_py.chosen("dpo, ppo,dpo") == ["dpo", "ppo"]
+    assert set(plan.chosen("all")) == set(methods()) - {"base", "pairs", "reward"}
+    assert plan.chosen("dpo, ppo,dpo") == ["dpo", "ppo"]
 
 
 def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
@@ -391,6 +418,8 @@ def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
     assert float(rows["dpo"]["win_rate"]) == pytest.approx(sum(each) / 2) and rows["dpo"]["n_runs"] == "2"
     assert float(rows["dpo"]["win_rate_spread"]) == pytest.approx(abs(each[0] - each[1]) / 2 ** .5)
     assert "knows the prompts only" in " ".join(result.out.split())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "farm.py --method dpo --seeds 0,1" in page and ">seed1<" in page and "cannot be shown" not in page
     for seeds, why in ((("--seeds", "0;1"), "are no numbers"), (("--seeds",), "expected one argument"),
                        (("--seeds", "0,1", "--seed", 3), "--seed 3 would change nothing"),
                        (("--seeds", f"5,{1 << 50}"), "is too large")):
@@ -575,7 +604,7 @@ def test_lora_runs_are_adapters_and_as_reproducible(tmp_path):
         assert len(tensors) == 2 * 7 * 2 and all(4 in tensor.shape for tensor in tensors.values())
         assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_B"))
     assert [name for name in a if a[name] != b[name]] == []
-    assert [name for name in a if a[name] == c[name] and "samples" not in name] == []
+    assert [name for name in a if a[name] == c[name] and "/" in name and "samples" not in name] == []
 
 
 # ---- real input, and a real judge's manners ------------------------------------------------------------
@@ -857,10 +886,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(shelf, tmp_path, argv, said):
 def test_without_a_method_the_command_says_what_it_is(argv):
     result = farm(*argv)
     assert result.code == 0 and not result.err and max(map(len, result.out.splitlines())) <= 80
-    assert result.out.count("python farm.py") == 4 and len(result.out.splitlines()) <= 12 + 2 * len(methods())
-    for name in ("sft", "dpo", "ppo"):
-        first = importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0]
-        assert f"{name} {first}" in " ".join(result.out.split())
+    listed = [*(f"rlhf.{name}" for name in methods()), *(f"studies.{name}" for name in studies.studies())]
+    assert result.out.count("python farm.py") == 5 and len(result.out.splitlines()) <= 16 + 2 * len(listed)
+    for name in listed:
+        first = importlib.import_module(name).__doc__.splitlines()[0]
+        assert f"{name.partition('.')[2]} {first}" in " ".join(result.out.split())
 
 
 # ---- how it ends ---------------------------------------------------------------------------------------

@@ -13,16 +13,20 @@ from packaging.requirements import Requirement        # pytest needs it
 from data.judges.prompts import paper_pool, single, template
 from data.judges.verdicts import READERS
 from rlhf import config, methods
+from studies import studies
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward", "rewards")          # what methods start from; rewards may be the reward model
-OURS = {"farm", "model", "mixture", "annotate", "eval", "stats", "serve", "benchmarks", "rlhf", "data", "tests"}
+OURS = {"farm", "model", "mixture", "annotate", "eval", "stats", "serve", "benchmarks", "rlhf", "studies", "data",
+        "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what benchmarks measures beside, if installed
 NO_TORCH = ("annotate", "eval", "data.judges", "data.judges.prompts", "data.judges.client", "data.judges.cache",
-            "stats", "stats.winrate", "stats.length", "stats.ranking", "stats.agreement", "stats.tables",
-            "stats.seeds", "stats.side_by_side", "data", "data.run_folders", "data.judges.person", "data.judges.pools",
-            "data.sets", "data.alpaca_eval", "data.attacks", "data.families", "data.hub", "data.template", "data.barn",
+            "stats", "stats.prompts", "stats.winrate", "stats.length", "stats.ranking", "stats.agreement",
+            "stats.tables", "stats.seeds", "stats.side_by_side", "stats.papers", "stats.plots", "stats.report",
+            "stats.run_report",
+            "data", "data.run_folders", "data.judges.person", "data.judges.pools", "data.sets", "data.alpaca_eval",
+            "data.arena_hard", "data.attacks", "data.families", "data.hub", "data.template", "data.barn",
             "data.barn.world", "data.barn.reward", "data.barn.judge", "data.barn.lexicon")
 
 
@@ -68,20 +72,20 @@ def is_module(name):
 def part(module):
     """Which part of the house a module of ours is: what may be imported is said of parts."""
     top, _, rest = module.partition(".")
-    if module in ("farm", "data.barn.pretrain", "serve", "benchmarks.__main__"):
+    if module in ("farm", "data.barn.pretrain", "serve", "benchmarks.__main__", "rlhf.reward_bench"):
         return "command"                                # nothing imports a command
     if top == "rlhf":
         return "stage" if rest in STAGES else "method" if rest in methods() else "kit"
-    return top
+    return "study" if top == "studies" and rest in studies() else top
 
 
 FLOORS = ({"data", "stats"}, {"model", "mixture", "annotate"}, {"kit", "stage", "method", "eval"},
-          {"command", "benchmarks"})
+          {"command", "benchmarks", "study", "studies"})
 MAY_IMPORT = {                          # on one floor; whatever is on a lower one may be imported, too
-    "data": {"data"}, "stats": {"stats"},
+    "data": {"data"}, "stats": {"stats", "data"},
     "model": {"mixture"}, "mixture": set(), "annotate": set(),
     "kit": {"kit"}, "stage": {"kit", "stage"}, "method": {"kit", "stage", "method", "eval"}, "eval": set(),
-    "benchmarks": {"benchmarks"}, "command": {"benchmarks"},
+    "benchmarks": {"benchmarks"}, "study": {"studies"}, "studies": {"studies"}, "command": {"benchmarks", "studies"},
 }
 
 
@@ -121,6 +125,7 @@ def test_a_method_is_built_on_another_one_only_openly():
 def test_only_the_standard_library_and_four_packages(path):
     for name, at_the_top in imports(path):
         package = name.partition(".")[0]
+        assert name != "torch.utils.tensorboard" or not at_the_top, path        # may not be installed
         lazily = not at_the_top and (package == "jinja2"        # torch needs it anyway; for chat templates
                                      or package in PEERS and path == Path("benchmarks/peers.py"))
         assert package in sys.stdlib_module_names | PACKAGES | OURS or lazily, f"{path} imports {name}"

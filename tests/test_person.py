@@ -16,7 +16,8 @@ from browser import CHROMIUM, browser
 from commands import ROOT, command, refused, started
 from judged import make_pairs, prefer_longer, preferences
 
-from annotate import annotate, connect, draw, pool
+from annotate import annotate, connect, pool
+from data.alpaca_eval import draw
 
 LIMIT = 60                              # seconds after which a thread or a process is taken for hung
 ME = pool("me")

@@ -535,6 +535,16 @@ def test_the_policy_that_did_best_on_val_is_saved(kind, best, train, monkeypatch
     assert [torch.equal(look, written) for look in looks] == [look == best for look in range(4)]
 
 
+def test_snapshots_are_the_answers_of_every_look_and_change_nothing(train):
+    plain, cfg = (train("full", steps=5, eval_every=2, lr=1e-2, snapshots=snapshots) for snapshots in (False, True))
+    assert torch.equal(weights(cfg), weights(plain))
+    found = {path.name: path.read_text() for path in cfg.dir().glob("outputs*.json")}
+    assert found.keys() == {"outputs.json", "outputs_2.json", "outputs_4.json", "outputs_5.json"}
+    chosen = found[f"outputs_{cfg.result['chosen_step'] + 1}.json"]
+    assert found["outputs.json"] == chosen and len(set(found.values())) == 3
+    assert [path.name for path in plain.dir().glob("outputs*.json")] == ["outputs.json"]
+
+
 def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train):
     """The learning rate is far too high: the policy gets worse, and an early one is kept."""
     cfg = train("full", toy.thirties, **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})

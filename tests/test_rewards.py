@@ -12,11 +12,10 @@ from judged import JUDGE, shown
 from test_farm import farm, reused
 
 import annotate
-import farm as command
 from data import InputError
 from data.barn import world
 from data.barn.reward import EXACT, correct, true_reward
-from rlhf import best_of_n, expert_iteration, grpo, online_dpo, policy, ppo, rewards
+from rlhf import best_of_n, expert_iteration, grpo, online_dpo, plan, policy, ppo, rewards
 
 torch.set_num_threads(1)
 
@@ -195,15 +194,15 @@ def test_the_connection_to_the_judge_ends_with_the_reward(asked, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "rloo", "reinforce", "best_of_n", "expert_iteration"])
 def test_only_the_reward_model_needs_to_be_trained(name):
-    assert command.plan(name) == ["sft", "pairs", "reward", name]
+    assert plan.order(name) == ["sft", "pairs", "reward", name]
     for other in ("rule", "true", "judge"):
-        assert command.plan(name, {name: {"reward": other}}) == ["sft", name]
+        assert plan.order(name, {name: {"reward": other}}) == ["sft", name]
 
 
 def test_methods_that_compare_ask_the_judge_by_default():
     for name in ("online_dpo", "iterated_dpo"):
-        assert command.plan(name) == ["sft", name]
-        assert command.plan(name, {name: {"reward": "model"}}) == ["sft", "pairs", "reward", name]
+        assert plan.order(name) == ["sft", name]
+        assert plan.order(name, {name: {"reward": "model"}}) == ["sft", "pairs", "reward", name]
 
 
 SMALL = ("--limit", "16", "--max_new_tokens", "12")

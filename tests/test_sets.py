@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data import InputError, sets
+from data.barn.world import demo
 from data.sets import SHARES, demonstrations, load, preferences, read_records
 from data.text import Text
 from rlhf.config import BASE
@@ -111,6 +112,14 @@ def test_a_reference_of_its_own_leaves_more_to_learn_from(tmp_path):
     assert [len(splits[split]) for split in SHARES] == [100, 100, 200, 20]
     assert splits["eval"] == records(7, generator="r")
     assert load("barn", str(reference))["eval"] == splits["eval"]
+
+
+def test_demo_is_the_second_evaluation_of_the_offline_world_and_of_no_other(tmp_path):
+    assert [record["instruction"] for record in load("barn", "demo", 9)["eval"]] == [
+        record["instruction"] for record in demo()[:9]]
+    for data in ("alpaca_farm", str(write(tmp_path / "a.json", records(440)))):
+        with pytest.raises(InputError, match="--eval_data demo is about the offline world"):
+            load(data, "demo")
 
 
 def test_records_get_an_empty_input_and_references_a_generator(tmp_path):

@@ -7,7 +7,8 @@ import re
 import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
@@ -15,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import OutOfMemory, progress
-from rlhf import sft, update
+from data import InputError, OutOfMemory, progress
+from rlhf import config, sft, update
 from rlhf.update import Updater, batches, masked_mean, micro_batches
 
 torch.set_num_threads(1)
@@ -185,8 +186,15 @@ def test_a_parameter_without_gradient_stays():
     assert (used < 1).all() and (unused == 1).all()
 
 
+def stage(out, name, **flags):
+    """The Config of a stage of this name in the run folder `out`."""
+    cfg = config.Config(out=str(out), **flags)
+    cfg.stage = name
+    return cfg
+
+
 def test_metrics_are_written_one_object_a_step(tmp_path, capsys):
-    log = update.Log(tmp_path / "dpo", steps=2, shown=("loss",))
+    log = update.Log(stage(tmp_path, "dpo"), steps=2, shown=("loss",))
     for step in range(2):
         log.step(step, {"loss": 1.5 - step, "lr": .1}, tokens=100)
     log.sample(1, "Say moo", "moo", score=.25)
@@ -198,6 +206,48 @@ def test_metrics_are_written_one_object_a_step(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "dpo 2/2 | loss 0.5 | " in shown
     assert "    'Say moo'\n    -> 'moo' (score 0.25)\n" in shown
+
+
+class Writer:
+    """In place of TensorBoard's SummaryWriter."""
+
+    def __init__(self, folder):
+        self.folder, self.kept, self.written = folder, [], []
+        Writer.last = self
+
+    def add_scalar(self, *scalar):
+        self.kept.append(scalar)
+
+    def flush(self):
+        self.written += self.kept
+        self.kept = []
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    package = ModuleType("tensorboard")
+    package.__spec__ = ModuleSpec("tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", package)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+
+
+def test_metrics_go_to_tensorboard_on_demand_and_are_not_lost_in_a_kill(tmp_path, tensorboard):
+    log = update.Log(stage(tmp_path, "dpo", tensorboard=True), steps=2, shown=("loss",))
+    for step in range(2):
+        log.step(step, {"loss": 1.5 - step, "rewards/margins": None}, tokens=100)
+        assert Writer.last.written == [("loss", 1.5 - each, each) for each in range(step + 1)]
+    assert Writer.last.folder == tmp_path / "dpo"
+    Writer.last = None
+    interrupted = tmp_path / "dpo" / "events.out.tfevents.1"
+    interrupted.touch()
+    update.Log(stage(tmp_path, "dpo"), steps=2, shown=("loss",)).step(0, {"loss": 1.}, tokens=1)
+    assert Writer.last is None and not interrupted.exists()
+
+
+def test_without_the_package_tensorboard_nothing_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(InputError, match="^--tensorboard needs the package tensorboard: pip install tensorboard$"):
+        stage(tmp_path, "dpo", tensorboard=True)
 
 
 class Terminal(io.StringIO):
@@ -222,7 +272,7 @@ def clock(monkeypatch):
 
 def test_a_training_line_is_updated_in_place_on_a_terminal(tmp_path, monkeypatch, clock):
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
-    log = update.Log(tmp_path / "dpo", steps=4, shown=("loss",))
+    log = update.Log(stage(tmp_path, "dpo"), steps=4, shown=("loss",))
     for step in range(4):
         clock.now += 5
         log.step(step, {"loss": 4. - step}, tokens=100)
@@ -235,7 +285,7 @@ def test_a_training_line_is_updated_in_place_on_a_terminal(tmp_path, monkeypatch
 
 def test_elsewhere_a_training_line_is_printed_every_ten_seconds_and_for_the_first_and_last_step(
         tmp_path, capsys, clock):
-    log = update.Log(tmp_path / "dpo", steps=30, shown=("loss",))
+    log = update.Log(stage(tmp_path, "dpo"), steps=30, shown=("loss",))
     for step in range(30):
         clock.now += 1
         log.step(step, {"loss": 1.}, tokens=100)
@@ -245,7 +295,7 @@ def test_elsewhere_a_training_line_is_printed_every_ten_seconds_and_for_the_firs
 
 def test_lines_fit_the_screen_and_lose_whole_numbers_only(tmp_path, capsys, clock):
     names = [f"objective/{name}" for name in ("scores", "kl", "rlhf_reward", "clipfrac_avg", "entropy")]
-    log = update.Log(tmp_path / "expert_iteration", steps=1000, shown=names)
+    log = update.Log(stage(tmp_path, "expert_iteration"), steps=1000, shown=names)
     log.step(0, dict.fromkeys(names, -1.2345e-5), tokens=100)
     log.sample(0, "word " * 30, "other\n" * 30, score=-12.5)
     line, asked, answered = capsys.readouterr().out.splitlines()
@@ -283,7 +333,7 @@ def test_a_slow_model_s_speed_is_a_number(speed, said):
 
 
 def test_the_line_leaves_out_what_is_not_known(tmp_path, capsys):
-    log = update.Log(tmp_path / "dpo", 1, ("loss", "rewards/accuracies"))
+    log = update.Log(stage(tmp_path, "dpo"), 1, ("loss", "rewards/accuracies"))
     log.step(0, {"loss": .5, "rewards/accuracies": None}, 9)
     assert "dpo 1/1 | loss 0.5 | " in (shown := capsys.readouterr().out) and "accuracies" not in shown
     assert json.loads((tmp_path / "dpo" / "metrics.jsonl").read_text())["rewards/accuracies"] is None

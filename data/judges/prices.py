@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from data import InputError
+from data.run_folders import json_lines
 
 
 def tokens(usage):
@@ -42,6 +43,22 @@ def price_of(said=""):
     dated = re.compile(r"-(\d{4}-\d\d-\d\d|\d{8}|latest)$")
     found = {name: tuple(price) for name, price in listed.items() if name != "shutdown"}
     return lambda model: found.get(model) or found.get(dated.sub("", model))
+
+
+def spent(paths, price):
+    """What the replies in files of judges took: {model: {replies, prompt, completion, dollars}}, tokens as the server
+    counted them, dollars None where one of them is not known. price: model -> its price."""
+    found = {}
+    for entry in (entry for path in paths for entry in json_lines(path)):
+        model, usages = str(entry.get("model")), [entry.get("usage"), *entry.get("before", [])]
+        row = found.setdefault(model, {"replies": 0, "prompt": 0, "completion": 0, "dollars": 0.})
+        row["replies"] += len(usages)
+        for usage in usages:
+            prompt, completion = tokens(usage) or (0, 0)
+            cost = dollars(usage, price(model)) if tokens(usage) != (0, 0) else 0.
+            row["prompt"], row["completion"] = row["prompt"] + prompt, row["completion"] + completion
+            row["dollars"] = None if None in (cost, row["dollars"]) else row["dollars"] + cost
+    return found
 
 
 def forecast(requests, most, room, price):
