@@ -230,7 +230,11 @@ def test_the_map_in_the_readme_lists_exactly_the_files_that_exist():
 def test_the_commands_and_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"python farm\.py --method (\w+)", text):
-        assert name in methods() or f"rlhf/{name}.py` is" in text or f"`rlhf/{name}.py`" in text, name
+        assert name in (*methods(), "all") or f"`rlhf/{name}.py`" in text, name
+    for name in re.findall(r"farm\.py --study (\w+)", text):
+        assert name in studies.studies(), name
+    for path in re.findall(r"studies/results/[\w.]+", text):
+        assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m ((?:data|rlhf)[\w.]+)", text):
         assert is_module(module), module
     assert not re.findall(r"@[A-Z]+@", text), "a placeholder is left"
