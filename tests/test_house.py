@@ -232,7 +232,7 @@ def test_the_commands_and_files_that_the_readme_names_exist():
     for name in re.findall(r"python farm\.py --method (\w+)", text):
         assert name in (*methods(), "all") or f"`rlhf/{name}.py`" in text, name
     for name in re.findall(r"farm\.py --study (\w+)", text):
-        assert name in studies.studies(), name
+        assert name in studies(), name
     for path in re.findall(r"studies/results/[\w.]+", text):
         assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m ((?:data|rlhf)[\w.]+)", text):
