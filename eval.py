@@ -169,15 +169,19 @@ def true_reward_of(record):
     return true_reward(record["instruction"], record["output_2"])
 
 
+def tastes_of(judge, kind):
+    """{name: Taste} of the annotators of a pool, as data.barn.judge takes them. judge: of the offline world."""
+    return {annotator.name: TASTES[annotator.name] for annotator in pool(judge, kind)}
+
+
 def expected(records):
     """The win rate by the offline world's judge over all annotators of its pool and both orders, without the noise of a
     single verdict, and its standard error over prompts; {} for another judge or pool. Equal texts have 50 %."""
     judge, kind = (records[0].get(key) for key in ("judge", "pool"))
     if judge not in CROWDS or kind not in POOLS:
         return {}
-    tastes = {annotator.name: TASTES[annotator.name] for annotator in pool(judge, kind)}
     rows = [(question(record), record["output_2"], record["output_1"]) for record in records]
-    mean, error = mean_and_error(100 * win_probabilities(tastes, rows))
+    mean, error = mean_and_error(100 * win_probabilities(tastes_of(judge, kind), rows))
     return {"expected_win_rate": mean, "expected_standard_error": error}
 
 

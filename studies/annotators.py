@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 
 import annotate
+import eval
 from data import InputError
 from data.alpaca_eval import question
-from data.barn.judge import TASTES, probability_first, win_probabilities
+from data.barn.judge import probability_first, win_probabilities
 from data.barn.reward import true_reward
 from stats import plots
 from stats.agreement import beside_people, of_three, one_against_rest, preferred_share
@@ -155,7 +156,7 @@ def exact(cfg, seed):
     longer = np.array([len(one) - len(two) for _, one, two in rows])
     tastes, pools = {}, {}
     for name, (judge, pool, flip, _) in judges(cfg).items():
-        pools[name] = flip, {one.name: TASTES[one.name] for one in annotate.pool(judge, pool)}
+        pools[name] = flip, eval.tastes_of(judge, pool)
         tastes |= pools[name][1]
     majority = of_three(win_probabilities(pools["people"][1], rows))
     found = {name: decomposed(flip + (1 - 2 * flip) * win_probabilities(each, rows), majority)

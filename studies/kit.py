@@ -1,6 +1,5 @@
 """[kit] What studies share: flags, stages in a run folder for each seed, verdicts, kept measurements, result files."""
 import copy
-import csv
 import json
 import re
 import shlex
@@ -17,14 +16,14 @@ import annotate
 import eval
 from data import InputError, did_you_mean, read_json
 from data.alpaca_eval import question
-from data.barn.judge import TASTES, win_probabilities
+from data.barn.judge import win_probabilities
 from data.barn.reward import true_reward
 from data.weights import write_whole
 from rlhf import config, plan, stages
 from rlhf.update import plainly
 from stats import report
 from stats.seeds import mean_and_spread
-from stats.tables import plain, plus_minus
+from stats.tables import plain, plus_minus, write_rows
 from stats.winrate import usable, win_rate
 from studies import FOLDER, load
 
@@ -259,8 +258,7 @@ def rates(cfg, seed, folders, judge="", pool=""):
     if judge not in annotate.CROWDS:
         return {name: usable([record["preference"] for record in records])
                 for name, records in verdicts(cfg, seed, folders, judge, pool).items()}
-    tastes = {annotator.name: TASTES[annotator.name] for annotator in annotate.pool(judge, pool)}
-    reference, found = common.splits()["eval"], {}
+    tastes, reference, found = eval.tastes_of(judge, pool), common.splits()["eval"], {}
     for folder in folders:
         outputs = json.loads((folder / "outputs.json").read_text())
         found[folder.name] = 1 + win_probabilities(tastes, [
@@ -322,10 +320,7 @@ def write(cfg, result, seconds):
             write_whole(folder / f"{name}.svg", [figure.encode()])
     write_page(cfg, result, document)
     for name, rows in result.rows.items():
-        with open(cfg.folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, cfg.folder / f"{name}.csv")
     return names
 
 

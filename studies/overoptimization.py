@@ -36,9 +36,10 @@ import numpy as np
 import torch
 
 import annotate
+import eval
 from data import InputError
 from data.alpaca_eval import question
-from data.barn.judge import TASTES, win_probabilities
+from data.barn.judge import win_probabilities
 from data.barn.reward import true_reward
 from rlhf import policy, reward, stages
 from rlhf.answers import questions
@@ -153,8 +154,7 @@ def worths(cfg, records, answers):
     asked = [question(records[i // each]) for i in range(len(answers))]
     rows = [(asked[i], answer, records[i // each]["output"]) for i, answer in enumerate(answers)]
     pools = {"win_rate": "p_eval", "own": "p_single"}
-    found = {name: 100 * win_probabilities({one.name: TASTES[one.name] for one in annotate.pool(judge, pool)}, rows)
-             for name, pool in pools.items()}
+    found = {name: 100 * win_probabilities(eval.tastes_of(judge, pool), rows) for name, pool in pools.items()}
     found["truth"] = np.array([true_reward(*row[:2]) for row in rows])
     return {name: values.reshape(len(records), each) for name, values in found.items()}
 

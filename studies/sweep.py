@@ -8,9 +8,9 @@ import json
 
 import numpy as np
 
-import annotate
+import eval
 from data.alpaca_eval import question
-from data.barn.judge import TASTES, make_pool, pool_at, preferences, win_probabilities
+from data.barn.judge import make_pool, pool_at, preferences, win_probabilities
 from stats import plots
 from stats.agreement import of_three
 from stats.ranking import agreement_over_prompts, resampled_scores
@@ -31,7 +31,7 @@ def labels_of(cfg, seed):
     """Pairs of SFT answers (instruction, one, other) (N,), the share of labels that is flipped, and the probabilities
     (N,) that a simulated annotator prefers the first answer."""
     common, folder = kit.configs(cfg, seed, "pairs")["pairs"], kit.train(cfg, seed, "pairs")
-    tastes = {one.name: TASTES[one.name] for one in annotate.pool(common.judge, common.pool)}
+    tastes = eval.tastes_of(common.judge, common.pool)
     pairs = json.loads((folder / "pairs.json").read_text())
     rows = [(question(pair), pair["output_1"], pair["output_2"]) for pair in pairs]
     return rows, common.flip, win_probabilities(tastes, rows)
