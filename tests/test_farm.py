@@ -273,7 +273,8 @@ def test_stages_run_again_are_the_new_ones_everywhere(first, copy):
 
 
 def test_a_stage_may_run_again_that_has_never_run(tmp_path):
-    result = farm("--method", "base", *SMALL, "--out", tmp_path / "new", "--rerun", "base")
+    result = farm("--method", "base", *SMALL, "--out", tmp_path / "new", "--rerun", "base", "--cache",
+                  tmp_path / "judge.jsonl")             # a cache in the run folder would make the folder
     assert result.code == 0 and not result.err and (tmp_path / "new" / "base" / "result.json").exists()
 
 
