@@ -54,7 +54,7 @@ def answer(policy, text, cfg, ref=None, ref_text=None, file="outputs.json"):
     ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: the Text that
     writes the prompts of `ref`, if not `text`."""
     records, prompts = questions(policy, text, cfg)
-    rows = generate(policy, prompts, text, cfg, cfg.seed, judged=True)
+    rows, logp = generate(policy, prompts, text, cfg, cfg.seed, judged=True, logps=True)
     outputs = [text.decode(response) for _, response in rows]
     if empty := outputs.count(""):
         why = ": thoughts that did not end, perhaps (--max_thought_tokens)" * text.thinks
@@ -64,10 +64,11 @@ def answer(policy, text, cfg, ref=None, ref_text=None, file="outputs.json"):
                "eval/finished": sum(response[-1] in text.stops for _, response in rows) / len(rows)}
     if ref is not None:
         if (cfg.eval_temperature, cfg.eval_top_p) != (cfg.temperature, 1):
-            rows = generate(policy, prompts[:KL_ANSWERS], text, cfg, cfg.seed)
+            rows, logp = generate(policy, prompts[:KL_ANSWERS], text, cfg, cfg.seed, logps=True)
         _, asked = questions(ref, ref_text or text, cfg)
         ref_rows = [(prompt, response) for prompt, (_, response) in zip(asked, rows)]
-        metrics["objective/kl"] = (logps(policy, rows, cfg) - logps(ref, ref_rows, cfg)).mean().item()
+        own = torch.stack([x.sum() for x in logp]).cpu() if logp else logps(policy, rows, cfg)           # (N,)
+        metrics["objective/kl"] = (own - logps(ref, ref_rows, cfg)).mean().item()
     return metrics
 
 

@@ -1,7 +1,8 @@
 """Direct preference optimisation: preference pairs as a classification loss on the policy itself, no reward model.
 
 Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta ((log pi/ref)(chosen) - (log pi/ref)(rejected))).
-Log-probs are sums over the answer, EOS included. The reference never changes, so its log-probs are computed once.
+Log-probs are sums over the answer, EOS included. The reference never changes, so its log-probs are computed once,
+in fp32 when it samples the pairs.
 A variant of the loss is a file of a few lines that imports this one and hands its own loss to run().
 
 Memory: the policy with its optimizer, and the reference without; with LoRA, two adapters on one frozen base.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from rlhf import config, policy, update
 from rlhf.answers import answer, show_sample
 from rlhf.logprobs import pack, token_logps
-from rlhf.pairs import load_pairs, pair_lengths, rows_of
+from rlhf.pairs import load_pairs, pair_lengths, rows_of, sampled_logps
 
 NEEDS = ("sft", "pairs")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -72,6 +73,12 @@ def all_logps(model, pairs, cfg):
     return out
 
 
+def reference_logps(ref, pairs, cfg):
+    """all_logps() of the reference. If it has sampled the pairs, they are known since then."""
+    known = sampled_logps(cfg) if ref.gpt.head.dtype == torch.float32 else None
+    return all_logps(ref, pairs, cfg) if known is None else known.to(ref.gpt.device)
+
+
 def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     """loss_fn has the arguments and results of dpo_loss(). A loss that needs no reference gets None for ref_logp; with
     all weights trained, the reference is then only loaded at the end, to measure the KL to it. kl_fn(model, ref, pairs,
@@ -83,7 +90,7 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     if needs_reference or cfg.lora_rank:                # a frozen adapter takes little memory
         model, ref = model.copy("policy"), model
     if needs_reference:
-        ref_logps = all_logps(ref, pairs, cfg)                                               # (2, N)
+        ref_logps = reference_logps(ref, pairs, cfg)                                         # (2, N)
     answer_tokens = torch.tensor([[len(r) for _, r in pair] for pair in pairs], device=model.gpt.device).T   # (2, N)
     val = cfg.splits()["val"]
 

@@ -74,10 +74,10 @@ class Experience:
 def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     """n answers of the policy `model` to each prompt (token ids), scored by score_fn, as an Experience.
 
-    cfg.missing_eos_penalty is taken from the score of an answer that did not end. FloatingPointError if a score is not
-    finite.
+    cfg.missing_eos_penalty is taken from the score of an answer that did not end. The policy's log-probs are those of
+    sampling if training would compute the same. FloatingPointError if a score is not finite.
     """
-    rows = generate(model, prompts, text, cfg, seed, n)
+    rows, logp = generate(model, prompts, text, cfg, seed, n, logps=True)
     ids, mask = pack(rows, model.gpt.device)
     score = score_fn(rows).to(ids.device)                                                # (B,)
     if not score.isfinite().all():
@@ -85,8 +85,12 @@ def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     finished = torch.tensor([response[-1] in text.stops for _, response in rows], device=ids.device)
     score = score - cfg.missing_eos_penalty * ~finished
     roll = Experience(rows, ids, mask, None, None, score, finished, n)
-    roll.logp = roll.per_token(partial(token_logps, model, temperature=cfg.temperature), cfg)
     roll.ref_logp = roll.per_token(partial(token_logps, ref, temperature=cfg.temperature), cfg)
+    if logp:
+        roll.logp = torch.zeros_like(roll.ref_logp)
+        roll.logp[mask] = torch.cat(logp)
+    else:
+        roll.logp = roll.per_token(partial(token_logps, model, temperature=cfg.temperature), cfg)
     return roll
 
 

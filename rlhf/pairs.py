@@ -10,6 +10,8 @@ import json
 import random
 from dataclasses import dataclass
 
+import torch
+
 import annotate
 from data import InputError, read_text, sets
 from rlhf import config, policy
@@ -72,8 +74,8 @@ def sample_pairs(cfg):
     """Pairs of different answers by the SFT model to the preference split: AlpacaFarm's records, and the token ids."""
     text = cfg.text()
     records = text.fitting(cfg.splits()["preference"], cfg.max_prompt_tokens)
-    rows = generate(policy.start(cfg), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
-                    2 * cfg.pairs_per_prompt)
+    rows, logp = generate(policy.start(cfg), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
+                          2 * cfg.pairs_per_prompt, logps=True)
     pairs = []
     for i, record in enumerate(records):
         for j in range(cfg.pairs_per_prompt):
@@ -81,6 +83,8 @@ def sample_pairs(cfg):
             (_, one), (_, two) = rows[start:start + 2]
             pairs.append({"instruction": record["instruction"], "input": record["input"], "seed": f"/{j}",
                           "output_1": text.decode(one), "output_2": text.decode(two), "ids_1": one, "ids_2": two})
+            if logp:
+                pairs[-1] |= {"logp_1": logp[start].sum().item(), "logp_2": logp[start + 1].sum().item()}
     return drawn(different(pairs, "output"), cfg.max_pairs, cfg.seed)
 
 
@@ -129,21 +133,37 @@ def run(cfg):
     pairs, asked = label(cfg) if cfg.labels == "judge" else (released(cfg), 0)
     if not pairs:
         raise InputError("no pair of different answers has a usable preference: raise --limit or --temperature")
-    (cfg.dir() / "pairs.json").write_text(json.dumps(pairs, indent=1))
+    lines = ",\n".join(map(json.dumps, pairs))          # with indent=1, each token id would have a line of its own
+    (cfg.dir() / "pairs.json").write_text(f"[{lines}]")
     found = {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
     coins = {"coins": sum(pair["scored_by"] == "coin" for pair in pairs)} if cfg.asks_judge else {}
     return found | coins | {"judge/asked": asked}
+
+
+def labelled(cfg):
+    return json.loads((cfg.dir("pairs") / "pairs.json").read_text())
 
 
 def load_pairs(cfg, text):
     """The pairs of the run: N times (chosen row, rejected row), each row (prompt ids, response ids). Responses are the
     ids that were sampled, not their text encoded again."""
     pairs = []
-    for pair in json.loads((cfg.dir("pairs") / "pairs.json").read_text()):
+    for pair in labelled(cfg):
         prompt = text.prompt(pair)
         one, two = (prompt, pair["ids_1"]), (prompt, pair["ids_2"])
         pairs.append((one, two) if pair["preference"] == 1 else (two, one))
     return pairs
+
+
+def sampled_logps(cfg):
+    """Log-probs (2, N) of the answers in load_pairs(), which were computed when the model that learning starts from
+    sampled them; None if it did not, or in 16 bits."""
+    pairs = labelled(cfg)
+    if any("logp_1" not in pair for pair in pairs):
+        return None
+    both = torch.tensor([[pair["logp_1"], pair["logp_2"]] for pair in pairs])                # (N, 2)
+    second = torch.tensor([[pair["preference"] == 2] for pair in pairs])                     # (N, 1)
+    return torch.where(second, both.flip(1), both).T
 
 
 def rows_of(pairs):

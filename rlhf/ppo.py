@@ -12,8 +12,8 @@ so far is kept in host memory.
 
 Questions a reader asks. Why is the KL inside the reward? As a reward, k1 gives the gradient of the true KL; as a loss,
 its gradient is zero on average. Why may it be negative? It is an estimate from one sample; only its mean is a KL. Why
-are log-probs computed again after sampling? The training code then computes both sides of the ratio, so the first ratio
-is 1 up to rounding.
+are log-probs computed again after sampling in 16 bits? There the sampler's differ from those of training by more than
+rounding, and the first ratio has to be 1. In fp32 the sampler's are used.
 """
 import math
 from dataclasses import dataclass

@@ -155,8 +155,8 @@ def validate(model, pairs, cfg):
 
 
 def normalise(model, rows, cfg):
-    """Change the head so that the scores of `rows` have mean 0 and standard deviation 1. FloatingPointError if all of
-    them are equal or one is not finite."""
+    """Change the head so that the scores of `rows` have mean 0 and standard deviation 1; these scores (N,).
+    FloatingPointError if all of them are equal or one is not finite."""
     raw = scores(model, rows, cfg)
     mean, std = raw.mean().item(), raw.std().item()
     if not std > 1e-6 * max(1, abs(mean)):              # equal but for rounding
@@ -164,6 +164,7 @@ def normalise(model, rows, cfg):
     with torch.no_grad():
         model.head.weight /= std
         model.head.bias.copy_((model.head.bias - mean) / std)
+    return (raw - mean) / std
 
 
 def save(model, cfg):
@@ -245,9 +246,8 @@ def run(cfg):
     val = text.fitting(cfg.splits()["val"], cfg.max_prompt_tokens)
     each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
     rows = generate(sft, [text.prompt(record) for record in val], text, cfg, cfg.seed + 2, each)
-    normalise(model, rows, cfg)
+    values, answers = normalise(model, rows, cfg), [text.decode(response) for _, response in rows]
     save(model, cfg)
-    answers, values = [text.decode(response) for _, response in rows], scores(model, rows, cfg)
     for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):
         log.sample(len(batches), question(val[i // each]), answer, score=value)
     if cfg.data == "barn" and each > 1:                 # only the offline world has a true reward

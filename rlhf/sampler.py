@@ -29,15 +29,16 @@ from rlhf.update import micro_batches
 CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; a finished answer runs on for half of them
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
 CANDIDATES = 1024                               # likeliest tokens that are ranked, where these are enough
+ALL = 1., 0, 0.                                 # top-p, top-k and min-p with which all tokens may be drawn
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
 NOT_FINITE = "the model's hidden states are not finite: its weights are broken, or fp16 overflowed"
 
 
-def generate(model, prompts, text, cfg, seed, n=1, judged=False):
+def generate(model, prompts, text, cfg, seed, n=1, judged=False, logps=False):
     """sample() with the settings of a run. judged: whether the answers are to be judged, and not to be learned from."""
     temperature, top_p = (cfg.eval_temperature, cfg.eval_top_p) if judged else (cfg.temperature, 1.)
     return sample(model, prompts, text.stops, longest_answer(text, cfg), temperature, seed, n, cfg.slots, cfg.graph,
-                  Progress("sampling", n * len(prompts)), top_p)
+                  Progress("sampling", n * len(prompts)), top_p, logps=logps)
 
 
 def longest_answer(text, cfg):
@@ -47,12 +48,16 @@ def longest_answer(text, cfg):
 
 @torch.inference_mode()
 def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None,
-           top_p=1., top_k=0, min_p=0.):
+           top_p=1., top_k=0, min_p=0., logps=False):
     """n answers to each prompt: rows [(prompt ids, response ids)], n for each prompt, in order.
 
     A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
     row) and no such id. temperature 0 is greedy. slots: 0 for as many as fit into memory. graph: on CUDA, replay a
     captured step. top_p, top_k, min_p: see likely(). InputError if the model has too few positions.
+
+    logps: return (rows, log-probs) with a tensor (tokens,) for each row, computed at this temperature; None instead if
+    training would compute others: in 16 bits, where they differ by more than rounding, or if not all tokens could be
+    drawn.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
@@ -73,7 +78,8 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
                 progress.update(engine.finished)
     if progress:
         progress.close()
-    return [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
+    rows = [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
+    return (rows, engine.logps()) if logps else rows
 
 
 def shared_prompts(prompts, n, slots):
@@ -86,11 +92,14 @@ def shared_prompts(prompts, n, slots):
 
 def draw(logits, u, temperature):
     """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)                                  # (B, V)
+    return logits.argmax(-1) if temperature == 0 else inverted((logits / temperature).softmax(-1), u)
+
+
+def inverted(probs, u):
+    """Token ids (B,): where the CDF of probs (B, V) reaches u (B,) in [0, 1)."""
+    cdf = probs.cumsum(-1)                                                               # (B, V)
     at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
-    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 def likely(logits, top_p, top_k, min_p):
@@ -221,7 +230,7 @@ class Engine:
     to row N, which nobody reads. narrow: (top_p, top_k, min_p), as in likely().
     """
 
-    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph, narrow=(1., 0, 0.)):
+    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph, narrow=ALL):
         self.gpt, self.limits, self.temperature, self.narrow = gpt, limits, temperature, narrow
         device, N, longest = gpt.device, len(limits), max(limits)
         self.check_every = CHECK_EVERY[device.type]
@@ -232,6 +241,7 @@ class Engine:
         self.u[:N, :longest] = torch.rand(N, longest, generator=torch.Generator().manual_seed(seed))
         self.u = self.u.to(device)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
+        self.p = torch.ones(self.u.shape, device=device)                                 # their probabilities
         self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
         self.checksum = torch.zeros((), device=device)          # of hidden states: NaN and infinity stay in a sum
         self.recent = torch.arange(-self.check_every, 0, device=device)
@@ -288,9 +298,13 @@ class Engine:
 
     def choose(self, logits, row, at):
         """The next token ids (B,) of rows (B,) at their places `at` (B,), from logits (B, V)."""
-        if self.temperature == 0 or self.narrow == (1., 0, 0.):
-            return draw(logits, self.u[row, at], self.temperature)
-        return draw(likely(logits / self.temperature, *self.narrow), self.u[row, at], 1.)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        tempered = logits / self.temperature
+        probs = (tempered if self.narrow == ALL else likely(tempered, *self.narrow)).softmax(-1)         # (B, V)
+        token = inverted(probs, self.u[row, at])
+        self.p[row, at] = probs.gather(1, token[:, None])[:, 0]
+        return token
 
     def replay(self, width, span):
         """step() as a CUDA graph, which is captured when these sizes are first needed."""
@@ -367,3 +381,9 @@ class Engine:
 
     def responses(self):
         return [row[:length].tolist() for row, length in zip(self.written.cpu(), self.lengths)]
+
+    def logps(self):
+        """The log-probs of each response, or None: see sample()."""
+        if self.temperature == 0 or self.narrow != ALL or self.gpt.head.dtype != torch.float32:
+            return None
+        return [row[:length].log() for row, length in zip(self.p, self.lengths)]

@@ -19,8 +19,8 @@ def folders(tmp_path_factory):
 
 def test_no_answer_is_in_two_pairs(folders, monkeypatch):
     """Six answers to a prompt make three pairs, each answer in one of them, all to the prompt that was asked."""
-    def numbered(model, prompts, text, cfg, seed, n):
-        return [(prompt, [10 + 6 * i % 42 + j]) for i, prompt in enumerate(prompts) for j in range(n)]
+    def numbered(model, prompts, text, cfg, seed, n, logps):
+        return [(prompt, [10 + 6 * i % 42 + j]) for i, prompt in enumerate(prompts) for j in range(n)], None
     monkeypatch.setattr(pairs, "generate", numbered)
     cfg = toy.settings(folders["full"], "full", pairs.Config, pairs_per_prompt=3, judge="barn")
     made, text = pairs.sample_pairs(cfg), toy.text(cfg)
@@ -58,9 +58,9 @@ def test_the_kl_is_of_the_policy_s_own_answers_and_has_its_sign(kind, asked, fol
     toy.moved(model.trainable(), 3)
     metrics = answers.answer(model, toy.text(cfg), cfg, ref)
     kl = []
-    rows = sampled[0]
+    rows, _ = sampled[0]
     assert (len(sampled) == 1) == (asked == {"eval_temperature": 1.5})
-    for prompt, response in sampled[-1]:
+    for prompt, response in sampled[-1][0]:
         ids = torch.tensor([prompt + response])
         mask = torch.arange(len(ids[0]) - 1) >= len(prompt) - 1
         with torch.no_grad():
@@ -134,10 +134,10 @@ def test_a_thought_has_room_of_its_own_and_is_not_judged(tmp_path, monkeypatch, 
     model, text = policy.fresh(cfg, "sft"), toy.text(cfg)
     assert text.thinks and len(answers.generate(model, [[1]], text, cfg, 0)[0][1]) <= 15
     limits = []
-    monkeypatch.setattr(sampler, "sample", lambda model, prompts, stops, limit, *rest: limits.append(limit))
+    monkeypatch.setattr(sampler, "sample", lambda model, prompts, stops, limit, *rest, **more: limits.append(limit))
     answers.generate(model, [[1]], text, cfg, 0)
     assert limits == [15]
     monkeypatch.setattr(cfg, "splits", lambda: {"eval": [{"instruction": "w1"}] * 3}, raising=False)
-    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: [([1], [9, 8])] * 3)
+    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: ([([1], [9, 8])] * 3, None))
     answers.answer(model, text, cfg)
     assert "sft: 3 of 3 answers are empty: thoughts that did not end, perhaps" in capsys.readouterr().out

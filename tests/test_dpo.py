@@ -10,7 +10,7 @@ import torch
 import toy
 
 import model
-from rlhf import dpo, logprobs, policy
+from rlhf import dpo, logprobs, pairs, policy
 from rlhf.dpo import dpo_loss
 from rlhf.pairs import load_pairs
 from rlhf.policy import Policy
@@ -167,6 +167,18 @@ def test_a_run_starts_at_its_reference(kind, temperature, folders):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert max(abs(first[name]) for name in ("rewards/chosen", "rewards/rejected", "rewards/margins")) < 1e-5
     assert abs(metrics[1]["rewards/chosen"]) > 1e-4                       # and then it moves
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_the_reference_is_not_asked_about_pairs_that_it_sampled(kind, tmp_path, monkeypatch):
+    folder, how = toy.run_folder(tmp_path, kind), {"temperature": 1.5, "judge": "barn"}
+    made = pairs.sample_pairs(toy.settings(folder, kind, pairs.Config, **how))
+    toy.write_pairs(folder, [pair | {"preference": 1 + i % 2} for i, pair in enumerate(made)])
+    cfg = toy.settings(folder, kind, dpo.Config, **how)
+    ref, there = policy.load(cfg, "sft"), load_pairs(cfg, toy.text(cfg))
+    expected = dpo.all_logps(ref, there, cfg)
+    monkeypatch.setattr(dpo, "all_logps", lambda *args: pytest.fail("the reference was asked again"))
+    torch.testing.assert_close(dpo.reference_logps(ref, there, cfg), expected, atol=5e-5, rtol=0)
 
 
 def trained_pairs(model, pairs, cfg):

@@ -254,6 +254,8 @@ def test_it_learns_what_is_rewarded(name, kind, folders):
 @pytest.mark.parametrize("name", ONLINE)
 def test_the_micro_batch_changes_no_metric(name, folders):
     many = {} if name in ("reinforce", "iterated_dpo") else {"num_iterations": 2}
+    if name == "rloo":                  # the advantage of equal answers is 0 only without the rounding of their KL
+        many["kl_coef"] = 0.
     runs = [ran(folders, "full", name, **many, micro_batch_tokens=tokens)[1:] for tokens in (1, 40, 10_000)]
     for metrics, weights in runs[1:]:
         for a, b in zip(metrics, runs[0][0], strict=True):
@@ -279,7 +281,7 @@ def test_padding_to_twice_the_length_changes_no_metric(name, folders, monkeypatc
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_the_first_ratio_is_1_and_the_policy_begins_as_the_reference(name, kind, folders):
     _, metrics, _ = ran(folders, kind, name, steps=1, batch_size=24)
-    assert metrics[0]["clip_ratio/region_mean"] == 0 and metrics[0]["objective/kl"] == 0
+    assert metrics[0]["clip_ratio/region_mean"] == 0 and metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert abs(metrics[0]["loss"]) < 1e-5               # advantages of a group add up to 0
 
 

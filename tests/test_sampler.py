@@ -82,6 +82,26 @@ def test_a_response_ends_with_its_first_stop_id_and_is_not_changed_by_it(stops):
     assert sample(policy, PROMPTS, stops, 12, temperature=1.5, n=n) == expected
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("temperature", [.7, 2.])
+def test_log_probs_are_those_that_training_computes(kind, temperature):
+    policy = tiny.policy(kind)
+    rows, logps = sample(policy, PROMPTS, [5, 17], 12, temperature, n=3, slots=4, logps=True)
+    assert rows == sample(policy, PROMPTS, [5, 17], 12, temperature, n=3, slots=4)
+    for (_, response), logp, row in zip(rows, logps, rows, strict=True):
+        ids, mask = pack([row])
+        with torch.no_grad():
+            torch.testing.assert_close(logp, token_logps(policy, ids, mask, temperature)[mask], atol=2e-5, rtol=0)
+        assert len(logp) == len(response)
+
+
+def test_there_are_no_log_probs_where_training_would_compute_others():
+    low = tiny.policy()
+    low.gpt.to(torch.bfloat16)
+    for policy, how in ((low, {}), (tiny.policy(), {"top_p": .9}), (tiny.policy(), {"temperature": 0})):
+        assert sample(policy, PROMPTS, UNUSED, 3, logps=True, **how)[1] is None
+
+
 @pytest.mark.parametrize("temperature", [1., 2.])
 def test_frequencies_match_the_probabilities_that_learners_will_compute(temperature):
     """20,000 answers of two tokens, chi-square over all 49: each token has its probability and own dice."""

@@ -79,9 +79,11 @@ def test_a_step_of_dpo_computes_the_prompt_once():
 
 def test_a_pass_of_ppo_costs_a_step_of_two_models(tmp_path, monkeypatch):
     """And nothing else: no reference, no old log-probs, no head where it is not wanted. Two passes more cost twice
-    that; the answers are prescribed, so that nothing else differs."""
+    that; the answers are prescribed, so that nothing else differs. If their log-probs are known, collecting them costs
+    one pass of the policy less."""
     rows = [(prompt, [*answer[:-1], 0]) for prompt, answer in ROWS]
-    monkeypatch.setattr(experience, "generate", lambda *args: rows)
+    known = []
+    monkeypatch.setattr(experience, "generate", lambda *args, logps: (rows, known))
     monkeypatch.setattr(ppo, "answer", lambda *args: {})
     folder, flops = toy.run_folder(tmp_path, "full"), {}
     for epochs in (1, 3):
@@ -91,6 +93,10 @@ def test_a_pass_of_ppo_costs_a_step_of_two_models(tmp_path, monkeypatch):
     spoken = sum(len(answer) for _, answer in rows)
     expected = 2 * 3 * forward("full", 63 * 8, spoken) + 3 * 2 * HEAD * spoken
     assert .95 * 2 * expected < flops[3] - flops[1] <= 1.05 * 2 * expected
+    known += [torch.zeros(len(answer)) for _, answer in rows]
+    twice = 2 * (forward("full", 63 * 8, spoken) + 2 * HEAD * spoken)   # the rollout's, and that of the look at its end
+    saved = flops[3] - counted(lambda: ppo.run(cfg))
+    assert .95 * twice < saved < 1.05 * twice
 
 
 @KINDS
