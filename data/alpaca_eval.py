@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ HUB, DIFFICULTIES = "tatsu-lab/alpaca_eval", "df_gamed.csv"
 BASELINES = "gpt4_1106_preview", "text_davinci_003"     # the references of AlpacaEval 2 and 1
 
 
+@lru_cache(4096)
+def switched_by_default(instruction):
+    """What AlpacaEval's seed 0 decides for an instruction. Kept, since the files of all models have the same ones."""
+    return draw("is_switched_outputs", instruction + "0", [False, True])
+
+
 def draw(what, salt, choices, weights=None):
     """AlpacaEval's random_seeded_choice: the text alone decides, the same in every process."""
     return random.Random(what + salt).choices(choices, weights=weights)[0]
@@ -28,7 +35,7 @@ def shown_first(record):
     """Whether the judge saw the model's answer first. AlpacaEval's files do not say it, but the instruction decides
     it there (with seed 0)."""
     switched = record.get("is_switched")
-    return draw("is_switched_outputs", question(record) + "0", [False, True]) if switched is None else switched
+    return switched_by_default(question(record)) if switched is None else switched
 
 
 def shown(text):

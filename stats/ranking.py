@@ -22,6 +22,14 @@ def to_compare(rows, baseline=""):
 
 # ---- who beat whom -------------------------------------------------------------------------------------
 
+def won_and_lost(preferences, counts=None):
+    """How often the second side of each row was preferred, and how often the first, draws as halves: (B, M) each.
+    Arguments as for `wins`."""
+    q = np.array([usable(row) for row in preferences]) - 1                                      # (M, N)
+    counts = np.ones((1, q.shape[1])) if counts is None else counts
+    there = ~np.isnan(q)
+    return counts @ np.where(there, q, 0).T, counts @ np.where(there, 1 - q, 0).T
+
 
 def wins(preferences, first, second, size, counts=None):
     """How often model i beat model j, draws as halves: (B, size, size).
@@ -29,12 +37,8 @@ def wins(preferences, first, second, size, counts=None):
     preferences (M, N): row m compares the models numbered first[m] (preferred at 1) and second[m] (preferred at 2); NaN
     where they were not compared. counts (B, N): how often each of the N prompts counts; by default once, B = 1.
     """
-    q = np.array([usable(row) for row in preferences]) - 1                                      # (M, N)
-    counts = np.ones((1, q.shape[1])) if counts is None else counts
-    there = ~np.isnan(q)
-    won = counts @ np.where(there, q, 0).T                                                      # (B, M)
-    lost = counts @ np.where(there, 1 - q, 0).T
-    matrix = np.zeros((len(counts), size, size))
+    won, lost = won_and_lost(preferences, counts)                                               # (B, M)
+    matrix = np.zeros((len(won), size, size))
     for m, (i, j) in enumerate(zip(first, second)):
         matrix[:, j, i] += won[:, m]
         matrix[:, i, j] += lost[:, m]
@@ -68,6 +72,39 @@ def bradley_terry(wins, anchor=0, prior=1e-3):
         if np.abs(step).max() < 1e-8:
             break
     return np.where(connected(wins.sum(0), anchor), theta - theta[:, [anchor]], nan)
+
+
+def star_strengths(won, lost, prior=1e-3):
+    """Strengths (B, M) relative to one model that each of the M others was compared with and nothing else: what
+    bradley_terry() finds, in time and memory that grow with M. won, lost (B, M): against that model, draws as halves.
+    NaN for a model that was never compared.
+
+    The Hessian has entries on its diagonal and in the row and column of that model only, so a Newton step is solved by
+    elimination.
+    """
+    theta, hub = np.zeros(won.shape), np.zeros((len(won), 1))
+    played = won + lost
+    for _ in range(100):
+        p = 1 / (1 + np.exp(hub - theta))                                                       # (B, M)
+        left, curve = won - played * p, played * p * (1 - p)
+        slope, own = left - prior * theta, curve + prior
+        rest = (left.sum(1, keepdims=True) + prior * hub) - (curve / own * slope).sum(1, keepdims=True)
+        hub_step = -rest / (prior + (curve * prior / own).sum(1, keepdims=True))                # (B, 1)
+        step = (slope + curve * hub_step) / own
+        hub_step, step = np.clip(hub_step, -2, 2), np.clip(step, -2, 2)     # far from the end it overshoots
+        hub, theta = hub + hub_step, theta + step
+        if max(np.abs(step).max(), np.abs(hub_step).max()) < 1e-8:
+            break
+    return np.where(played.sum(0) > 0, theta - hub, nan)
+
+
+def resampled_strengths(preferences, first, second, size, counts, anchor):
+    """bradley_terry() (B, size) of each resample. Arguments as for `ratings`."""
+    if set(first) != {anchor} or len({anchor, *second}) <= len(second):
+        return bradley_terry(wins(preferences, first, second, size, counts), anchor)
+    strengths = np.zeros((len(counts), size))
+    strengths[:, second] = star_strengths(*won_and_lost(preferences, counts))
+    return strengths
 
 
 def elo(theta, anchor_rating=1000):
@@ -107,8 +144,8 @@ def ratings(names, preferences, first, second, counts, anchor):
     strengths = bradley_terry(wins(preferences, first, second, len(names)), anchor)[0]
     reach = NormalDist().inv_cdf(.975) * strength_errors(preferences, first, second, strengths, anchor)
     theta, low, high = elo(strengths), elo(strengths - reach), elo(strengths + reach)
-    samples = bradley_terry(wins(preferences, first, second, len(names), counts), anchor)
-    place = 1 + (samples[:, None, :] > samples[:, :, None]).sum(2)                              # (B, M)
+    samples = np.nan_to_num(resampled_strengths(preferences, first, second, len(names), counts, anchor), nan=-np.inf)
+    place = np.array([1 + len(row) - np.searchsorted(np.sort(row), row, "right") for row in samples])    # (B, M)
     rows = []
     for m in np.argsort(-theta, kind="stable"):         # those without a rating come last
         row = {"model": names[m], "elo": float(theta[m]), "rank": None, "rank_low": None, "rank_high": None}

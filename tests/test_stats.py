@@ -522,6 +522,19 @@ def test_strengths_are_found_again():
     assert [(row["rank_low"], row["rank_high"]) for row in rows] == [(i, i) for i in (1, 2, 3, 4)]
 
 
+def test_strengths_of_a_star_are_those_of_the_whole_table(monkeypatch):
+    """All were compared with one reference alone, as on most leaderboards; one never lost and one met nobody."""
+    r = np.random.default_rng(0)
+    preferences = 1. + (r.random((6, 60)) < np.array([.5, .2, .8, .97, 1, .5])[:, None])
+    preferences[5] = np.nan
+    counts, second = winrate.resample(60, 50), [0, 1, 3, 4, 5, 6]               # the reference is number 2
+    whole = ranking.bradley_terry(ranking.wins(preferences, [2] * 6, second, 7, counts), 2)
+    assert np.isnan(whole[:, 6]).all() and (whole[:, 5] > 4).all()
+    monkeypatch.setattr(ranking, "wins", lambda *args: pytest.fail("a table of all with all was made"))
+    star = ranking.resampled_strengths(preferences, [2] * 6, second, 7, counts, 2)
+    np.testing.assert_allclose(star, whole, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_strengths_without_end_or_without_a_meeting():
     never_lost = np.zeros((1, 4, 4))
