@@ -180,32 +180,42 @@ class KVCache:
         self.v[layer][slots, :, :T] = v.transpose(1, 2)[source]
         return causal(q, k, v, window, cap)
 
-    def decode(self, pos, span):
+    def decode(self, pos, span, long):
         """Attention functions, one for each layer, for one more token of the rows in the first B slots, at columns pos
-        (B,) < span. Only the first `span` columns are read."""
+        (B,). Only the first `span` columns are read, and all pos are below it, except those of a few long rows: these
+        are read once more by themselves, up to a span of their own. long: [(their slots, their span)] or []."""
         cells = (self.first_cell[:len(pos)] + pos[:, None]).flatten()                    # (B * K,)
-        ahead = (self.columns[:span] - pos[:, None])[:, None, None]                      # (B, 1, 1, span)
-        biases = {}                             # of each window: 0 where a column is attended to, else -inf
+        parts = [(slots, self.biases(pos[slots], n)) for slots, n in [(slice(len(pos)), span), *long]]
+        return [partial(self.attend_to_cache, layer, cells, parts) for layer in range(len(self.k))]
+
+    def biases(self, pos, span):
+        """{window: (B, 1, 1, span), 0 where a row at its column pos (B,) attends to a column, else -inf}."""
+        ahead, found = (self.columns[:span] - pos[:, None])[:, None, None], {}           # (B, 1, 1, span)
         for window in self.windows:
             hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
             bias = torch.zeros(ahead.shape, device=pos.device, dtype=self.k[0].dtype)
-            biases[window] = bias.masked_fill_(hidden, -torch.inf)
-        return [partial(self.attend_to_cache, layer, cells, biases) for layer in range(len(self.k))]
+            found[window] = bias.masked_fill_(hidden, -torch.inf)
+        return found
 
-    def attend_to_cache(self, layer, cells, biases, q, k, v, window, cap):
+    def attend_to_cache(self, layer, cells, parts, q, k, v, window, cap):
         """q (B, H, hd), k and v (B, K, hd) of one token a row -> (B, H, hd). The H / K query heads that share a kv head
         become the rows of one product, so that the cache is read once and never repeated."""
         self.update(layer, cells, k, v)
-        (B, K, hd), bias = k.shape, biases[window]
-        q_rows = q.reshape(B, K, -1, hd)                                                 # (B, K, H/K, hd)
-        k, v = self.k[layer][:B, :, :bias.shape[-1]], self.v[layer][:B, :, :bias.shape[-1]]      # (B, K, span, hd)
-        if cap:
-            y = capped_attention(q_rows, k, v, bias, cap)
-        elif self.sdpa:
-            y = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias.expand(-1, -1, q_rows.shape[2], -1))
-        else:
-            y = (q_rows @ k.mT).mul_(hd ** -.5).add_(bias).softmax(-1) @ v
+        q_rows = q.reshape(*k.shape[:2], -1, k.shape[2])                                 # (B, K, H/K, hd)
+        (slots, biases), *apart = parts
+        y = self.read(layer, slots, q_rows, biases[window], cap)
+        for slots, biases in apart:
+            y[slots] = self.read(layer, slots, q_rows[slots], biases[window], cap)
         return y.reshape(q.shape)
+
+    def read(self, layer, slots, q, bias, cap):
+        """Attention of q (B, K, H/K, hd) to the columns of their slots that the bias (B, 1, 1, span) reaches."""
+        k, v = (x[layer][slots, :, :bias.shape[-1]] for x in (self.k, self.v))           # (B, K, span, hd)
+        if cap:
+            return capped_attention(q, k, v, bias, cap)
+        if self.sdpa:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1))
+        return (q @ k.mT).mul_(q.shape[-1] ** -.5).add_(bias).softmax(-1) @ v
 
     def update(self, layer, cells, k, v):
         """Write k and v (B, K, hd) to the cells (B * K,): column s of kv head j in slot i is cell (i K + j) S + s."""
@@ -217,6 +227,17 @@ class KVCache:
         """Copy the rows of some slots into others."""
         for x in (*self.k, *self.v):
             x[slots] = x[source]
+
+
+def apart(spans):
+    """(span, long) for KVCache.decode(), so that few columns are read: a long row is read twice and copied once, and
+    all others are read only as far as the longest of them. spans: {slot: columns that its row needs}."""
+    slots = sorted(spans, key=spans.get)
+    longest, n = spans[slots[-1]], len(slots)
+    cost, first = min((n * spans[slots[i - 1]] + 3 * (n - i) * longest, i) for i in range(1, n + 1))
+    if cost > .9 * n * longest:         # hardly any gain
+        return longest, []
+    return spans[slots[first - 1]], [(slots[first:], longest)]
 
 
 # -- the engine ----------------------------------------------------------------------------------------------------
@@ -286,10 +307,11 @@ class Engine:
             self.token[slots] = ids.gather(1, last[:, None])[source, 0]
             self.pos[slots], self.row[slots], self.at[slots] = last[source], rows, 0
 
-    def step(self, width, span):
-        """Write one token in each of the first `width` slots, reading `span` columns of the cache."""
+    def step(self, width, span, long=()):
+        """Write one token in each of the first `width` slots, reading `span` columns of the cache; long: see decode().
+        """
         token, pos, row, at = (x[:width] for x in (self.token, self.pos, self.row, self.at))
-        h = self.gpt.hidden(token, pos, self.cache.decode(pos, span))                    # (B, D)
+        h = self.gpt.hidden(token, pos, self.cache.decode(pos, span, long))              # (B, D)
         self.checksum += h.sum(dtype=torch.float32)
         token.copy_(self.choose(self.gpt.logits(h), row, at))
         self.written[row, at] = token
@@ -321,11 +343,14 @@ class Engine:
         busy, width = self.busy(), len(self.row_in)
         most = max(self.limits[self.row_in[slot]] - self.new_tokens[slot] for slot in busy)
         steps = min(self.check_every, most)
-        span = max(self.prompt_tokens[slot] + self.new_tokens[slot] for slot in busy) + steps - 1
+        spans = {slot: self.prompt_tokens[slot] + self.new_tokens[slot] + steps - 1 for slot in busy}
+        span, long = max(spans.values()), []
         if self.token.is_cuda:
             span += -span % 128                         # few graphs, and columns aligned for the kernel
+        else:
+            span, long = apart(spans)
         for _ in range(steps):
-            self.step(width, span) if self.graphs is None else self.replay(width, span)
+            self.step(width, span, long) if self.graphs is None else self.replay(width, span)
 
         ended = []
         for slot, first in zip(busy, self.first_stops(steps, width, busy)):
