@@ -2,7 +2,9 @@
 import copy
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from rlhf.sampler import longest_answer
 
 HUB = "https://huggingface.co/"         # a name on the hub may be copied from a browser
 HEAD_FILE = "head.safetensors"          # of a reward model, beside its adapter or its weights
+WIDE = 512                              # hidden size from which bf16 is quicker on CPUs that have it
 MUCH_LOST = .1                          # merge() warns if rounding loses more than this share of an update
 
 
@@ -63,13 +66,10 @@ def load_base(cfg, classifier=False):
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
-    dtype = "float32"                                   # bf16 is 70 times slower on CPUs, and full training needs fp32
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where weights are fp32
-    if device == "cuda" and cfg.lora_rank:
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    dtype = getattr(torch, cfg.dtype or dtype)
-    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, dtype, classifier)
+    dtype = cfg.dtype or (usual_dtype(device, cfg.checkpoint) if cfg.lora_rank else "float32")
+    gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, getattr(torch, dtype), classifier)
     if cfg.int8:
         gpt.quantise()                                  # before it moves to a GPU that may be too small for 16 bits
         gpt.to(device).make_contiguous()
@@ -77,6 +77,31 @@ def load_base(cfg, classifier=False):
         gpt.compile_blocks()
     gpt.checkpointing = cfg.checkpointing
     return gpt
+
+
+def usual_dtype(device, checkpoint):
+    """The precision of a frozen base, if --dtype says nothing: 16 bits where they are quicker. Weights that are trained
+    have to be fp32."""
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    wide = read_json(checkpoint / "config.json").get("hidden_size", 0) >= WIDE
+    return "bfloat16" if wide and bf16_pays() else "float32"
+
+
+@lru_cache
+def bf16_pays():
+    """Whether this CPU is quicker in bf16 than in fp32. Some are twice as quick, and those that have to emulate it take
+    ten times as long, so that a short trial tells."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(WIDE, WIDE, dtype=dtype)
+        x @ x                                           # the first product also chooses a kernel
+        start = time.perf_counter()
+        x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < 2 * seconds[torch.float32]
 
 
 def fresh(cfg, role):

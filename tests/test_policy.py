@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.adapters import load_adapter
-from rlhf import dpo, policy
+from rlhf import dpo, policy, sft
 from rlhf.logprobs import ChunkedLogProb, pack, token_logps
 from rlhf.policy import Policy
 
@@ -233,3 +233,17 @@ def test_a_full_checkpoint_of_a_bf16_base_is_fp32_to_transformers_too(spelling, 
     (base / "config.json").write_text(json.dumps(config))
     cfg, model = trained(base, "full")
     assert torch.equal(auto.from_pretrained(cfg.dir() / "checkpoint").lm_head.weight, model.gpt.head)
+
+
+@pytest.mark.parametrize(("pays", "wide", "kind", "expected"), [
+    (True, 16, "lora", torch.bfloat16), (True, 16, "full", torch.float32), (True, 512, "lora", torch.float32),
+    (False, 16, "lora", torch.float32)])
+def test_a_frozen_base_is_bf16_where_this_is_quicker(pays, wide, kind, expected, tmp_path, monkeypatch):
+    """Not for narrow models, where nothing is gained, and not for weights that are trained."""
+    toy.base(tmp_path)
+    monkeypatch.setattr(policy, "bf16_pays", lambda: pays)
+    monkeypatch.setattr(policy, "WIDE", wide)
+    cfg = toy.settings(tmp_path, kind, sft.Config)
+    assert policy.load_base(cfg).head.dtype == expected
+    cfg.dtype = "float32"
+    assert policy.load_base(cfg).head.dtype == torch.float32
