@@ -10,6 +10,8 @@ import torch
 
 from model import PackedRows, logits
 
+HELD = 1 << 28                          # bytes of logits in fp32 that are held at a time
+
 
 def pack(rows, device="cpu"):
     """[(prompt ids, response ids)] -> ids (B, T) right-padded with 0, mask (B, T-1)."""
@@ -95,14 +97,16 @@ def logp_and_gradient(h, W, targets, temperature, divisor, cap):
     return (at_target - largest - total.log())[:, 0], d, -1 / (total * temperature * divisor)
 
 
-def token_logps(policy, ids, mask, temperature=1.0, chunk=1024, shared=1):
+def token_logps(policy, ids, mask, temperature=1.0, chunk=0, shared=1):
     """Log-probs (B, T-1) of the tokens that the mask marks, 0 elsewhere. temperature: the one they were sampled with.
 
+    chunk: for how many tokens logits are held at a time (default: as many as take 256 MB).
     shared = 2: the second half of the rows has the same prompts as the first half, and each is computed once.
     """
     where = mask.flatten().nonzero()[:, 0]              # (N,); first, because this waits for the GPU
     h = encode(policy, ids[:, :-1], mask, where, shared)                                 # (N, D)
     c = policy.gpt.config
+    chunk = chunk or max(1, HELD // (4 * c.vocab_size))
     logp = ChunkedLogProb.apply(h, policy.gpt.head, ids[:, 1:].flatten()[where], temperature, chunk, c.logits_scaling,
                                 c.final_logit_softcapping)
     return scatter(logp, where, mask.shape)                                              # (B, T-1)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import lengths
 from benchmarks.plans import LENGTHS
-from rlhf import dpo, experience, ppo, reward, sampler
+from rlhf import dpo, experience, logprobs, ppo, reward, sampler
 from rlhf.logprobs import pack, token_logps
 from rlhf.update import Updater, micro_batches
 
@@ -97,6 +97,17 @@ def test_a_pass_of_ppo_costs_a_step_of_two_models(tmp_path, monkeypatch):
     twice = 2 * (forward("full", 63 * 8, spoken) + 2 * HEAD * spoken)   # the rollout's, and that of the look at its end
     saved = flops[3] - counted(lambda: ppo.run(cfg))
     assert .95 * twice < saved < 1.05 * twice
+
+
+def test_logits_that_are_held_are_so_many_bytes(monkeypatch):
+    held, real = [], logprobs.logp_and_gradient
+    monkeypatch.setattr(logprobs, "HELD", 100_000)
+    monkeypatch.setattr(logprobs, "logp_and_gradient", lambda h, *rest: held.append(len(h)) or real(h, *rest))
+    ids, mask = pack(ROWS)
+    for size in (61, 4000):
+        held.clear()
+        token_logps(tiny.policy(vocab_size=size), ids, mask)
+        assert sum(held) == mask.sum() and max(held) == min(mask.sum(), 100_000 // (4 * size)), held
 
 
 @KINDS
