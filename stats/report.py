@@ -16,6 +16,7 @@ import re
 from math import isfinite
 from pathlib import Path
 
+from data.files import write_whole
 from stats.plots import xml
 from stats.tables import plain
 
@@ -25,7 +26,7 @@ NUMBER = re.compile(r"[<~$+−-]*\d.*")
 
 def write(path, title, sections, lead=""):
     """Write page() to a file."""
-    Path(path).write_text(page(title, sections, lead), encoding="utf-8")
+    write_whole(path, [page(title, sections, lead).encode()])
 
 
 def page(title, sections, lead=""):
@@ -97,7 +98,7 @@ def figure(svgs, caption, header=(), rows=(), small=False):
 
 
 def tokens(pieces, kinds):
-    """A row of tokens (texts), each of a kind: "", "learned" or "learned end"."""
+    """A row of tokens (texts), each of a kind: words of "learned", "end" and "padding"."""
     spans = [f'<span class="{kind}">{xml(piece.replace(chr(10), "⏎" + chr(10)))}</span>'
              for piece, kind in zip(pieces, kinds)]
     return f'<p class="tokens" dir="auto">{"".join(spans)}</p>'

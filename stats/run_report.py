@@ -14,7 +14,7 @@ from data import run_folders
 from data.barn.reward import true_reward
 from data.judges.prices import price_of, spent
 from data.sets import question
-from stats import report, tables
+from stats import report, run_traces, tables
 from stats.agreement import LONGER
 from stats.plots import bars, lines, scatter
 from stats.side_by_side import verdict
@@ -45,6 +45,7 @@ class Run(NamedTuple):
     stages: list                        # of data.run_folders.contents
     spent: dict                         # of data.judges.prices.spent
     worth: Callable | None              # worth(instruction, answer): the true reward, in the offline world
+    replies: tuple = ()                 # files of what judges replied
 
     def runs(self):
         """{run folder: what it is called in figures}; "" if there is one run alone."""
@@ -67,7 +68,7 @@ def write(path, title, command, result, models, runs=(), barn=False, replies=())
     stages = run_folders.contents(dict.fromkeys(runs))
     files = {*map(Path, replies), *(Path(stage["settings"].get("cache") or stage["run"] / "judge.jsonl")
                                     for stage in stages)}
-    run = Run(command, result, models, stages, spent(files, price_of()), true_reward if barn else None)
+    run = Run(command, result, models, stages, spent(files, price_of()), true_reward if barn else None, tuple(files))
     sections = {}
     for heading, section in SECTIONS.items():
         try:
@@ -270,23 +271,6 @@ def case(asked, records, worth):
     return {"asked": asked, "kind": kinds[0] if kinds else "", "answers": found}
 
 
-def learned_tokens(run):
-    """Rows that a stage learned from, token by token."""
-    parts = []
-    for stage in run.stages:
-        rows = [sample for sample in stage["samples"] if {"tokens", "mask"} <= sample.keys()]
-        if rows and stage["run"] == run.stages[0]["run"]:
-            parts.append(report.heading(stage["name"]))
-        for row in rows if stage["run"] == run.stages[0]["run"] else ():
-            kinds = ["learned" if learned else "" for learned in [0, *row["mask"]]]
-            if row.get("ends"):
-                kinds[-1] += " end"
-            parts.append(report.tokens(row["tokens"], kinds))
-    said = ("Rows of the training data. Tokens on a colored ground are learned (mask 1); the others are the prompt. "
-            "The framed token ends the answer. For pairs, the preferred answer comes first.")
-    return [report.prose(said), *parts] if parts else []
-
-
 # ---- annotators ----------------------------------------------------------------------------------------
 
 def share(hits):
@@ -412,5 +396,6 @@ def again(run):
 
 
 SECTIONS = {"Leaderboard": leaderboard, "Learning curves": learning, "Reward against KL": reward_and_kl,
-            "Best of n": best_of_n, "Answers": answers, "Tokens": learned_tokens, "Annotators": annotators,
+            "Best of n": best_of_n, "Answers": answers, "Tokens": run_traces.tokens,
+            "Rollouts": run_traces.rollouts, "The judge": run_traces.judge, "Annotators": annotators,
             "Settings": settings, "Cost": cost, "How to make it again": again}

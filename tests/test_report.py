@@ -13,7 +13,7 @@ from commands import command
 
 from data.judges.prices import spent
 from data.run_folders import contents
-from stats import plots, report, run_report
+from stats import plots, report, run_report, run_traces
 from stats.run_report import POINTS, Run
 
 HOSTILE = ("</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -103,14 +103,19 @@ def annotation(i, name, preference, **more):
 
 
 def lines_of(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def made(tmp_path):
-    """A run with SFT, pairs, DPO, PPO and best-of-n, as farm.py leaves it."""
-    run, needs = tmp_path / "run", {"sft": {}, "pairs": {"sft": "sft"}, "dpo": {"sft": "sft", "pairs": "pairs"},
-                                    "ppo": {"sft": "sft"}, "best_of_n": {"sft": "sft"}}
+    return made_in(tmp_path / "run")
+
+
+def made_in(run):
+    """A run with SFT, pairs, DPO, PPO and best-of-n, as farm.py leaves it. Returns its folder."""
+    needs = {"sft": {}, "pairs": {"sft": "sft"}, "dpo": {"sft": "sft", "pairs": "pairs"}, "ppo": {"sft": "sft"},
+             "best_of_n": {"sft": "sft"}}
     for name, needed in needs.items():
         folder = run / name
         folder.mkdir(parents=True)
@@ -124,7 +129,8 @@ def made(tmp_path):
         (run / name / "annotations.json").write_text(json.dumps(records))
     lines_of(run / "sft" / "metrics.jsonl", [{"step": i, "loss": 1 / (1 + i), "lr": .1} for i in range(5)])
     lines_of(run / "sft" / "samples.jsonl", [
-        {"step": 0, "tokens": ["<q>", " a", " b", "<end>"], "mask": [0, 1, 1], "ends": True},
+        {"step": 0, "tokens": ["<q>", " a", " b", "<end>"], "mask": [0, 1, 1], "prompt": 2,
+         "length": 4, "ends": True},
         {"step": 0, "instruction": "Say.", "output": "b"}])
     lines_of(run / "ppo" / "metrics.jsonl", [{"step": i, "objective/kl": i / 2, "objective/scores": i ** .5,
                                               "val/ratio": None} for i in range(9)])
@@ -133,9 +139,15 @@ def made(tmp_path):
          "true_reward": [1, 2, 2, 1.5], "random_true_reward": [1] * 4}))
     pairs = [{"instruction": "Say.", "output_1": "x" * 50, "output_2": "y", "preference": 1 + (i % 4 == 0),
               "annotator": f"judge-{i % 2}", "is_switched": False, "scored_by": "text"} for i in range(8)]
+    pairs[0]["raw_completion"] = "Output (a)"
     (run / "pairs" / "pairs.json").write_text(json.dumps(pairs))
+    lines_of(run / "ppo" / "samples.jsonl", [
+        {"step": 5, "tokens": ["<q>", " a", " b"], "mask": [0, 1], "prompt": 2, "length": 3, "ends": False,
+         "scores": [.5], "kl": [0, .25], "value": [0, 1.], "reward": [0, .475], "advantage": [0, -1.]}])
     usage = {"prompt_tokens": 1000, "completion_tokens": 10}
-    lines_of(run / "judge.jsonl", [{"model": "dear", "usage": usage, "before": [usage]},
+    asked = [{"role": "user", "content": f"Is (a) {'x' * 50} or (b) y better? Say."}]
+    lines_of(run / "judge.jsonl", [{"model": "dear", "usage": usage, "before": [usage], "request": {"messages": asked},
+                                    "choice": {"message": {"content": "Output (a)"}}},
                                    {"model": "odd", "usage": None}])
     return run
 
@@ -162,6 +174,9 @@ def test_a_report_shows_what_is_in_a_run_folder(made):
     board = cells(section(page, "Leaderboard"))
     assert board[0][:2] == ["model", "win rate"] and [row[0] for row in board[1:4]] == ["dpo", "ppo", "sft"]
     assert board[1][1].startswith("50.0 ± ")
+    asked = Parsed(section(page, "The judge")).text
+    assert "or (b) y better? Say." in asked and "Output (b) is output_2" in asked and "So output_2 is" in asked
+    assert "the rewards add up to 0.475" in section(page, "Rollouts")
     assert "python eval.py" in section(page, "How to make it again")
     assert "beta 0.2" in section(page, "Settings")
     assert cells(section(page, "Settings"))[1] == ["beta", "0.2"]              # what is not a default comes first
@@ -272,11 +287,22 @@ def test_tastes_of_an_annotator_by_hand():
 
 def test_tokens_are_marked_as_the_mask_says():
     """Index t of the mask is about token t+1; the first token is never learned."""
-    sample = {"tokens": ["<q>", " a", " b", "<end>"], "mask": [0, 1, 1], "ends": True}
+    sample = {"tokens": ["<q>", " a", " b", "<end>", "<pad>", "<pad>"], "mask": [0, 1, 1, 0, 0], "prompt": 2,
+              "length": 4, "ends": True}
     run = Run("", {}, {}, [stage(samples=[sample, {"instruction": "no tokens"}])], {}, None)
-    html = "".join(run_report.learned_tokens(run))
+    html = "".join(run_traces.tokens(run))
     assert re.findall(r'<span class="([^"]*)">(.*?)</span>', html) == [
-        ("", "&lt;q&gt;"), ("", " a"), ("learned", " b"), ("learned end", "&lt;end&gt;")]
+        ("", "&lt;q&gt;"), ("", " a"), ("learned", " b"), ("learned end", "&lt;end&gt;"),
+        ("padding", "&lt;pad&gt; × 2")]
+
+
+def test_a_rollout_shows_each_token_of_the_answer_with_its_numbers():
+    sample = {"step": 3, "tokens": ["<q>", " a", " b", "<end>"], "mask": [0, 1, 1], "prompt": 2, "length": 4,
+              "ends": True, "scores": [.5, 1.5], "kl": [0, .25, -.5], "advantage": [0, 2., -1.]}
+    html = "".join(run_traces.rollouts(Run("", {}, {}, [stage(samples=[sample])], {}, None)))
+    assert cells(html) == [["token", "KL", "advantage"], [" b", "0.250", "2.000"], ["&lt;end&gt;", "−0.500", "−1.000"]]
+    assert "the score is 0.500, the KL -0.250 nats" in html and "the mean of all is 1.000" in html
+    assert "price of the KL" not in html                    # these rollouts have no reward per token
 
 
 def test_many_instructions_are_drawn_by_their_hash_and_few_are_all_shown():
