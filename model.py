@@ -2,7 +2,7 @@
 
 Families: Llama and its relatives (Mistral, Qwen, Phi, OLMo, SmolLM, Granite, Gemma, nanochat), GPT-2 and GPT-NeoX.
 GPTConfig lists how they differ; data/families.py reads it from config.json. Mixtures of experts are in mixture.py, the
-KV cache is in rlhf/sampler.py.
+KV cache is in rlhf/kv_cache.py.
 Left out: dropout.
 
 Rows are right-padded. Causal attention only looks left, so pads change nothing, and neither a padding mask nor position
@@ -211,8 +211,13 @@ class LoRALinear(nn.Linear):
         y = linear(x, self.weight, self.bias, self.int8_scale)                           # (..., out)
         if role is None:
             return y
-        low = F.linear(x, self.lora_A[role].to(x.dtype))                                 # (..., r)
-        return add_product(y, low, self.lora_B[role].to(x.dtype), self.scale[role])
+        return adapted(y, x, self.lora_A[role].to(x.dtype), self.lora_B[role].to(x.dtype), self.scale[role])
+
+
+def adapted(y, x, A, B, scale):
+    """y + scale B A x: x (..., in), A (r, in), B (out, r), and y (..., out), what the layer gives without adapter. The
+    product B A (out, in) is never made."""
+    return add_product(y, F.linear(x, A), B, scale)
 
 
 def linear(x, W, bias, int8_scale):

@@ -177,7 +177,8 @@ def bench_sft(args):
     """One optimizer step of SFT. naive: every row padded to the longest prompt and answer allowed."""
     rows = list(zip(*workload(args, args.rows)))
     ours = random_policy(args)
-    log, cfg = SimpleNamespace(step=lambda *_: None), settings(args, sft.Config, epochs=1, batch_size=args.rows)
+    log = SimpleNamespace(step=lambda *_: None, resumed=lambda items, *kept: enumerate(items), last={"loss": None})
+    cfg = settings(args, sft.Config, epochs=1, batch_size=args.rows)
     runs = {"ours": lambda: sft.train(ours, rows, cfg, log)}
     if "naive" in args.against:
         padded = list(zip(*workload(args, args.rows, "fixed")))

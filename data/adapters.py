@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from data import classifiers, families, read_json
+from data.files import write_whole
 from data.hub import INDEX
 from data.weights import (TOKENIZER_FILES, WHOLE, WeightsError, absent, copy_files, copy_into, load_weights,
                           new_folder, parse_json, read_header, read_safetensors, refuse, write_each, write_index,
-                          write_safetensors, write_whole)
+                          write_safetensors)
 
 # {option of PEFT: the values with which an adapter is plain LoRA}
 PLAIN_LORA = {

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from data import families, read_json
-from data.weights import WeightsError, load_weights, write_whole
+from data.files import write_whole
+from data.weights import WeightsError, load_weights
 
 CLASS = "ForSequenceClassification"     # how the names of such classes end
 BIAS = "score_bias"                     # a key of config.json that only this project reads

@@ -40,12 +40,12 @@ def amount(x):
 class Progress:
     """How far some work is: "sft: sampling 120/805 | 3.2k tok/s | eta 12s". Short work prints nothing.
 
-    name, total: what is counted, and how much of it there is.
+    name, total: what is counted, and how much of it there is. before: how much of it an earlier process has done.
     """
     drawn = False                       # whether the terminal's last line will be overwritten; there is one terminal
 
-    def __init__(self, name, total):
-        self.name, self.total = name, total
+    def __init__(self, name, total, before=0):
+        self.name, self.total, self.before = name, total, before
         self.start = self.last = time.monotonic()
 
     def update(self, done, text="", keep=False):
@@ -64,8 +64,8 @@ class Progress:
 
     def line(self, done, text, now):
         parts = [f"{self.name} {done:>{len(str(self.total))}}/{self.total}", *filter(None, text.split(" | "))]
-        eta = f" | eta {duration((now - self.start) / done * (self.total - done))}" if 0 < done < self.total else ""
-        return fitted(parts, eta)
+        new, left = done - self.before, self.total - done
+        return fitted(parts, f" | eta {duration((now - self.start) / new * left)}" if new > 0 and left > 0 else "")
 
     @staticmethod
     def close():

@@ -4,23 +4,61 @@ A run folder holds a folder for each stage. In there config.json holds the setti
 {stage: id} of what it `needs`; annotations.json holds the verdicts on its answers, if it answers.
 """
 import contextlib
-import json
+from datetime import date
 
-from data import InputError, read_json
+from data import COUNT, NUMBER, OBJECT, PATH, TEXT, InputError, check_kinds, from_json, is_number, read_json, read_text
 from data.alpaca_eval import different_parts
 
 # What may differ between runs that are averaged: the seed, where and how fast they ran, and what follows from these.
 NOT_COMPARED = {"seed", "out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens",
                 "checkpointing", "graph", "compile", "merge", "merge_dtype", "shared_prompt", "day", "commit",
                 "versions", "id", "needs", "workers", "timeout", "max_unusable", "ask_again", "eval_data",
-                "tensorboard", "changed"}
+                "tensorboard", "save_minutes", "changed"}
+
+
+def are_texts(value):
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def are_sizes(value):
+    return isinstance(value, dict) and all(type(each) is int for each in value.values())
+
+
+def is_date(value):
+    with contextlib.suppress(ValueError, TypeError):
+        return str(date.fromisoformat(value)) == value
+
+
+# What config.json and result.json of a stage, and its metrics, must hold where they are read.
+SETTINGS = {**dict.fromkeys(("id", "method", "start", "model", "revision", "data", "template", "device"), TEXT),
+            **dict.fromkeys(("seed", "max_new_tokens", "max_thought_tokens"), COUNT), "cache": PATH,
+            **dict.fromkeys(("needs", "contents", "sources"), ("texts by name", are_texts)),
+            "day": ("a date, as in 2026-11-30", is_date)}
+RESULT = {"seconds": NUMBER, "cpu_seconds": NUMBER, "metrics": OBJECT, "files": ("sizes by name", are_sizes)}
+METRICS = {"objective/kl": ("a number", lambda value: value is None or is_number(value)), "judge/asked": COUNT}
 NAMED = 3                               # how many differences between two runs a sentence names
 
 
 def settings(folder):
-    """The settings of a stage, {} of any other folder."""
-    found = read_json(folder / "config.json")
+    """The settings of a stage, {} of any other folder. InputError for settings that no stage has."""
+    found = config_of(folder)
     return found if {"id", "needs", "seed"} <= found.keys() else {}
+
+
+def config_of(folder):
+    """The config.json in the folder of a stage, {} if there is none. InputError for one that no stage has."""
+    found = read_json(folder / "config.json")
+    if {"id", "needs"} <= found.keys():
+        check_kinds(folder / "config.json", found, SETTINGS)
+    return found
+
+
+def result_of(folder):
+    """What a finished stage says of itself, {} of any other folder."""
+    found = {"metrics": {}, **read_json(folder / "result.json")}
+    check_kinds(folder / "result.json", found, RESULT)
+    check_kinds(folder / "result.json", found["metrics"], METRICS)
+    return found
 
 
 def named_by_run(models, where):
@@ -61,7 +99,7 @@ def finished(run):
     found = {}
     for path in sorted(run.glob("*/result.json")):
         with contextlib.suppress(InputError):
-            if read_json(path) and (id := settings(path.parent).get("id")) and path.parent.suffix != ".new":
+            if result_of(path.parent) and (id := settings(path.parent).get("id")) and path.parent.suffix != ".new":
                 found[id] = path.parent
     return found
 
@@ -70,17 +108,16 @@ def costs_of(folder):
     """What a model cost: its KL to the reference (nats per answer) and, over all stages that it needed, the CPU seconds
     (if all are known) and the labels for training that the judge was asked for. {} for what is no stage of a run.
     """
-    result = read_json(folder / "result.json")
-    if not result:
+    if not (folder / "result.json").exists():
         return {}
     beside = finished(folder.parent)
 
     def needed(stage):
         below = [beside[id] for id in settings(stage).get("needs", {}).values() if id in beside]
         return {stage}.union(*map(needed, below))
-    results = [read_json(stage / "result.json") for stage in needed(folder)]
+    results = [result_of(stage) for stage in needed(folder)]
     seconds = [each["cpu_seconds"] for each in results if "cpu_seconds" in each]
-    kl = result["metrics"].get("objective/kl")
+    kl = result_of(folder)["metrics"].get("objective/kl")
     return {**({"cpu_seconds": sum(seconds)} if len(seconds) == len(results) else {}),
             "judge_calls": sum(each["metrics"].get("judge/asked", 0) for each in results),
             **({"kl": kl} if kl is not None else {})}
@@ -99,8 +136,7 @@ def contents(runs):
     for run in runs:
         beside = finished(run)
         for folder in sorted(beside.values(), key=lambda folder: (depth(folder, beside), folder.name)):
-            read = {name: read_json(folder / f"{name}.json") for name in ("config", "result")}
-            found.append({"run": run, "name": folder.name, "settings": read["config"], "result": read["result"],
+            found.append({"run": run, "name": folder.name, "settings": settings(folder), "result": result_of(folder),
                           "curve": document(folder / "curve.json", {}), "pairs": document(folder / "pairs.json", []),
                           "metrics": json_lines(folder / "metrics.jsonl"),
                           "samples": json_lines(folder / "samples.jsonl")})
@@ -116,8 +152,8 @@ def depth(folder, beside):
 def document(path, missing):
     """The JSON in a file; `missing` if there is no such file, or if it is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = from_json(path, read_text(path))
+    except InputError:
         return missing
     return found if type(found) is type(missing) else missing
 
@@ -126,8 +162,8 @@ def json_lines(path):
     """The objects in a file of one on each line; lines that are none are left out."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+        with contextlib.suppress(InputError):
+            found.append(from_json(path, line))
     return [each for each in found if isinstance(each, dict)]
 
 

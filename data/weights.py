@@ -13,14 +13,15 @@ import mmap
 import os
 import re
 import shutil
-from collections import Counter, UserDict
+from collections import UserDict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data import InputError
+from data import InputError, check_value, decode
+from data.files import sync_folder, write_whole
 from data.hub import INDEX, SHARD
 
 # The official library sorts the tensors of a file by dtype in this order; the same order here gives the same bytes.
@@ -216,16 +217,9 @@ def parse_json(path, data):
 
     It is as strict as the official library. `path` is the file that the message names.
     """
-    def unique(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            raise ValueError(f"{twice[0]!r:.99} is there twice")
-        return dict(pairs)
-
     try:
-        table = json.loads(data.decode(), object_pairs_hook=unique)
-        json.dumps(table, ensure_ascii=False).encode()      # fails for half of a surrogate pair, as json.loads does not
+        table = decode(data.decode())
+        check_value(table)
         if not isinstance(table, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -236,21 +230,6 @@ def parse_json(path, data):
 def raw_bytes(tensor):
     """The bytes of a CPU tensor, row by row, as a flat numpy array: a view if it is contiguous, otherwise a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def write_whole(path, chunks):
-    """Write the chunks (bytes or arrays) to a temporary file, and rename it to `path` once it is safe on the disk: a
-    crash leaves the old file as it was."""
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temp, "wb") as file:
-            file.writelines(chunks)                 # frees each chunk before it takes the next; a loop would hold two
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 # -- Hugging Face folders --------------------------------------------------------------------------------------------
@@ -328,7 +307,12 @@ def copy_into(target, source):
         # To cast first and transpose then is many times faster than to do both at once.
         target, source = target.T, source.to(target.dtype).T
     target.copy_(source)
-    values = target.float() if target.dtype.itemsize == 1 else target       # torch has no aminmax for float8
+    return is_finite(target)
+
+
+def is_finite(tensor):
+    """Whether all values of a tensor are finite; on a GPU a tensor."""
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor       # torch has no aminmax for float8
     return values.numel() == 0 or torch.stack(values.aminmax()).isfinite().all()
 
 
@@ -420,6 +404,7 @@ def new_folder(folder):
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(temp, folder)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temp, ignore_errors=True)

@@ -1,11 +1,10 @@
 """[kit] What a method answers: single samples while it trains, and at its end the eval split in AlpacaEval's format."""
-import json
-
 import torch
 
 from data import InputError
 from data.alpaca_eval import question
 from data.progress import say_once
+from data.files import write_json
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate, longest_answer
 from rlhf.update import micro_batches
@@ -54,7 +53,8 @@ def answer(policy, text, cfg, ref=None, ref_text=None, file="outputs.json"):
     ended by themselves, and the KL to `ref` in nats per answer if it is given. ref_text: the Text that
     writes the prompts of `ref`, if not `text`."""
     records, prompts = questions(policy, text, cfg)
-    rows, logp = generate(policy, prompts, text, cfg, cfg.seed, judged=True, logps=True)
+    rows, logp = generate(policy, prompts, text, cfg, cfg.seed, judged=True, logps=True,
+                          kept="answers" * (file == "outputs.json"))
     outputs = [text.decode(response) for _, response in rows]
     if empty := outputs.count(""):
         why = ": thoughts that did not end, perhaps (--max_thought_tokens)" * text.thinks
@@ -76,6 +76,6 @@ def write_outputs(cfg, records, outputs, file="outputs.json"):
     """Write outputs.json, or another `file`, of the stage: AlpacaEval records, one for each record of the eval split,
     in its order."""
     keep = ("instruction", "input", "dataset", "datasplit")
-    (cfg.dir() / file).write_text(json.dumps(
-        [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": cfg.stage}
-         for record, output in zip(records, outputs, strict=True)], indent=1))
+    write_json(cfg.dir() / file,
+               [{**{key: record[key] for key in keep if key in record}, "output": output, "generator": cfg.stage}
+                for record, output in zip(records, outputs, strict=True)])

@@ -11,7 +11,6 @@ Questions a reader asks. Why does the curve need no further samples? Any k of th
 the probability that a given one is the best of k is a ratio of binomial coefficients. Why may the true reward fall
 while the score still rises? Choosing the highest of many scores also chooses the reward model's largest errors.
 """
-import json
 import math
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import torch
 
 from data import InputError
 from data.barn.reward import true_reward
+from data.files import write_json
 from rlhf import policy, rewards
 from rlhf.answers import questions, write_outputs
 from rlhf.sampler import generate
@@ -70,7 +70,7 @@ def run(cfg, score_fn=None):
     sft = policy.start(cfg)
     score_fn = score_fn or rewards.scorer(cfg, text, sft)
     records, prompts = questions(sft, text, cfg)
-    rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n, judged=True)
+    rows = generate(sft, prompts, text, cfg, cfg.seed, cfg.n, judged=True, kept="answers")
     scores = score_fn(rows).view(len(prompts), cfg.n)                                    # (P, n)
     outputs = [text.decode(response) for _, response in rows]
     best = scores.argmax(1)                                                              # (P,)
@@ -83,7 +83,7 @@ def run(cfg, score_fn=None):
         truth = truth.view(scores.shape)                                                 # (P, n)
         curve |= {"true_reward": best_of_k(scores, truth).mean(0).tolist(),
                   "random_true_reward": [truth.mean().item()] * cfg.n}
-    (cfg.dir() / "curve.json").write_text(json.dumps(curve, indent=1))
+    write_json(cfg.dir() / "curve.json", curve)
     for k in (2 ** i for i in range(cfg.n.bit_length())):
         print(" | ".join(f"{name} {values[k - 1]:.3g}" for name, values in curve.items()))
     for j in scores[0].argsort(descending=True).tolist():

@@ -18,9 +18,12 @@ import requests
 import tokenizers
 import torch
 
-from data import InputError, Refusal, did_you_mean, hub, one_of, read_json, sets, underscored
+from data import (PATH, InputError, Refusal, check_kinds, did_you_mean, from_json, hub, one_of, read_json, sets,
+                  underscored)
 from data.judges.person import PERSON
+from data.run_folders import settings as stage
 from data.text import TODAY, Text
+from rlhf.saves import Saves
 
 BASE = Path(__file__).parent.parent / "data" / "barn" / "base"
 
@@ -44,13 +47,8 @@ OF_ANSWERS = {"eval_temperature", "eval_top_p"}          # how answers that are 
 # Flags that do not change what a stage computes, only where it goes, how fast it is, and how much memory it takes.
 # eval_data is here since the content of that file is compared, not its name.
 ELSEWHERE = {"out", "name", "rerun", "cache", "device", "preset", "slots", "micro_batch_tokens", "checkpointing",
-             "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data", "tensorboard"} | ASKING
-
-
-def stage(folder):
-    """The settings that a stage of a run leaves in its folder; {} of any other folder."""
-    settings = read_json(folder / "config.json") if folder.is_dir() else {}
-    return settings if {"id", "needs"} <= settings.keys() else {}
+             "graph", "compile", "merge", "merge_dtype", "shared_prompt", "eval_data", "tensorboard",
+             "save_minutes"} | ASKING
 
 
 def in_cache(folder):
@@ -63,6 +61,7 @@ def resolve(name):
     """The folder of a checkpoint: barn, a path, a stage of a run, or a name on the hub, downloaded if need be."""
     if name == "barn":
         return BASE
+    check_kinds("a model's name", {"name": name}, {"name": PATH})
     if (folder := Path(name)).exists():
         if stage(folder):
             return folder / "checkpoint"
@@ -80,8 +79,8 @@ def resolve(name):
 def variables(said):
     """The variables of a chat template (a dict) that --template says as JSON; InputError if it is no JSON object."""
     try:
-        found = json.loads(said or "{}")
-    except ValueError:
+        found = from_json("--template", said or "{}")
+    except InputError:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"--template {said} is no JSON object: write it as in --template '{{\"enable_thinking\": "
@@ -132,6 +131,7 @@ class Config:
     merge: bool = False                 # write the trained adapter merged into its base, too: a Hugging Face folder
     merge_dtype: str = ""               # of that folder: float32, bfloat16, float16 (default: as the base)
     int8: bool = False                  # keep the frozen base in int8: half the memory, a little rounding
+    save_minutes: float = 5.            # between saves, from which an interrupted stage goes on; 0: after each step
     tensorboard: bool = False           # write metrics for TensorBoard, too; needs the package tensorboard
 
     CHOICES: ClassVar[dict] = {}        # {flag: its values}, of a method's own flags that are words
@@ -140,6 +140,7 @@ class Config:
     BARN_LORA: ClassVar[dict] = {}
     stage: ClassVar[str] = ""           # the name of the stage that this object is for, set by farm.py
     folders: ClassVar[dict] = {}        # {stage: its folder}, of the stages whose folder has another name
+    saves: ClassVar[Saves] = Saves()    # of this stage, set by stages.make(); without a stage nothing is saved
     day: ClassVar[str] = TODAY          # what chat templates take for today; set to the day of the run's first stage
 
     def __post_init__(self):

@@ -99,13 +99,13 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
     updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
     log = update.Log(cfg, len(batches), ("loss", "rewards/margins", "rewards/accuracies"))
     log.rows(pairs[0], text)
-    for step, batch in enumerate(batches):
+    for step, batch in log.resumed(batches, model, updater):
         sums, kl = 0., [kl_fn(model, ref, [pairs[i] for i in batch], cfg)] if kl_fn else []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             logp = logps(model, [pairs[i] for i in micro], cfg)                          # (2, b)
             ref_logp = ref_logps[:, micro] if needs_reference else None
             losses, rewards = loss_fn(logp, ref_logp, answer_tokens[:, micro], cfg, *kl)     # (b,), (2, b)
-            updater.add(losses.sum(), len(micro))
+            updater.add(losses.sum(), len(micro), rows_of([pairs[i] for i in micro]))
             margins, right = rewards[0] - rewards[1], rewards[0] > rewards[1]
             sums = sums + torch.stack((losses, *rewards, margins, right.float(), *logp)).detach().sum(1)
         metrics = {**means(sums, len(batch)), **updater.step()}
@@ -116,4 +116,4 @@ def run(cfg, loss_fn=dpo_loss, needs_reference=True, kl_fn=None):
 
     del updater                                         # its moments are as large as another model
     policy.save(model, cfg)
-    return {**metrics, **answer(model, text, cfg, ref or policy.start(cfg))}
+    return {**log.last, **answer(model, text, cfg, ref or policy.start(cfg))}

@@ -11,9 +11,12 @@ from functools import partial
 import torch
 
 from data.alpaca_eval import question
+from data.progress import say_once
 from rlhf import update
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate
+
+MUCH_KL = 100                           # nats an answer, far beyond what any reward is worth
 
 
 @dataclass
@@ -41,19 +44,37 @@ class Experience:
         """The score (B,) of each answer less the price of its KL (k1), as methods without a value function pay it."""
         return self.score - kl_coef * (self.logp - self.ref_logp).sum(1)
 
+    def spread(self):
+        """The standard deviation of the scores within the answers to each prompt, if there are several; else of all."""
+        return self.score.view(-1, self.n if self.n > 1 else len(self.score)).std(1)
+
     def metrics(self):
-        """TRL's names. The spread is within the answers to a prompt, if there are several."""
-        spread = self.score.view(-1, self.n if self.n > 1 else len(self.score)).std(1)
-        tokens = self.mask.sum().item()
+        """TRL's names."""
+        spread, tokens = self.spread(), self.mask.sum().item()
         return {"reward": self.score.mean().item(), "reward_std": spread.mean().item(),
                 "frac_reward_zero_std": (spread == 0).float().mean().item(), "objective/kl": self.kl(),
                 "entropy": -self.logp.sum().item() / tokens, "completions/mean_length": tokens / len(self.rows),
                 "completions/clipped_ratio": (~self.finished).float().mean().item()}
 
-    def show(self, step, record, text, log):
-        """Log the first answer, which is one to `record`."""
+    def warn(self):
+        """Say once what stops learning: a KL that runs away, or rewards that do not differ."""
+        if self.kl() > MUCH_KL:
+            say_once(f"the KL to the reference is above {MUCH_KL} nats an answer and runs away: raise\nits price "
+                     "(--kl_coef, --beta) or lower --lr")
+        if (self.spread() == 0).all():
+            say_once("all answers that are compared have the same reward: nothing can be learned")
+
+    def show(self, step, record, text, log, **numbers):
+        """Log the first answer, which is one to `record`, and with keep() its tokens."""
+        self.keep(step, text, log, **numbers)
         _, response = self.rows[0]
         log.sample(step, question(record), text.decode(response), score=self.score[0].item())
+
+    def keep(self, step, text, log, **numbers):
+        """Log the first answer token by token, with the scores of all answers to its prompt, and with what the learner
+        has computed from it: {name: (B, T-1)}."""
+        first = {name: x[:1, :self.lengths[0] - 1] for name, x in numbers.items()}       # (1, t-1) each
+        log.rows(self.rows[:1], text, step, scores=[self.score[:self.n].tolist()], **first)
 
     def cut(self, indices, *per_token):
         """A micro-batch without the columns in which all of its rows are padding: ids (b, t), mask (b, t-1), and of
@@ -81,7 +102,8 @@ def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     ids, mask = pack(rows, model.gpt.device)
     score = score_fn(rows).to(ids.device)                                                # (B,)
     if not score.isfinite().all():
-        raise FloatingPointError("the reward of an answer is not a finite number: the run stopped and saved nothing")
+        raise update.NotFinite("the reward of an answer is not a finite number: the run stopped and saved nothing",
+                               [row for row, value in zip(rows, score.tolist()) if not math.isfinite(value)])
     finished = torch.tensor([response[-1] in text.stops for _, response in rows], device=ids.device)
     score = score - cfg.missing_eos_penalty * ~finished
     roll = Experience(rows, ids, mask, None, None, score, finished, n)
@@ -91,6 +113,7 @@ def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
         roll.logp[mask] = torch.cat(logp)
     else:
         roll.logp = roll.per_token(partial(token_logps, model, temperature=cfg.temperature), cfg)
+    roll.warn()
     return roll
 
 

@@ -5,7 +5,7 @@ then SFT on the winners, from the SFT model with the SFT settings. Later rounds 
 et al. 2023, arXiv 2304.06767). Winners that were cut off by their length are dropped, because a model that imitates
 them forgets to stop.
 
-Memory: as best-of-n while sampling, as SFT while training.
+Memory: SFT model, reward model and the model that learns, with its optimizer while it is trained.
 Questions a reader asks. Why is it weaker than best-of-n? Best-of-n searches again for every prompt; this model has to
 learn from a few thousand searches how to do without. Why does each round train from the SFT model? The winners of the
 newest round are better examples; training on top of earlier rounds would drift further from SFT without need.
@@ -36,16 +36,17 @@ def run(cfg, score_fn=None):
     """score_fn: rows -> (B,); by default what --reward chooses."""
     text = cfg.text()
     unlabeled = text.fitting(cfg.splits()["unlabeled"], cfg.max_prompt_tokens)
-    model = ref = policy.start(cfg)
+    ref = policy.start(cfg)
+    model = ref.copy("policy")
     score_fn = score_fn or rewards.scorer(cfg, text, ref)
     steps = cfg.epochs * math.ceil(min(cfg.prompts, len(unlabeled)) / cfg.batch_size)    # at most, in a round
     log = update.Log(cfg, cfg.rounds * steps, ("loss",))
-    for round in range(cfg.rounds):
+    for round, _ in log.resumed(range(cfg.rounds), model, score_fn):
         # best-of-n with the newest model
         start = round * cfg.prompts % len(unlabeled)
         asked = (unlabeled + unlabeled)[start:start + min(cfg.prompts, len(unlabeled))]
         prompts = [text.prompt(record) for record in asked]
-        rows = generate(model, prompts, text, cfg, cfg.seed + 10_007 * (round + 1), cfg.n)
+        rows = generate(model, prompts, text, cfg, cfg.seed + 10_007 * (round + 1), cfg.n, kept=f"round{round + 1}")
         scores = score_fn(rows).view(len(prompts), cfg.n)                                # (P, n)
         winners = [rows[i * cfg.n + j] for i, j in enumerate(scores.argmax(1).tolist())]
         kept = [(prompt, response) for prompt, response in winners if response[-1] in text.stops]
@@ -56,10 +57,10 @@ def run(cfg, score_fn=None):
             raise InputError("no winner ended by itself, so there is nothing to imitate: raise --max_new_tokens")
 
         # imitate them
-        model = ref.copy(f"round{round + 1}")
-        metrics = sft.train(model, kept, cfg, log, start=round * steps)
+        model.become(ref)
+        sft.train(model, kept, cfg, log, start=round * steps)
         for record, (_, response), score in list(zip(asked, winners, scores.max(1).values.tolist()))[:3]:
             log.sample(round, question(record), text.decode(response), score=score)
 
     policy.save(model, cfg)
-    return {**metrics, **answer(model, text, cfg, ref)}
+    return {"loss": log.last["loss"], **answer(model, text, cfg, ref)}

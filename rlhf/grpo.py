@@ -4,9 +4,8 @@ Shao et al. 2024 (arXiv 2402.03300), eq. 3 and 4: n answers to each prompt, scor
 clipped updates; the KL to the reference is a part of the loss, not of the reward. Flags make it Dr. GRPO (2503.20783),
 DAPO (2503.14476) or GSPO (2507.18071). Left out: PPO's choice of the best step, DAPO's resampling of even groups.
 
-Memory: as PPO without the value function and its optimizer.
-Questions a reader asks. Why is the loss near 0? A group's advantages add up to 0 while all ratios are 1: watch reward.
-How does beta differ from PPO's kl_coef? It weighs a token's mean KL, and scores are in deviations of their group.
+Memory: as PPO without the value function and its optimizer. Questions a reader asks. Why is the loss near 0? A group's
+advantages add up to 0 at ratios of 1. How is beta not PPO's kl_coef? It weighs the KL of a token, not of an answer.
 """
 from dataclasses import dataclass
 
@@ -45,7 +44,8 @@ class Config(rewards.Config):
 
 
 def group_advantages(roll, cfg):
-    """Advantages (B,): scores less the mean of their group, in its standard deviations."""
+    """Advantages (B,): scores less the mean of their group, if cfg.scale_rewards in its standard deviations (n - 1).
+    roll.score (B,): the cfg.n answers to a prompt, a group, are neighbours. If all are equal, all advantages are 0."""
     group = roll.score.view(-1, cfg.n)                                                   # (P, n)
     centred = group - group.mean(1, keepdim=True)
     return (centred / (group.std(1, keepdim=True) + 1e-4) if cfg.scale_rewards else centred).flatten()
@@ -72,7 +72,7 @@ def run(cfg, score_fn=None, advantage_fn=group_advantages, loss_fn=grpo_loss):
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts * cfg.n // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg, cfg.steps, ("reward", "objective/kl", "clip_ratio/region_mean"))
-    for step, asked in enumerate(schedule(unlabeled, cfg.prompts, cfg.steps, cfg.seed)):
+    for step, asked in log.resumed(schedule(unlabeled, cfg.prompts, cfg.steps, cfg.seed), model, updater, score_fn):
         roll = collect(list(map(text.prompt, asked)), text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step, cfg.n)
         advantages, sums = advantage_fn(roll, cfg), 0.                                   # (B,)
         for batch in update.batches(len(roll.rows), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
@@ -80,11 +80,11 @@ def run(cfg, score_fn=None, advantage_fn=group_advantages, loss_fn=grpo_loss):
                 ids, mask, old_logp, ref_logp = roll.cut(micro, roll.logp, roll.ref_logp)
                 logp = token_logps(model, ids, mask, cfg.temperature)                    # (b, t-1)
                 loss, denominator, clipped = loss_fn(logp, old_logp, ref_logp, advantages[micro], mask, cfg)
-                updater.add(loss, denominator)
+                updater.add(loss, denominator, [roll.rows[i] for i in micro])
                 sums = sums + torch.stack((loss, clipped, loss.new_tensor(denominator))).detach()
             stats = updater.step()
         loss, clipped = (sums[:2] / sums[2]).tolist()
         log.step(step, {**roll.metrics(), "loss": loss, "clip_ratio/region_mean": clipped, **stats}, sum(roll.lengths))
-        roll.show(step, asked[0], text, log)
+        roll.show(step, asked[0], text, log, kl=roll.logp - roll.ref_logp, advantage=advantages[:, None] * roll.mask)
     policy.save(model, cfg)
-    return {**roll.metrics(), **answer(model, text, cfg, ref)}
+    return {**log.last, **answer(model, text, cfg, ref)}

@@ -46,9 +46,10 @@ def run(cfg, score_fn=None):
     compare, costs = rewards.comparer(cfg, text, ref, score_fn)
     steps = cfg.epochs * -(-cfg.prompts // cfg.batch_size)                               # at most, in a round
     log = update.Log(cfg, cfg.rounds * steps, ("loss", "rewards/margins", "rewards/accuracies"))
-    for round, asked in enumerate(schedule(records, cfg.prompts, cfg.rounds, cfg.seed)):
+    for round, asked in log.resumed(schedule(records, cfg.prompts, cfg.rounds, cfg.seed), model, compare):
         # new pairs of the newest policy
-        pairs = online_dpo.fresh_pairs(model, asked, text, compare, cfg, cfg.seed + 10_007 * (round + 1))
+        pairs = online_dpo.fresh_pairs(model, asked, text, compare, cfg, cfg.seed + 10_007 * (round + 1),
+                                       kept=f"round{round + 1}")
         print(f"round {round + 1}/{cfg.rounds}: of {len(pairs)} of {len(asked)} pairs one answer is preferred")
         if not pairs:
             raise InputError("no answer of a pair is preferred to the other: raise --prompts or --temperature")
@@ -58,9 +59,9 @@ def run(cfg, score_fn=None):
         ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)
         batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed + round)
         updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
-        for step, batch in enumerate(batches, round * steps):
+        for step, batch in log.resumed(batches, model, updater):
             metrics = online_dpo.learn(model, pairs, ref_logps, batch, updater, cfg)
-            log.step(step, {**metrics, **costs()}, sum(pair_lengths([pairs[i] for i in batch])))
+            log.step(round * steps + step, {**metrics, **costs()}, sum(pair_lengths([pairs[i] for i in batch])))
 
     policy.save(model, cfg)
-    return {**metrics, **costs(), **answer(model, text, cfg, ref)}
+    return {**log.last, **costs(), **answer(model, text, cfg, ref)}

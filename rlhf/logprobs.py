@@ -16,14 +16,24 @@ HELD = 1 << 28                          # bytes of logits in fp32 that are held 
 def pack(rows, device="cpu"):
     """[(prompt ids, response ids)] -> ids (B, T) right-padded with 0, mask (B, T-1)."""
     assert all(prompt for prompt, _ in rows), "a response needs a token before it, from which it is predicted"
-    T = max(len(prompt) + len(response) for prompt, response in rows)
+    T = max(lengths(rows))
     ids = torch.zeros(len(rows), T, dtype=torch.long)
+    for row, (prompt, response) in enumerate(rows):
+        ids[row, :len(prompt) + len(response)] = torch.tensor(prompt + response)
+    return ids.to(device), response_mask(rows, T).to(device)
+
+
+def response_mask(rows, T):
+    """mask (B, T-1), bool, of B rows [(prompt ids, response ids)] that are padded to T tokens: true at t if token t + 1
+    is of the response, EOS included. For example the prompt "p q", the answers "x" and "y z", T = 5, "." for padding:
+
+        p q x . .    mask 0 1 0 0
+        p q y z .         0 1 1 0
+    """
     mask = torch.zeros(len(rows), T - 1, dtype=torch.bool)
     for row, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.tensor(prompt + response)
-        mask[row, len(prompt) - 1:end - 1] = True
-    return ids.to(device), mask.to(device)
+        mask[row, len(prompt) - 1:len(prompt) + len(response) - 1] = True
+    return mask
 
 
 def lengths(rows):

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from data.alpaca_eval import question
+from data.progress import say_once
 from rlhf import policy, rewards, update
 from rlhf.answers import answer
 from rlhf.dpo import all_logps, dpo_loss, logps, means
 from rlhf.experience import schedule
-from rlhf.pairs import pair_lengths
+from rlhf.pairs import pair_lengths, rows_of
 from rlhf.sampler import generate
 
 NEEDS = ("sft", "reward")
@@ -39,9 +40,10 @@ class Config(rewards.Config):
     BARN_LORA = {"lr": 1e-3}
 
 
-def fresh_pairs(model, records, text, compare, cfg, seed):
-    """Pairs [(chosen row, rejected row)] of the policy's answers to these records, without ties; each record once."""
-    rows = generate(model, [text.prompt(record) for record in records], text, cfg, seed, 2)
+def fresh_pairs(model, records, text, compare, cfg, seed, kept=""):
+    """Pairs [(chosen row, rejected row)] of the policy's answers to these records, without ties; each record once.
+    kept: as for generate()."""
+    rows = generate(model, [text.prompt(record) for record in records], text, cfg, seed, 2, kept=kept)
     ones, twos = rows[::2], rows[1::2]
     return [(one, two) if preference < 1.5 else (two, one)
             for one, two, preference in zip(ones, twos, compare(ones, twos)) if preference != 1.5]
@@ -62,7 +64,7 @@ def learn(model, pairs, ref_logps, batch, updater, cfg):
     for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
         logp = logps(model, [pairs[i] for i in micro], cfg)                              # (2, b)
         losses, implicit = dpo_loss(logp, ref_logps[:, micro], tokens[:, micro], cfg)    # (b,), (2, b)
-        updater.add(losses.sum(), len(micro))
+        updater.add(losses.sum(), len(micro), rows_of([pairs[i] for i in micro]))
         margins, right = implicit[0] - implicit[1], implicit[0] > implicit[1]
         sums = sums + torch.stack((losses, *implicit, margins, right.float(), *logp)).detach().sum(1)
     return {**means(sums, len(batch)), **updater.step()}
@@ -78,10 +80,10 @@ def run(cfg, score_fn=None):
     updates = cfg.steps * cfg.num_iterations * -(-cfg.prompts // cfg.batch_size)
     updater = update.Updater(model.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg, cfg.steps, ("loss", "rewards/margins", "rewards/accuracies"))
-    metrics = {}
-    for step, asked in enumerate(schedule(records, cfg.prompts, cfg.steps, cfg.seed)):
+    for step, asked in log.resumed(schedule(records, cfg.prompts, cfg.steps, cfg.seed), model, updater, compare):
         pairs = fresh_pairs(model, asked, text, compare, cfg, cfg.seed * 100_003 + step)
-        if not pairs:                   # nothing is preferred, so there is nothing to learn in this step
+        if not pairs:
+            say_once("no answer of a step is preferred to the other: nothing is learned from it")
             continue
         ref_logps = all_logps(ref, pairs, cfg)                                           # (2, N)
         for batch in update.batches(len(pairs), cfg.batch_size, cfg.num_iterations, cfg.seed + step):
@@ -89,4 +91,4 @@ def run(cfg, score_fn=None):
         log.step(step, {**metrics, "pairs": len(pairs), **costs()}, sum(pair_lengths(pairs)))
         show(step, pairs[0], asked, text, log)
     policy.save(model, cfg)
-    return {**metrics, **costs(), **answer(model, text, cfg, ref)}
+    return {**log.last, **costs(), **answer(model, text, cfg, ref)}

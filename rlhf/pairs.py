@@ -14,6 +14,7 @@ import torch
 
 import annotate
 from data import InputError, read_text, sets
+from data.files import write_whole
 from rlhf import config, policy
 from rlhf.logprobs import lengths
 from rlhf.sampler import generate
@@ -75,7 +76,7 @@ def sample_pairs(cfg):
     text = cfg.text()
     records = text.fitting(cfg.splits()["preference"], cfg.max_prompt_tokens)
     rows, logp = generate(policy.start(cfg), [text.prompt(record) for record in records], text, cfg, cfg.seed + 1,
-                          2 * cfg.pairs_per_prompt, logps=True)
+                          2 * cfg.pairs_per_prompt, logps=True, kept="answers")
     pairs = []
     for i, record in enumerate(records):
         for j in range(cfg.pairs_per_prompt):
@@ -95,6 +96,8 @@ def released(cfg):
     responses = cut_off([text.example(pair, pair[f"output_{i}"])[1] for pair in pairs for i in "12"], cfg, "answers")
     for pair, one, two in zip(pairs, responses[::2], responses[1::2]):
         pair |= {"ids_1": one, "ids_2": two}
+        for log_prob in {"logp_1", "logp_2"} & pair.keys():             # by the model that sampled them elsewhere
+            del pair[log_prob]
     return different(pairs, "ids")
 
 
@@ -116,9 +119,7 @@ def label(cfg):
     """(pairs in which the judge prefers one answer, how many pairs it was asked about)."""
     sampled = cfg.dir() / "unlabelled.json"
     if not sampled.exists():            # if the judge fails, the same pairs are used in the next attempt
-        part = sampled.with_suffix(".part")
-        part.write_text(json.dumps(sample_pairs(cfg)))
-        part.replace(sampled)
+        write_whole(sampled, [json.dumps(sample_pairs(cfg)).encode()])
     with annotate.connect(cfg.judge, cfg.judge_cache, **annotate.options(cfg)) as judge:
         pairs = annotate.annotate(json.loads(sampled.read_text()), annotate.pool(cfg.judge, cfg.pool), judge, cfg.seed,
                                   cfg.flip)
@@ -134,7 +135,7 @@ def run(cfg):
     if not pairs:
         raise InputError("no pair of different answers has a usable preference: raise --limit or --temperature")
     lines = ",\n".join(map(json.dumps, pairs))          # with indent=1, each token id would have a line of its own
-    (cfg.dir() / "pairs.json").write_text(f"[{lines}]")
+    write_whole(cfg.dir() / "pairs.json", [f"[{lines}]".encode()])
     found = {"pairs": len(pairs), "first_preferred": sum(pair["preference"] == 1 for pair in pairs) / len(pairs)}
     coins = {"coins": sum(pair["scored_by"] == "coin" for pair in pairs)} if cfg.asks_judge else {}
     return found | coins | {"judge/asked": asked}

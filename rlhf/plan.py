@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 
 import annotate
-from data import InputError, one_of
+from data import InputError, one_of, writable
 from data.judges.person import PERSON
 from rlhf import FOLDER, config, lacks, methods, stages
 
@@ -176,6 +176,7 @@ def train(names, configs, starts):
     rerun = methods_to_rerun(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})
     folders = [stages.place(stage, again) for stage in found]
+    writable(cfg.out)
     if cfg.judge != "none":
         with annotate.connect(cfg.judge, cfg.judge_cache, **options) as judge:
             if any(folders):

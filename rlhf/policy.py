@@ -37,11 +37,29 @@ class Policy:
         """Whether activations are in fp16, so that the loss has to be scaled."""
         return self.gpt.head.dtype == torch.float16
 
+    def params(self):
+        """The parameters that are this policy's own."""
+        return list(self.gpt.adapter(self.role).values() if self.role else self.gpt.parameters())
+
     def trainable(self):
         """The parameters that are trained, all fp32. Their gradients are switched on by this call."""
-        params = list(self.gpt.adapter(self.role).values() if self.role else self.gpt.parameters())
+        params = self.params()
         assert all(p.dtype == torch.float32 for p in params), "low precision would swallow small updates"
         return [p.requires_grad_() for p in params]
+
+    def state_dict(self):
+        return [p.detach() for p in self.trainable()]
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors):
+        for p, tensor in zip(self.trainable(), tensors, strict=True):
+            p.copy_(tensor)
+
+    @torch.no_grad()
+    def become(self, other):
+        """Take the weights of the policy that this one is a copy of."""
+        for p, theirs in zip(self.params(), other.params(), strict=True):
+            p.copy_(theirs)
 
     def copy(self, role):
         """A copy that can be trained without changing this policy: a new role on the same base, or a second model."""
@@ -63,12 +81,9 @@ class Policy:
 
 def load_base(cfg, classifier=False):
     """The base checkpoint of a run, frozen, on its device and in its precision; of a classifier, the decoder."""
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here")
+    device, dtype = precision(cfg)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where weights are fp32
-    dtype = cfg.dtype or (usual_dtype(device, cfg.checkpoint) if cfg.lora_rank else "float32")
     gpt = model.load(cfg.checkpoint, "cpu" if cfg.int8 else device, getattr(torch, dtype), classifier)
     if cfg.int8:
         gpt.quantise()                                  # before it moves to a GPU that may be too small for 16 bits
@@ -79,12 +94,21 @@ def load_base(cfg, classifier=False):
     return gpt
 
 
+def precision(cfg):
+    """(device, dtype) of a run's base, as in ("cuda", "bfloat16")."""
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here")
+    return device, cfg.dtype or (usual_dtype(device, cfg.checkpoint) if cfg.lora_rank else "float32")
+
+
 def usual_dtype(device, checkpoint):
     """The precision of a frozen base, if --dtype says nothing: 16 bits where they are quicker. Weights that are trained
     have to be fp32."""
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    wide = read_json(checkpoint / "config.json").get("hidden_size", 0) >= WIDE
+    size = read_json(checkpoint / "config.json").get("hidden_size")
+    wide = isinstance(size, int) and size >= WIDE
     return "bfloat16" if wide and bf16_pays() else "float32"
 
 
@@ -142,6 +166,8 @@ def start(cfg):
 def save(policy, cfg):
     """Write the policy to its stage's folder: a PEFT adapter of the base checkpoint, or a Hugging Face checkpoint."""
     folder = cfg.dir() / "checkpoint"
+    if not all(map(weights.is_finite, policy.params())):
+        raise FloatingPointError("the trained weights are not finite, so they are not saved: try a lower --lr")
     if policy.role:
         rank, alpha = policy.size()
         base = cfg.base.partition("@")[0] if cfg.revision else cfg.base

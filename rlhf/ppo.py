@@ -22,11 +22,13 @@ import torch
 
 from data import InputError
 from data.alpaca_eval import question
+from data.progress import say_once
 from rlhf import policy, reward, rewards, update
 from rlhf.answers import answer
 from rlhf.experience import collect, schedule
 from rlhf.logprobs import last_token, token_logps
 from rlhf.rewards import scorer
+from rlhf.state import Kept
 
 NEEDS = ("sft", "reward")
 METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg",
@@ -81,7 +83,8 @@ KL = {  # J. Schulman, "Approximating KL divergence" (2020), with d = log pi - l
 
 
 def shape_rewards(score, kl, mask, kl_coef):
-    """score (B,), kl (B, T-1) per token -> rewards (B, T-1): the penalty everywhere, the score at the last token."""
+    """score (B,), kl (B, T-1) per token -> rewards (B, T-1): the penalty at each token under the mask, the score at the
+    last of them, and 0 elsewhere, whatever kl holds there."""
     rewards = -kl_coef * kl * mask
     rewards[torch.arange(len(score), device=score.device), last_token(mask)] += score
     return rewards
@@ -92,7 +95,8 @@ def variance(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """x scaled to a masked standard deviation of 1, and shifted to a masked mean of 0 if shift_mean."""
+    """x (B, T-1) scaled to a masked standard deviation of 1, the root of variance(), and shifted to a masked mean of 0
+    if shift_mean, else with the mean that it had. 0 outside the mask. If all values are equal, they are not scaled."""
     mean = update.masked_mean(x, mask)
     white = (x - mean) / (variance(x, mask).sqrt() + 1e-8)
     return (white if shift_mean else white + mean) * mask
@@ -100,7 +104,7 @@ def whiten(x, mask, shift_mean=True):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): rewards, values, mask (B, T-1) -> advantages,
-    returns (B, T-1), 0 outside the mask. The value after the last token is 0."""
+    returns (B, T-1), 0 outside the mask. The value after the last token is 0, whatever `values` holds there."""
     values = values * mask
     advantages, ahead, after = torch.zeros_like(values), 0., 0.
     for t in reversed(range(values.shape[1])):
@@ -111,9 +115,10 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logp, old_logp, advantages, mask, cliprange, cliprange_high=None):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7), summed over tokens, and how many tokens are clipped; all tensors
-    are (B, T-1). The mask may hold weights instead of 0 and 1: they weigh the tokens' losses. cliprange_high: how far
-    the ratio may rise, if not as far as it may fall."""
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) as a loss, summed over tokens, and how many tokens have a larger
+    loss because they are clipped. All tensors are (B, T-1), and count nowhere outside the mask. It may hold weights
+    instead of 0 and 1: they weigh the tokens in both sums. cliprange_high: how far the ratio may rise, if not as far as
+    it may fall."""
     ratio = (logp - old_logp).masked_fill(mask == 0, 0).exp()
     high = cliprange if cliprange_high is None else cliprange_high
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
@@ -154,21 +159,24 @@ def run(cfg, score_fn=None):
     updater = update.Updater(model.trainable() + value.trainable(), cfg.lr, updates, fp16=model.fp16)
     log = update.Log(cfg, cfg.steps, ("objective/scores", "objective/kl", "objective/rlhf_reward",
                                             "policy/clipfrac_avg"))
-    kl_coef, best, chosen_step, kept = cfg.kl_coef, -math.inf, 0, []
-    for step, asked in enumerate(schedule(prompts, cfg.rollout_batch, cfg.steps, cfg.seed)):
+    now = Kept(kl_coef=cfg.kl_coef, best=-math.inf, chosen_step=0, weights=[])
+    asked_of = schedule(prompts, cfg.rollout_batch, cfg.steps, cfg.seed)
+    for step, asked in log.resumed(asked_of, model, value, updater, score_fn, now):
         # sample answers, score them, estimate values
         roll = collect(asked, text, model, ref, score_fn, cfg, cfg.seed * 100_003 + step)
         mask = roll.mask
         values = roll.per_token(value.values, cfg)                                       # (B, T-1)
         if not values.isfinite().all():
-            raise FloatingPointError("a value is not a finite number: the run stopped and saved nothing")
+            raise update.NotFinite("a value is not a finite number: the run stopped and saved nothing", roll.rows)
 
         # rewards and advantages
         kl = KL[cfg.kl_estimator](roll.logp - roll.ref_logp) * mask                      # (B, T-1)
-        rewards = shape_rewards(roll.score, kl, mask, kl_coef)                           # (B, T-1)
+        rewards = shape_rewards(roll.score, kl, mask, now.kl_coef)                       # (B, T-1)
         shaped = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
         advantages, returns = gae(shaped, values, mask, cfg.gamma, cfg.lam)              # (B, T-1)
         advantages = whiten(advantages, mask)
+        if step % cfg.eval_every == 0:
+            roll.keep(step, text, log, kl=kl, value=values, reward=rewards, advantage=advantages)
 
         # a few epochs of clipped updates; policy and value function take turns in every micro-batch
         sums = 0.
@@ -177,7 +185,8 @@ def run(cfg, score_fn=None):
                 ids, m, old_logp, old_v, a, r = roll.cut(micro, roll.logp, values, advantages, returns)
                 logp = token_logps(model, ids, m, cfg.temperature)                       # (b, t-1)
                 pg_loss, pg_clipped = policy_loss(logp, old_logp, a, m, cfg.cliprange)
-                updater.add(pg_loss, sum(len(roll.rows[i][1]) for i in micro))           # per token of the answers
+                rows = [roll.rows[i] for i in micro]
+                updater.add(pg_loss, sum(len(response) for _, response in rows), rows)   # per token of the answers
                 v = value.values(ids, m)                                                 # (b, t-1)
                 vf_loss, vf_clipped = value_loss(v, old_v, r, m, cfg.cliprange_value)
                 updater.add(cfg.vf_coef * vf_loss, 0)
@@ -187,15 +196,17 @@ def run(cfg, score_fn=None):
             stats = updater.step()
 
         log.step(step, {
-            "objective/kl": roll.kl(), "objective/scores": roll.score.mean().item(), "objective/kl_coef": kl_coef,
-            "objective/non_score_reward": -kl_coef * kl.sum(1).mean().item(),
+            "objective/kl": roll.kl(), "objective/scores": roll.score.mean().item(), "objective/kl_coef": now.kl_coef,
+            "objective/non_score_reward": -now.kl_coef * kl.sum(1).mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
             "objective/entropy": -roll.logp.sum(1).mean().item(),
             **dict(zip(METRICS, (sums[:-1] / sums[-1]).tolist())), **stats,
             "val/num_eos_tokens": roll.finished.sum().item(), "response_length": (mask.sum() / len(asked)).item(),
             "explained_variance": explained_variance(values, returns, mask)}, sum(roll.lengths))
+        if 2 * step >= cfg.steps and log.last["explained_variance"] <= 0:
+            say_once("the value function explains nothing of the returns: try a higher --vf_coef")
         if cfg.adaptive_kl:
-            kl_coef *= 1 + .1 * max(-.2, min(.2, roll.kl() / cfg.adaptive_kl - 1))
+            now.kl_coef *= 1 + .1 * max(-.2, min(.2, roll.kl() / cfg.adaptive_kl - 1))
 
         # keep the policy that is best at its objective on prompts that it is not trained on
         stop = cfg.max_kl and roll.kl() > cfg.max_kl
@@ -207,15 +218,15 @@ def run(cfg, score_fn=None):
             if cfg.snapshots:
                 answer(model, text, cfg, file=f"outputs_{step + 1}.json")
             objective = score - cfg.kl_coef * val_kl
-            if objective > best:
-                best, chosen_step = objective, step
-                kept = [p.detach().cpu().clone() for p in model.trainable()]
+            if objective > now.best:
+                now.best, now.chosen_step = objective, step
+                now.weights = [p.detach().cpu().clone() for p in model.trainable()]
         if stop:
             print(f"stopped: the KL is above --max_kl {cfg.max_kl:g}")
             break
 
     with torch.no_grad():
-        for p, best_p in zip(model.trainable(), kept):
+        for p, best_p in zip(model.trainable(), now.weights):
             p.copy_(best_p)
     policy.save(model, cfg)
-    return {"chosen_step": chosen_step, "val/rlhf_reward": best, **answer(model, text, cfg, ref)}
+    return {"chosen_step": now.chosen_step, "val/rlhf_reward": now.best, **answer(model, text, cfg, ref)}

@@ -28,6 +28,7 @@ from rlhf.answers import answer
 from rlhf.experience import schedule
 from rlhf.logprobs import lengths, pack
 from rlhf.sampler import generate
+from rlhf.state import Kept
 
 NEEDS = ("sft", "reward")
 CHUNK = 1024                            # tokens whose logits are held at a time
@@ -107,34 +108,35 @@ def run(cfg, score_fn=None):
 
     updater = update.Updater(model.trainable(), cfg.lr, cfg.rounds * cfg.updates, fp16=model.fp16)
     log = update.Log(cfg, cfg.rounds, ("objective/scores", "loss/nll", "loss/kl"))
-    pool, scores = [], torch.empty(0)                   # (record, response) each, and their scores
-    for round, asked in enumerate(schedule(records, cfg.rollout_batch, cfg.rounds, cfg.seed)):
+    pool, asked_of = Kept(rows=[], scores=torch.empty(0)), schedule(records, cfg.rollout_batch, cfg.rounds, cfg.seed)
+    for round, asked in log.resumed(asked_of, model, updater, score_fn, pool):      # pool.rows: (record, response) each
         # explore: the reward sees the answers without marks
         form = best if round else text
         new = generate(model, [form.prompt(record) for record in asked], text, cfg, cfg.seed * 100_003 + round)
-        pool += [(record, response) for record, (_, response) in zip(asked, new)]
-        score = score_fn([(text.prompt(record), response) for record, response in pool[-len(asked):]]).cpu()
+        pool.rows = pool.rows + [(record, response) for record, (_, response) in zip(asked, new)]
+        score = score_fn([(text.prompt(record), response) for record, response in pool.rows[-len(asked):]]).cpu()
         unfinished = torch.tensor([response[-1] not in text.stops for _, response in new])
-        scores = torch.cat((scores, score - cfg.missing_eos_penalty * unfinished))       # (pool,)
+        pool.scores = torch.cat((pool.scores, score - cfg.missing_eos_penalty * unfinished))        # (pool,)
 
         # divide the pool into quantiles, and learn from all of them
-        quantiles = quantiles_of(scores, cfg.quantiles).tolist()
-        plain = [(text.prompt(record), response) for record, response in pool]
-        rows = [(marked[k].prompt(record), response) for k, (record, response) in zip(quantiles, pool)]
-        passes = math.ceil(cfg.updates * cfg.batch_size / len(pool))
+        quantiles = quantiles_of(pool.scores, cfg.quantiles).tolist()
+        plain = [(text.prompt(record), response) for record, response in pool.rows]
+        rows = [(marked[k].prompt(record), response) for k, (record, response) in zip(quantiles, pool.rows)]
+        passes = math.ceil(cfg.updates * cfg.batch_size / len(rows))
         nll_sum, kl_sum, tokens = 0., 0., 0
-        for batch in update.batches(len(pool), cfg.batch_size, passes, cfg.seed + round)[:cfg.updates]:
+        for batch in update.batches(len(rows), cfg.batch_size, passes, cfg.seed + round)[:cfg.updates]:
             for micro in update.micro_batches(batch, lengths(rows), cfg.micro_batch_tokens):
                 nll, kl = quark_losses(model, ref, [rows[i] for i in micro], [plain[i] for i in micro],
                                        cfg.temperature)
-                updater.add(nll + cfg.beta * kl, sum(len(rows[i][1]) for i in micro))    # per token of the answers
+                updater.add(nll + cfg.beta * kl, sum(len(rows[i][1]) for i in micro),    # per token of the answers
+                            [rows[i] for i in micro])
                 nll_sum, kl_sum = nll_sum + nll.detach(), kl_sum + kl.detach()
             tokens += updater.denominator
             stats = updater.step()
-        metrics = {"objective/scores": scores[-len(asked):].mean().item(), "loss/nll": (nll_sum / tokens).item(),
+        metrics = {"objective/scores": pool.scores[-len(asked):].mean().item(), "loss/nll": (nll_sum / tokens).item(),
                    "loss/kl": (kl_sum / tokens).item(), "val/num_eos_tokens": int((~unfinished).sum()), **stats}
         log.step(round, metrics, tokens)
-        log.sample(round, question(asked[0]), text.decode(new[0][1]), score=scores[-len(asked)].item())
+        log.sample(round, question(asked[0]), text.decode(new[0][1]), score=pool.scores[-len(asked)].item())
 
     policy.save(model, cfg)
-    return {**metrics, **answer(model, best, cfg, ref, text)}
+    return {**log.last, **answer(model, best, cfg, ref, text)}

@@ -227,13 +227,15 @@ def run(cfg):
     batches = update.batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(batches), weight_decay=cfg.weight_decay, fp16=model.fp16)
     log = update.Log(cfg, len(batches), ("loss", "accuracy", "margin"))
-    for step, batch in enumerate(batches):
+    log.rows(pairs[0], text)
+    for step, batch in log.resumed(batches, model, updater):
         each = []
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
-            ids, mask = logprobs.pack(rows_of([pairs[i] for i in micro]), model.gpt.device)
+            rows = rows_of([pairs[i] for i in micro])
+            ids, mask = logprobs.pack(rows, model.gpt.device)
             good, bad = score(model, ids, mask, shared=2).chunk(2)                       # (b,), (b,)
             losses = bradley_terry(good, bad)
-            updater.add(losses.sum(), len(micro))
+            updater.add(losses.sum(), len(micro), rows)
             each.append(torch.stack((losses, good, bad)).detach())
         loss, good, bad = torch.cat(each, 1).cpu()                                       # (batch,) each
         both = torch.cat((good, bad))
@@ -245,7 +247,7 @@ def run(cfg):
     metrics = validate(model, held_out, cfg) if held_out else {}
     val = text.fitting(cfg.splits()["val"], cfg.max_prompt_tokens)
     each = math.ceil(cfg.scale_answers / len(val))                                       # answers to a prompt
-    rows = generate(sft, [text.prompt(record) for record in val], text, cfg, cfg.seed + 2, each)
+    rows = generate(sft, [text.prompt(record) for record in val], text, cfg, cfg.seed + 2, each, kept="scale")
     values, answers = normalise(model, rows, cfg), [text.decode(response) for _, response in rows]
     save(model, cfg)
     for i, (answer, value) in enumerate(zip(answers[:4], values.tolist())):

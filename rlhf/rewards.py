@@ -172,7 +172,13 @@ class Annotators:
         # one annotate() asks about few pairs: the limit on unusable verdicts is for the run as a whole
         self.lost, self.allowed, self.judge.max_unusable = 0, cfg.max_unusable, 1.
 
-    def compare(self, ones, twos):
+    def state_dict(self):
+        return {name: getattr(self, name) for name in ("pairs", "asked", "cost", "lost")}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+    def __call__(self, ones, twos):
         """The preferences between the rows `ones` and the rows `twos`, which have the same prompts: 1, 2, a fraction
         between them if the judge gives its probabilities, or 1.5 if the texts are equal or no verdict is usable."""
         pairs = []
@@ -196,17 +202,26 @@ class Annotators:
         return {"judge/asked": self.asked, "judge/cost": self.cost}
 
 
-def against_sft(annotators, ref, text, cfg):
+class AgainstSFT:
     """A reward by comparison with one answer of the SFT model to each prompt, which is sampled when it is needed."""
-    theirs = {}
 
-    def score(rows):
-        new = [prompt for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in rows) if prompt not in theirs]
-        asked = [list(prompt) for prompt in new]
-        theirs.update(zip(new, generate(ref, asked, text, cfg, cfg.seed * 100_003 + 100_000)))
-        preferences = annotators.compare(rows, [theirs[tuple(prompt)] for prompt, _ in rows])
+    def __init__(self, annotators, ref, text, cfg):
+        self.annotators, self.ref, self.text, self.cfg = annotators, ref, text, cfg
+        self.theirs = {}                                # {prompt ids: row of the SFT model}
+
+    def state_dict(self):
+        return {"annotators": self.annotators.state_dict(), "theirs": list(self.theirs.values())}
+
+    def load_state_dict(self, state):
+        self.annotators.load_state_dict(state["annotators"])
+        self.theirs = {tuple(prompt): (prompt, response) for prompt, response in state["theirs"]}
+
+    def __call__(self, rows):
+        new = [prompt for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in rows) if prompt not in self.theirs]
+        asked, seed = [list(prompt) for prompt in new], self.cfg.seed * 100_003 + 100_000
+        self.theirs.update(zip(new, generate(self.ref, asked, self.text, self.cfg, seed)))
+        preferences = self.annotators(rows, [self.theirs[tuple(prompt)] for prompt, _ in rows])
         return 2. - torch.tensor(preferences, dtype=torch.float)
-    return score
 
 
 # -- reward models that are there already --------------------------------------------------------------------------
@@ -273,7 +288,7 @@ def scorer(cfg, text, ref, model=None):
     if cfg.ready_made:
         return ReadyMade(cfg, text, records)
     if cfg.reward == "judge":
-        return against_sft(Annotators(cfg, text, records), ref, text, cfg)
+        return AgainstSFT(Annotators(cfg, text, records), ref, text, cfg)
     worth = of_text(cfg)
     return lambda rows: torch.tensor([worth(records[tuple(prompt)], text.decode(response))
                                       for prompt, response in rows])
@@ -287,7 +302,7 @@ def comparer(cfg, text, ref, score_fn=None):
     """
     if cfg.reward == "judge" and score_fn is None:
         annotators = Annotators(cfg, text, records_of(cfg, text, ref))
-        return annotators.compare, annotators.spent
+        return annotators, annotators.spent
     score_fn = score_fn or scorer(cfg, text, ref)
 
     def compare(ones, twos):

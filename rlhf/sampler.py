@@ -10,20 +10,19 @@ answers beside it. Learners need the log-probs of exactly the distribution that 
 from is sampled with a temperature alone. Answers that are judged may also have a top-p, and those of serve.py a top-k
 and a min-p.
 
-Letters: B rows, T tokens, S columns of the cache, V vocabulary, D width, H heads, K kv heads, hd head size, P prompts,
-N answers.
+Letters: B rows, T tokens, V vocabulary, D width, P prompts, N answers.
 """
 import math
 from collections import deque
-from functools import partial
+from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 
 from data import InputError
 from data.progress import Progress
-from model import capped_attention, causal
+from rlhf.kv_cache import KVCache, apart
 from rlhf.logprobs import pack
+from rlhf.saves import Answers, parts
 from rlhf.update import micro_batches
 
 CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; a finished answer runs on for half of them
@@ -31,14 +30,28 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
 CANDIDATES = 1024                               # likeliest tokens that are ranked, where these are enough
 ALL = 1., 0, 0.                                 # top-p, top-k and min-p with which all tokens may be drawn
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
-NOT_FINITE = "the model's hidden states are not finite: its weights are broken, or fp16 overflowed"
 
 
-def generate(model, prompts, text, cfg, seed, n=1, judged=False, logps=False):
-    """sample() with the settings of a run. judged: whether the answers are to be judged, and not to be learned from."""
+def generate(model, prompts, text, cfg, seed, n=1, judged=False, logps=False, kept=""):
+    """sample() with the settings of a run. judged: whether the answers are to be judged, and not to be learned from.
+    kept: a name under which finished answers are kept on disk as they come, in a sampling that may take long."""
     temperature, top_p = (cfg.eval_temperature, cfg.eval_top_p) if judged else (cfg.temperature, 1.)
-    return sample(model, prompts, text.stops, longest_answer(text, cfg), temperature, seed, n, cfg.slots, cfg.graph,
-                  Progress("sampling", n * len(prompts)), top_p, logps=logps)
+    longest, progress = longest_answer(text, cfg), Progress("sampling", n * len(prompts))
+    settings = text.stops, longest, temperature, seed, n, cfg.slots, cfg.graph, progress, top_p
+    if not kept:
+        return sample(model, prompts, *settings, logps=logps)
+    done = Answers(cfg.saves, kept, [prompts, sorted(text.stops), longest, temperature, seed, n, top_p])
+    progress.before = len(done)
+    with done.finishing():
+        for left in parts(model.gpt, prompts, longest, n, cfg.slots or MAX_SLOTS["cpu"], done):
+            sample(model, prompts, *settings, only=left, done=done)
+    return done.rows(prompts, n, logps)
+
+
+def not_finite(gpt):
+    """What is to be said of hidden states that are not finite."""
+    fp16 = ", or fp16 overflowed: try --dtype float32" * (gpt.head.dtype == torch.float16)
+    return f"the model's hidden states are not finite: its weights are broken{fp16}"
 
 
 def longest_answer(text, cfg):
@@ -48,7 +61,7 @@ def longest_answer(text, cfg):
 
 @torch.inference_mode()
 def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, slots=0, graph=True, progress=None,
-           top_p=1., top_k=0, min_p=0., logps=False):
+           top_p=1., top_k=0, min_p=0., logps=False, only=None, done=None):
     """n answers to each prompt: rows [(prompt ids, response ids)], n for each prompt, in order.
 
     A response ends with the id in `stops` that ended it, or has max_new_tokens (one number, or a list with one for each
@@ -58,16 +71,22 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     logps: return (rows, log-probs) with a tensor (tokens,) for each row, computed at this temperature; None instead if
     training would compute others: in 16 bits, where they differ by more than rounding, or if not all tokens could be
     drawn.
+
+    only: the indices of the rows that are sampled (default: all); up to rounding they are the same as if all were
+    sampled. done: the Answers that get them.
     """
     limits = [max_new_tokens] * len(prompts) * n if isinstance(max_new_tokens, int) else max_new_tokens
+    only = range(len(limits)) if only is None else only
+    before = len(done or ())
     longest, c = max(len(prompts[row // n]) + limit for row, limit in enumerate(limits)), policy.gpt.config
     if c.limited and longest > c.max_position_embeddings:
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
-    slots = min(slots or slots_that_fit(policy.gpt, longest), len(limits))
-    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, limits, temperature, seed,
-                    graph, (top_p, top_k, min_p))
-    waiting = shared_prompts(prompts, n, slots)
+    slots = min(slots or slots_that_fit(policy.gpt, longest), len(only))
+    u = torch.rand(len(limits), max(limits), generator=torch.Generator().manual_seed(seed))[list(only)]
+    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, [limits[row] for row in only],
+                    temperature, u, graph, (top_p, top_k, min_p))
+    waiting = shared_prompts(prompts, only, n, slots)
     with policy.gpt.fused(policy.role):
         while waiting or engine.busy():
             engine.refill(waiting)
@@ -75,18 +94,24 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
                 engine.compact()
             engine.advance()
             if progress:
-                progress.update(engine.finished)
+                progress.update(before + engine.finished)
+            if done is not None and done.saves.due():
+                done.add({} if policy.gpt.device.type == "cpu" else engine.ended(only))
     if progress:
         progress.close()
-    rows = [(prompts[row // n], response) for row, response in enumerate(engine.responses())]
+    if done is not None:
+        done.add(engine.ended(only))
+    rows = [(prompts[row // n], response) for row, response in zip(only, engine.responses())]
     return (rows, engine.logps()) if logps else rows
 
 
-def shared_prompts(prompts, n, slots):
-    """A queue of (prompt, its rows), short prompts first. The n rows of a prompt stay together as far as slots go."""
-    share = min(n, slots)
-    queue = [(prompt, range(i * n + j, i * n + min(j + share, n)))
-             for i, prompt in enumerate(prompts) for j in range(0, n, share)]
+def shared_prompts(prompts, rows, n, slots):
+    """A queue of (prompt, its places in `rows`), short prompts first. Row i is an answer to prompt i // n; the rows of
+    a prompt stay together as far as slots go."""
+    share, queue = min(n, slots), []
+    for i, places in groupby(range(len(rows)), key=lambda place: rows[place] // n):
+        places = list(places)
+        queue += [(prompts[i], places[j:j + share]) for j in range(0, len(places), share)]
     return deque(sorted(queue, key=lambda item: len(item[0])))
 
 
@@ -156,90 +181,6 @@ def slots_that_fit(gpt, longest):
     return max(1, min(MAX_SLOTS["cuda"], int(.9 * free / row)))
 
 
-class KVCache:
-    """Keys and values of every layer, (slots, K, S, hd) each. A slot holds one row, filled up to the row's position."""
-
-    def __init__(self, config, slots, length, device, dtype):
-        shape = (slots, config.num_key_value_heads, length, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros_like(k) for k in self.k]
-        self.first_cell = torch.arange(slots * shape[1], device=device).view(slots, -1) * length         # (slots, K)
-        self.columns = torch.arange(length, device=device)                                               # (S,)
-        self.windows = set(config.windows)
-        self.sdpa = self.k[0].is_cuda           # on CPUs two products are a third faster for so few queries
-
-    def prefill(self, slots, source):
-        """Attention functions, one for each layer, for prompts (P, T) from column 0 on: row source[i] of the prompts is
-        kept in slot slots[i]."""
-        return [partial(self.attend_to_prompt, layer, slots, source) for layer in range(len(self.k))]
-
-    def attend_to_prompt(self, layer, slots, source, q, k, v, window, cap):
-        """Keep k and v (P, T, K, hd), and attend within the prompts."""
-        T = k.shape[1]
-        self.k[layer][slots, :, :T] = k.transpose(1, 2)[source]
-        self.v[layer][slots, :, :T] = v.transpose(1, 2)[source]
-        return causal(q, k, v, window, cap)
-
-    def decode(self, pos, span, long):
-        """Attention functions, one for each layer, for one more token of the rows in the first B slots, at columns pos
-        (B,). Only the first `span` columns are read, and all pos are below it, except those of a few long rows: these
-        are read once more by themselves, up to a span of their own. long: [(their slots, their span)] or []."""
-        cells = (self.first_cell[:len(pos)] + pos[:, None]).flatten()                    # (B * K,)
-        parts = [(slots, self.biases(pos[slots], n)) for slots, n in [(slice(len(pos)), span), *long]]
-        return [partial(self.attend_to_cache, layer, cells, parts) for layer in range(len(self.k))]
-
-    def biases(self, pos, span):
-        """{window: (B, 1, 1, span), 0 where a row at its column pos (B,) attends to a column, else -inf}."""
-        ahead, found = (self.columns[:span] - pos[:, None])[:, None, None], {}           # (B, 1, 1, span)
-        for window in self.windows:
-            hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
-            bias = torch.zeros(ahead.shape, device=pos.device, dtype=self.k[0].dtype)
-            found[window] = bias.masked_fill_(hidden, -torch.inf)
-        return found
-
-    def attend_to_cache(self, layer, cells, parts, q, k, v, window, cap):
-        """q (B, H, hd), k and v (B, K, hd) of one token a row -> (B, H, hd). The H / K query heads that share a kv head
-        become the rows of one product, so that the cache is read once and never repeated."""
-        self.update(layer, cells, k, v)
-        q_rows = q.reshape(*k.shape[:2], -1, k.shape[2])                                 # (B, K, H/K, hd)
-        (slots, biases), *apart = parts
-        y = self.read(layer, slots, q_rows, biases[window], cap)
-        for slots, biases in apart:
-            y[slots] = self.read(layer, slots, q_rows[slots], biases[window], cap)
-        return y.reshape(q.shape)
-
-    def read(self, layer, slots, q, bias, cap):
-        """Attention of q (B, K, H/K, hd) to the columns of their slots that the bias (B, 1, 1, span) reaches."""
-        k, v = (x[layer][slots, :, :bias.shape[-1]] for x in (self.k, self.v))           # (B, K, span, hd)
-        if cap:
-            return capped_attention(q, k, v, bias, cap)
-        if self.sdpa:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1))
-        return (q @ k.mT).mul_(q.shape[-1] ** -.5).add_(bias).softmax(-1) @ v
-
-    def update(self, layer, cells, k, v):
-        """Write k and v (B, K, hd) to the cells (B * K,): column s of kv head j in slot i is cell (i K + j) S + s."""
-        hd = k.shape[-1]
-        self.k[layer].view(-1, hd).index_copy_(0, cells, k.reshape(-1, hd))
-        self.v[layer].view(-1, hd).index_copy_(0, cells, v.reshape(-1, hd))
-
-    def move(self, source, slots):
-        """Copy the rows of some slots into others."""
-        for x in (*self.k, *self.v):
-            x[slots] = x[source]
-
-
-def apart(spans):
-    """(span, long) for KVCache.decode(), so that few columns are read: a long row is read twice and copied once, and
-    all others are read only as far as the longest of them. spans: {slot: columns that its row needs}."""
-    slots = sorted(spans, key=spans.get)
-    longest, n = spans[slots[-1]], len(slots)
-    cost, first = min((n * spans[slots[i - 1]] + 3 * (n - i) * longest, i) for i in range(1, n + 1))
-    if cost > .9 * n * longest:         # hardly any gain
-        return longest, []
-    return spans[slots[first - 1]], [(slots[first:], longest)]
-
-
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 class Engine:
@@ -251,7 +192,7 @@ class Engine:
     to row N, which nobody reads. narrow: (top_p, top_k, min_p), as in likely().
     """
 
-    def __init__(self, gpt, slots, length, stops, limits, temperature, seed, graph, narrow=ALL):
+    def __init__(self, gpt, slots, length, stops, limits, temperature, u, graph, narrow=ALL):
         self.gpt, self.limits, self.temperature, self.narrow = gpt, limits, temperature, narrow
         device, N, longest = gpt.device, len(limits), max(limits)
         self.check_every = CHECK_EVERY[device.type]
@@ -259,7 +200,7 @@ class Engine:
         self.cache = KVCache(gpt.config, slots, length, device, gpt.head.dtype)
         self.stops = torch.tensor(stops, device=device)
         self.u = torch.zeros(N + 1, longest + 2 * self.check_every)                      # (N + 1, tokens)
-        self.u[:N, :longest] = torch.rand(N, longest, generator=torch.Generator().manual_seed(seed))
+        self.u[:N, :longest] = u[:, :longest]
         self.u = self.u.to(device)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.p = torch.ones(self.u.shape, device=device)                                 # their probabilities
@@ -373,7 +314,7 @@ class Engine:
         first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
         *first, checksum = torch.cat((first, self.checksum[None])).tolist()              # one wait for both
         if not math.isfinite(checksum):
-            raise FloatingPointError(NOT_FINITE)
+            raise FloatingPointError(not_finite(self.gpt))
         return [int(first[slot]) for slot in slots]
 
     def release(self, slots):
@@ -412,3 +353,9 @@ class Engine:
         if self.temperature == 0 or self.narrow != ALL or self.gpt.head.dtype != torch.float32:
             return None
         return [row[:length].log() for row, length in zip(self.p, self.lengths)]
+
+    def ended(self, names):
+        """{the name of a row: [its response, a list of its log-probs or None]} of the rows that have ended."""
+        written, logps = self.written.cpu(), self.logps() or [None] * len(self.lengths)
+        return {name: [row[:length].tolist(), logp if logp is None else logp.tolist()]
+                for name, row, length, logp in zip(names, written, self.lengths, logps) if length is not None}

@@ -44,18 +44,18 @@ def train(model, rows, cfg, log, show=None, start=0):
     lengths = logprobs.lengths(rows)
     batches = update.batches(len(rows), cfg.batch_size, cfg.epochs, cfg.seed)
     updater = update.Updater(model.trainable(), cfg.lr, len(batches), fp16=model.fp16)
-    for step, batch in enumerate(batches):
+    for step, batch in log.resumed(batches, model, updater):
         nll = torch.zeros((), device=model.gpt.device)
         for micro in update.micro_batches(batch, lengths, cfg.micro_batch_tokens):
             ids, mask = logprobs.pack([rows[i] for i in micro], model.gpt.device)          # (b, T), (b, T-1)
             loss = -logprobs.token_logps(model, ids, mask).sum()
-            updater.add(loss, sum(len(rows[i][1]) for i in micro))
+            updater.add(loss, sum(len(rows[i][1]) for i in micro), [rows[i] for i in micro])
             nll += loss.detach()
         mean = nll.item() / updater.denominator
         log.step(start + step, {"loss": mean, **updater.step()}, sum(lengths[i] for i in batch))
         if show and step % cfg.sample_every == 0:
             show(step)
-    return {"loss": mean}
+    return {"loss": log.last["loss"]}
 
 
 def cut_off(responses, cfg, what):

@@ -4,7 +4,8 @@ A stage is reused only if everything that made it is the same: its settings, the
 data and of its base model, and the source code of its method. All of this is in its config.json; `id` is a hash of it.
 A stage that is run again is made in a folder beside the old one (dpo.new). When it is finished, the old folder is
 renamed (.dpo.old), the new one gets its name, and the old one is deleted, so that a kill at any moment leaves one of
-the two complete. A lock lets one process at a time work on a stage.
+the two complete. A lock lets one process at a time work on a stage. An interrupted stage goes on from its saves, see
+saves.py.
 """
 import ast
 import contextlib
@@ -15,25 +16,24 @@ import os
 import re
 import shutil
 import textwrap
-import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from data import InputError, read_json
+from data import InputError, read_json, run_folders
+from data.files import alone, hash_of, remove_temporary, sync_folder, write_json
 from data.progress import Progress, cut, fitted, width
 from data.text import TODAY
-from data.weights import write_whole
-from rlhf import FOLDER, config
+from rlhf import FOLDER, config, memory
+from rlhf.saves import SAVES, Saves, seconds_saved
+from rlhf.update import NotFinite
 
-try:
-    import fcntl
-except ImportError:                     # Windows
-    fcntl = None
-
-LOGS = {"config.json", "metrics.jsonl", "samples.jsonl"}            # an unfinished stage with only these is overwritten
+BAD = "bad_batch.json"                  # what a run was about when a number was not finite
+LOGS = {"config.json", "metrics.jsonl", "samples.jsonl", BAD}       # an unfinished stage with only these is overwritten
+LITTLE = 60                             # and may have saved the work of so many seconds
+SMALL = 10_000_000                      # bytes of a file up to which damage is found by its hash, too
 SEEN = {}                               # {file: hash of its source when this process first read it}
 
 
@@ -167,26 +167,29 @@ def find(folder):
     if not (folder / "config.json").exists() and not finished and only_logs(folder):
         return None                     # no folder, or one from before a kill that has nothing in it
     try:
-        there, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+        there, result = run_folders.config_of(folder), run_folders.result_of(folder)
     except InputError as error:
         return Found({}, finished, str(error))
     if not there and finished:
         return Found({}, finished, f"{folder / 'config.json'} is missing")
     if not {"id", "needs"} <= there.keys():
         raise InputError(f"{folder} is not a stage of a run: choose another --out")
-    return Found(there, finished, damaged(folder, result.get("files")) if finished else unreadable(folder))
+    return Found(there, finished, damaged(folder, result) if finished else unreadable(folder))
 
 
-def damaged(folder, sizes):
-    """A sentence about the first file that is missing or has another size than when the stage was finished. Logs may
-    change."""
-    for name, size in (sizes or {}).items():
+def damaged(folder, result):
+    """A sentence about the first file that is missing or not as it was when the stage was finished, according to its
+    result.json. Logs may change."""
+    hashes = result.get("hashes", {})
+    for name, size in (result.get("files") or {}).items():
         if name in LOGS - {"config.json"}:
             continue
         if not (folder / name).exists():
             return f"{folder / name} is missing"
         if (now := (folder / name).stat().st_size) != size:
             return f"{folder / name} is damaged: {now} bytes instead of {size}"
+        if name in hashes and hash_of(folder / name) != hashes[name]:
+            return f"{folder / name} is damaged: its content has changed"
     return ""
 
 
@@ -195,23 +198,33 @@ def unreadable(folder):
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"{path} is damaged: {error}"
     return ""
 
 
 def files_in(folder):
-    """{path below the folder: bytes}, without hidden files, which may be half written."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")}
+    """{path below the folder: bytes}, without hidden files and folders, which may be half written."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path.stat().st_size for name, path in found.items()
+            if not any(part.startswith(".") for part in name.parts)}
 
 
 def only_logs(folder):
-    return files_in(folder).keys() <= LOGS
+    return files_in(folder).keys() <= LOGS and seconds_saved(folder / SAVES)[0] < LITTLE
 
 
-def write_json(path, document):
-    write_whole(path, [json.dumps(document, indent=1).encode()])
+def hashes_in(folder, files):
+    return {name: hash_of(folder / name) for name, size in files.items() if size <= SMALL and name not in LOGS}
+
+
+def sync(folder):
+    """Have all files in a folder written to the disk."""
+    for name in files_in(folder):
+        with open(folder / name, "rb+") as file:
+            os.fsync(file.fileno())
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        sync_folder(path)
 
 
 def first_day(out):
@@ -220,7 +233,7 @@ def first_day(out):
     days = []
     for path in out.glob("*/config.json"):
         with contextlib.suppress(InputError):           # find() has a sentence about a damaged one
-            days.append(read_json(path).get("day") or TODAY)
+            days.append(run_folders.settings(path.parent).get("day") or TODAY)
     return min(days, default=TODAY)
 
 
@@ -233,7 +246,7 @@ class Difference(NamedTuple):
 
 def differences(stage, there):
     """[Difference] between what made the stage whose config.json is `there` and what would make it now."""
-    if "sources" not in there:
+    if not {"sources", "contents", "revision"} <= there.keys():
         return [Difference("it was made by an older farm.py that did not record its source code")]
     cfg, files = stage.cfg, stage.made["sources"]
     changed = {key: value for key, value in stage.settings.items() if there.get(key) != value}
@@ -278,7 +291,7 @@ class Again:
             before = read_json(self.file)
         except InputError:
             before = {}
-        same = before.get("ids") == ids
+        same = before.get("ids") == ids and isinstance(before.get("anew"), list)
         self.began = self.file.stat().st_mtime_ns if same else math.inf
         self.anew = set(before["anew"] if same else ids)        # methods that run again: named, or built on a named one
 
@@ -367,11 +380,13 @@ def run(stage, again, step):
         if folder is None:
             changed = not_default(stage)
             print(cut(f"{stage.name}: reused" + f" ({changed})" * bool(changed), width()), flush=True)
+            shutil.rmtree(stage.folder / SAVES, ignore_errors=True)     # a kill came right after result.json
             return
         print(f"{step}: {stage.name}{' again, beside the old one' * (folder != stage.folder)}")
         print(textwrap.fill(stage.module.__doc__.splitlines()[0], width(), initial_indent="  ",
                             subsequent_indent="  "), flush=True)
-        make(stage, folder)
+        with memory.watched(stage.cfg, stage.needs):
+            make(stage, folder)
         settle(stage.folder)
 
 
@@ -384,17 +399,34 @@ def make(stage, folder):
     folder.mkdir(parents=True, exist_ok=True)
     changed = list(config.changed(cfg, stage.settings))
     write_json(folder / "config.json", {**config.provenance(cfg), **stage.made, "id": stage.id, "changed": changed})
+    remove_temporary(folder)
+    (folder / BAD).unlink(missing_ok=True)
     cfg.folders = {**cfg.folders, stage.name: folder.name}
-    start, work = time.perf_counter(), time.process_time()
-    metrics = stage.module.run(cfg) or {}
-    seconds, work = time.perf_counter() - start, time.process_time() - work
-    cfg.folders = {**cfg.folders, stage.name: stage.name}
-    result = {"seconds": seconds, "cpu_seconds": work, "metrics": metrics, "files": files_in(folder)}
-    write_json(folder / "result.json", result)
+    cfg.saves = Saves(folder / SAVES, cfg.save_minutes)
+    metrics = work_of(stage, folder) or {}
+    seconds, work = cfg.saves.seconds()
+    cfg.folders, cfg.saves = {**cfg.folders, stage.name: stage.name}, Saves()
+    sync(folder)
+    files = files_in(folder)
+    write_json(folder / "result.json", {"seconds": seconds, "cpu_seconds": work, "metrics": metrics, "files": files,
+                                        "hashes": hashes_in(folder, files)})
+    shutil.rmtree(folder / SAVES)
     shown = [f"{key.rpartition('/')[2]} {value:.4g}" for key, value in metrics.items()
              if isinstance(value, (int, float))]
     Progress.close()
     print(fitted([f"{stage.name}: done in {seconds:.0f} s", *shown[:3]]), flush=True)
+
+
+def work_of(stage, folder):
+    """What the method returns. If it meets a number that is not finite, the batch is left in the folder, for a look."""
+    try:
+        return stage.module.run(stage.cfg)
+    except NotFinite as error:
+        words = partial(stage.cfg.text().tokenizer.decode, skip_special_tokens=False)
+        rows = [{"prompt": words(prompt), "response": words(response), "prompt_ids": prompt, "response_ids": response}
+                for prompt, response in error.batch["rows"]]
+        write_json(folder / BAD, {**error.batch, "rows": rows})
+        raise FloatingPointError(f"{error}. The batch is in {folder / BAD}") from None
 
 
 def finished(out):
@@ -416,34 +448,3 @@ def finished(out):
         else:
             whole.append(result.parent)
     return whole, broken
-
-
-# -- one process at a time -----------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def alone(folder):
-    """Lock the stage in `folder` for a with block; waits while another process has the lock."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a+b", buffering=0) as file:
-        if not locked(file):
-            file.seek(0)
-            print(f"{folder.name}: process {file.read().decode()} works on it; waiting until it is done", flush=True)
-            while not locked(file):
-                time.sleep(.2)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        yield                           # closing the file unlocks it, and so does the end of the process
-
-
-def locked(file):
-    """Try to lock an open file. False if another process has locked it."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-            file.seek(1 << 20)          # a byte behind the text, which others may read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True

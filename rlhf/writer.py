@@ -6,7 +6,7 @@ from itertools import groupby, product
 import torch
 
 from rlhf.logprobs import pack
-from rlhf.sampler import NOT_FINITE, PREFILL_TOKENS, Engine, cache_length, draw, likely
+from rlhf.sampler import PREFILL_TOKENS, Engine, cache_length, draw, likely, not_finite
 from rlhf.update import micro_batches
 
 GREEDY_BELOW = 1e-5                     # temperatures below this are greedy
@@ -22,7 +22,8 @@ class ServingEngine(Engine):
     """
 
     def __init__(self, gpt, slots, context, stops, best=20, graph=True):
-        super().__init__(gpt, slots, cache_length(gpt.device, context), stops, [context] * slots, 1., 0, graph)
+        super().__init__(gpt, slots, cache_length(gpt.device, context), stops, [context] * slots, 1.,
+                         torch.zeros(slots, context), graph)
         self.slots, self.best = slots, min(best, gpt.config.vocab_size)
         self.temperatures, self.top_p, self.top_k, self.min_p = torch.zeros(4, slots + 1, 1, device=gpt.device)
         self.logp = torch.zeros(self.u.shape, device=gpt.device)                         # (slots + 1, tokens)
@@ -106,7 +107,7 @@ class ServingEngine(Engine):
             where = mask.flatten().nonzero()[:, 0]                                       # (N,)
             h, targets = self.gpt.hidden(ids[:, :-1], where=where), ids[:, 1:].flatten()[where]
             if not h.isfinite().all():
-                raise FloatingPointError(NOT_FINITE)
+                raise FloatingPointError(not_finite(self.gpt))
             scored = [each for i in range(0, len(h), SCORED)
                       for each in self.score_tokens(h[i:i + SCORED], targets[i:i + SCORED])]
             for i in micro:

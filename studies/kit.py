@@ -14,11 +14,11 @@ import torch
 
 import annotate
 import eval
-from data import InputError, did_you_mean, read_json
+from data import InputError, did_you_mean, read_json, writable
 from data.alpaca_eval import question
 from data.barn.judge import win_probabilities
 from data.barn.reward import true_reward
-from data.weights import write_whole
+from data.files import write_whole
 from rlhf import config, plan, stages
 from rlhf.update import plainly
 from stats import report
@@ -366,6 +366,7 @@ def printed(block):
 def command(name, argv):
     """`farm.py --study NAME`: run a study, print its tables, and write its files."""
     cfg = parse(name, argv)
+    writable(cfg.out)
     start, work = time.perf_counter(), time.process_time()
     with plainly("finished stages are kept: try a lower --micro_batch_tokens, fewer --slots, a smaller model"):
         result = load(name).run(cfg)

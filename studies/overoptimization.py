@@ -37,7 +37,7 @@ import torch
 
 import annotate
 import eval
-from data import InputError
+from data import InputError, run_folders
 from data.alpaca_eval import question
 from data.barn.judge import win_probabilities
 from data.barn.reward import true_reward
@@ -181,7 +181,7 @@ def ppo(cfg, seed):
         name = f"ppo_{LABELS[labels][0]}_kl{price:g}"
         more = f"--kl_coef {price:g} --steps {cfg.steps} --eval_every {cfg.every} --snapshots --name {name}"
         folder = kit.train(cfg, seed, line("ppo", labels, f"{more} {TINY_PPO * cfg.quick}"))
-        looks = [json.loads(look) for look in (folder / "samples.jsonl").read_text().splitlines()]
+        looks = [look for look in run_folders.json_lines(folder / "samples.jsonl") if "val_score" in look]
         steps = [0, *(look["step"] + 1 for look in looks)]
         files = [sft / "outputs.json", *(folder / f"outputs_{step}.json" for step in steps[1:])]
         written = [json.loads(file.read_text())[:cfg.prompts] for file in files]

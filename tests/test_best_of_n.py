@@ -146,8 +146,8 @@ def watched(monkeypatch):
     seen = {name: [] for name in ("by", "prompts", "rows", "scores", "seed", "from", "kept", "after")}
     generate, scorer, train = expert_iteration.generate, reward.scorer, sft.train
 
-    def watch_generate(model, prompts, text, cfg, seed, n):
-        rows = generate(model, prompts, text, cfg, seed, n)
+    def watch_generate(model, prompts, text, cfg, seed, n, kept):
+        rows = generate(model, prompts, text, cfg, seed, n, kept=kept)
         for name, value in (("by", state(model)), ("prompts", prompts), ("rows", rows), ("seed", seed)):
             seen[name].append(value)
         return rows
@@ -223,7 +223,7 @@ def test_the_log_keeps_all_rounds(folders):
 
 
 def test_where_no_winner_ended_the_user_is_told(folders, monkeypatch):
-    monkeypatch.setattr(expert_iteration, "generate", lambda model, prompts, *args: [
+    monkeypatch.setattr(expert_iteration, "generate", lambda model, prompts, *args, **kept: [
         (prompt, [20]) for prompt in prompts for _ in range(4)])
     with pytest.raises((InputError, FloatingPointError)):
         ran(folders, "full", expert_iteration, **EXIT)

@@ -110,10 +110,10 @@ def test_a_server_s_rows_have_their_own_likely_tokens_on_the_gpu(graph):
 def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch, narrow):
     step = sampler.Engine.step
 
-    def watched(self, width, span):
+    def watched(self, width, span, *long):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(self, width, span)
+            step(self, width, span, *long)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(sampler.Engine, "step", watched)

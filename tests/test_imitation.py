@@ -109,7 +109,7 @@ def test_the_reference_is_asked_without_the_mark(kind, folders, monkeypatch):
     ref, text = policy.load(cfg, "sft"), toy.text(cfg)
     metrics = answers.answer(ref, text.marked("w11 "), cfg, ref, text)
     kl = []
-    for prompt, response in rows:
+    for prompt, response in rows[0]:                    # behind them are their log-probs
         with torch.no_grad():
             marked, plain = (tiny.plain_logps(ref, *logprobs.pack([(each, response)])).sum().item()
                              for each in (prompt, prompt[1:]))

@@ -13,7 +13,8 @@ from data.weights import WeightsError, load_weights, write_safetensors
 from model import GPTConfig, frequencies
 from rlhf.logprobs import ChunkedLogProb
 from rlhf.policy import Policy
-from rlhf.sampler import KVCache, sample
+from rlhf.kv_cache import KVCache
+from rlhf.sampler import sample
 
 torch.set_num_threads(1)
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"

@@ -366,8 +366,8 @@ def test_scores_compare_answers(folders):
 
 def test_the_first_dpo_loss_is_log_2_and_later_pairs_are_of_the_newest_policy(folders, monkeypatch):
     states, real = [], online_dpo.generate
-    monkeypatch.setattr(online_dpo, "generate", lambda model, *args: states.append(
-        torch.cat([p.flatten() for p in model.gpt.parameters()]).clone()) or real(model, *args))
+    monkeypatch.setattr(online_dpo, "generate", lambda model, *args, **kept: states.append(
+        torch.cat([p.flatten() for p in model.gpt.parameters()]).clone()) or real(model, *args, **kept))
     for name in ("online_dpo", "iterated_dpo"):
         states.clear()
         _, metrics, _ = ran(folders, "full", name, batch_size=16)

@@ -289,12 +289,27 @@ def test_a_rollout_is_what_each_role_says_of_each_answer_alone(kind, temperature
     assert roll.kl() == pytest.approx(0, abs=1e-5)                  # the policy is still the reference
 
 
+def test_the_numbers_of_a_rollout_that_are_kept_add_up(train):
+    """Its rewards are the score less the price of the KL, and there are none before the answer."""
+    cfg = train("full", steps=3, eval_every=2, kl_coef=.3)
+    rows = [line for line in toy.lines(cfg, "samples.jsonl") if "tokens" in line]
+    assert [row["step"] for row in rows] == [0, 2]
+    for row in rows:
+        assert sum(row["reward"]) == pytest.approx(row["scores"][0] - .3 * sum(row["kl"]), abs=1e-4)
+        assert row["mask"] == [0] * (row["prompt"] - 1) + [1] * (row["length"] - row["prompt"])
+        for name in ("kl", "value", "reward", "advantage"):
+            assert len(row[name]) == len(row["mask"]) == len(row["tokens"]) - 1
+            assert not any(x for x, learned in zip(row[name], row["mask"]) if not learned)
+    first, second = (max(map(abs, row["kl"])) for row in rows)
+    assert first < 1e-4 < .01 < second                                  # the policy begins as the reference
+
+
 def test_an_answer_that_did_not_end_scores_exactly_the_penalty_lower(train, rolls):
     """In the rollout and in the look at val."""
     means = []
     for penalty in (0., 1.5):
         cfg = train("full", missing_eos_penalty=penalty, steps=1, lr=0.)
-        means.append([cfg.metrics[0]["objective/scores"], toy.lines(cfg, "samples.jsonl")[0]["val_score"]])
+        means.append([cfg.metrics[0]["objective/scores"], toy.samples(cfg)[0]["val_score"]])
     for free, charged, roll in zip(*means, rolls):
         unfinished = (~roll.finished).float().mean().item()
         assert unfinished > 0 and free - charged == pytest.approx(1.5 * unfinished, abs=1e-5)
@@ -313,7 +328,7 @@ def rolls(monkeypatch):
 def test_the_first_ratio_is_1_and_nothing_is_clipped(kind, temperature, train, monkeypatch):
     """Whatever shares the micro-batch: it is the forward pass after sampling, at the same temperature."""
     seen, tokens, real, add = [], [], ppo.policy_loss, update.Updater.add
-    monkeypatch.setattr(update.Updater, "add", lambda self, loss, n: tokens.append(n) or add(self, loss, n))
+    monkeypatch.setattr(update.Updater, "add", lambda self, loss, n, rows=(): tokens.append(n) or add(self, loss, n))
     monkeypatch.setattr(ppo, "policy_loss", lambda logp, old, a, mask, cliprange: seen.append(
         ((logp - old) * mask).detach().abs().max().item()) or real(logp, old, a, mask, cliprange))
     cfg = train(kind, temperature=temperature, steps=1, num_ppo_epochs=1, batch_size=20,
@@ -548,7 +563,7 @@ def test_snapshots_are_the_answers_of_every_look_and_change_nothing(train):
 def test_what_is_best_on_val_is_the_score_less_the_price_of_the_kl(train):
     """The learning rate is far too high: the policy gets worse, and an early one is kept."""
     cfg = train("full", toy.thirties, **TOY | {"lr": .3, "steps": 6, "kl_coef": 1., "eval_every": 1})
-    looks = [shown["val_score"] - shown["val_kl"] for shown in toy.lines(cfg, "samples.jsonl")]
+    looks = [shown["val_score"] - shown["val_kl"] for shown in toy.samples(cfg)]
     assert len(looks) == 6 and max(looks) > looks[-1] + 1
     assert cfg.result["chosen_step"] == looks.index(max(looks))
     assert cfg.result["val/rlhf_reward"] == pytest.approx(max(looks))

@@ -270,9 +270,9 @@ def test_what_run_saves_is_normalised_over_fresh_answers_of_the_sft_model(folder
     """Spread over the 8 prompts of val; an answer that is shown stands beside its own prompt."""
     rows, by, ids, real = [], [], tiny.ids(2, 5), reward.generate
 
-    def generate(model, *rest):
+    def generate(model, *rest, **kept):
         by.append(model.hidden(ids))
-        rows.extend(real(model, *rest))
+        rows.extend(real(model, *rest, **kept))
         return rows
     monkeypatch.setattr(reward, "generate", generate)
     cfg, _ = trained(folder, pairs(20), scale_answers=answers)
@@ -281,7 +281,7 @@ def test_what_run_saves_is_normalised_over_fresh_answers_of_the_sft_model(folder
     assert len(rows) == answers and len({tuple(prompt) for prompt, _ in rows}) == 8
     assert values.mean().abs() < 1e-4 and values.std().item() == pytest.approx(1, abs=1e-4)
     said = {(toy.sentence(prompt), toy.text(cfg).decode(response)) for prompt, response in rows}
-    assert {(shown["instruction"], shown["output"]) for shown in toy.lines(cfg, "samples.jsonl")} <= said
+    assert {(shown["instruction"], shown["output"]) for shown in toy.samples(cfg)} <= said
 
 
 @pytest.mark.parametrize("bias", [0, .1, math.pi])

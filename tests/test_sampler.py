@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import InputError
-from rlhf import sampler
+from rlhf import kv_cache, sampler
 from rlhf.logprobs import pack, token_logps
 from rlhf.sampler import CHECK_EVERY, draw, likely, sample
 
@@ -83,14 +83,14 @@ def test_a_response_ends_with_its_first_stop_id_and_is_not_changed_by_it(stops):
 
 
 def test_one_long_prompt_is_read_apart_and_changes_no_answer(monkeypatch):
-    policy, columns, real = tiny.policy(max_position_embeddings=600), [], sampler.KVCache.read
+    policy, columns, real = tiny.policy(max_position_embeddings=600), [], kv_cache.KVCache.read
     short, long = tiny.texts([3, 9, 12] * 10), tiny.texts([500])
     alone = sample(policy, short, [5], 12, 0, slots=31) + sample(policy, long, [5], 12, 0)
 
     def read(self, layer, slots, q, bias, cap):
         columns.append(len(q) * bias.shape[-1] if layer == 0 else 0)
         return real(self, layer, slots, q, bias, cap)
-    monkeypatch.setattr(sampler.KVCache, "read", read)
+    monkeypatch.setattr(kv_cache.KVCache, "read", read)
     sample(policy, short, [5], 12, 0, slots=31)
     those, columns[:] = sum(columns), []
     together = sample(policy, short + long, [5], 12, 0, slots=31)
@@ -101,7 +101,7 @@ def test_spans_cover_every_row():
     r = torch.Generator().manual_seed(0)
     for n in range(1, 40):
         needs = dict(enumerate((10 + 300 * torch.rand(n, generator=r) ** 6).int().tolist()))
-        span, long = sampler.apart(needs)
+        span, long = kv_cache.apart(needs)
         reached = dict.fromkeys(needs, span) | {slot: far for slots, far in long for slot in slots}
         assert all(reached[slot] >= need for slot, need in needs.items())
         assert n * span + 3 * sum(len(slots) * far for slots, far in long) <= n * max(needs.values())

@@ -165,8 +165,8 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
         prefills.append(len(waiting))
         sampler.Engine.prefill(self, waiting)
     monkeypatch.setattr(writer.Writer, "next", next_)
-    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span: steps.append(width) or step(
-        self, width, span))
+    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span, *long: steps.append(width) or step(
+        self, width, span, *long))
     monkeypatch.setattr(writer.ServingEngine, "prefill", begun)
     with serve.serving("barn") as url, ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda i: post(url, "/completions", prompt=f"{i} cows", max_tokens=64), range(16)))
@@ -176,8 +176,8 @@ def test_sixteen_requests_take_the_steps_of_one(endless, monkeypatch):
 
 def test_a_lone_answer_runs_in_one_slot_again_after_a_crowd(endless, monkeypatch):
     widths, step = [], writer.ServingEngine.step
-    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span: widths.append(width) or step(
-        self, width, span))
+    monkeypatch.setattr(writer.ServingEngine, "step", lambda self, width, span, *long: widths.append(width) or step(
+        self, width, span, *long))
     with serve.serving("barn", slots=8) as url:
         body = {"prompt": "The cows", "temperature": 0, "max_tokens": 6}
         texts = [post(url, "/completions", n=n, **body).json()["choices"] for n in (1, 12, 1)]

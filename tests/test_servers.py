@@ -379,7 +379,7 @@ def test_the_flags_of_today_on_the_command_line(server, pairs, tmp_path):
     assert server.requests[-1]["max_completion_tokens"] == 40 and server.requests[-1]["top_logprobs"] == 5
     assert "gpt-6-luna refuses top_logprobs; 5 is sent instead" in done.out and "$0.00" in done.out
     refused(annotating(*argv, "--judge_body", "{}}"), 2, "--judge_body {}}: a JSON object")
-    refused(annotating(*argv, "--timeout", 0), 2, "--timeout a number of seconds")
+    refused(annotating(*argv, "--timeout", 0), 2, "--timeout is a number of seconds")
     refused(annotating(*argv, "--pool", "p_sinlge"), 2, "--pool p_sinlge: choose p_ann, p_eval, p_single, p_pairwise")
 
 

@@ -151,11 +151,11 @@ def engine(monkeypatch):
     seen = {"row_steps": 0, "steps": 0, "looks": 0, "waits": 0, "prefilled": 0}
     step, advance, hidden = sampler.Engine.step, sampler.Engine.advance, tiny.GPT.hidden
 
-    def count_step(self, width, span):
+    def count_step(self, width, span, *long):
         seen["row_steps"] += width
         seen["steps"] += 1
         with Syncs() as syncs:
-            step(self, width, span)
+            step(self, width, span, *long)
         seen["waits"] += syncs.count
 
     def count_look(self):

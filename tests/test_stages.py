@@ -288,15 +288,15 @@ def exchanges(tmp_path, monkeypatch, at):
     return True
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(5))
 def test_a_kill_at_any_moment_leaves_one_of_the_two_whole_and_the_same_command_goes_on(tmp_path, monkeypatch, at):
     run(stage(tmp_path, lr=.5))
-    assert exchanges(tmp_path, monkeypatch, at) == (at < 3)
+    assert exchanges(tmp_path, monkeypatch, at) == (at < 4)
     whole = [name for name in ("sft", "sft.new", ".sft.old") if (tmp_path / name / "result.json").exists()
              and not stages.find(tmp_path / name).damage]
     assert whole
     finished = any(weights(tmp_path, name) == "lr 0.25" for name in whole)
-    run(stage(tmp_path, run=killed if finished and at < 3 else made, lr=.25), rerun=True)
+    run(stage(tmp_path, run=killed if finished and at < 4 else made, lr=.25), rerun=True)
     assert weights(tmp_path) == "lr 0.25" and {path.name for path in tmp_path.iterdir()} == {"sft", ".sft.lock"}
 
 

@@ -26,7 +26,7 @@ def stage(tmp_path):
     toy.base(tmp_path, TEMPLATE, **WORDS)
     cfg = toy.settings(tmp_path, "full", sft.Config, max_thought_tokens=9)
     policy.save(policy.fresh(cfg, "sft"), cfg)
-    settings = {"id": "an id", "needs": {}, "max_new_tokens": 6, "max_thought_tokens": 9}
+    settings = {"id": "an id", "needs": {}, "seed": 0, "max_new_tokens": 6, "max_thought_tokens": 9}
     (cfg.dir() / "config.json").write_text(json.dumps(settings))
     return cfg
 

@@ -60,7 +60,8 @@ def test_micro_batches_hold_each_index_once_within_the_token_budget(lengths, tok
 
 def keep_losses(losses):
     """A log that only keeps the losses."""
-    return SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]))
+    return SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]), last={"loss": 0.},
+                           resumed=lambda items, *changed: enumerate(items))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

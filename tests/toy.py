@@ -116,6 +116,11 @@ def lines(cfg, name="metrics.jsonl"):
     return [json.loads(line) for line in (cfg.dir() / name).read_text().splitlines()]
 
 
+def samples(cfg):
+    """The answers that a stage has logged, without the rows of tokens."""
+    return [line for line in lines(cfg, "samples.jsonl") if "output" in line]
+
+
 def thirties(rows):
     """A reward (B,) that is a rule: how many words of each answer are one of w30 to w39."""
     return torch.tensor([float(sum(i // 10 == 3 for i in response)) for _, response in rows])

@@ -1,0 +1,108 @@
+"""[kit] Memory: what a stage will hold, said in a line before it starts; and what to lower if that is too much.
+
+The numbers are counted from config.json and the flags, before anything is loaded. They leave out what torch and Python
+hold themselves, and round what depends on the texts: activations are those of full micro-batches, the cache is that of
+answers of full length.
+"""
+import os
+import textwrap
+from contextlib import contextmanager
+
+import torch
+
+from data import read_json
+from data.progress import width
+from model import GPT, GPTConfig
+from rlhf import policy
+from rlhf.logprobs import HELD
+from rlhf.sampler import MAX_SLOTS, cache_length
+from rlhf.update import plainly
+
+OPTIMIZER = 12                          # bytes for each trained number: its gradient and AdamW's two moments
+ADVICE = "finished stages are kept. Try, in this order: "
+
+
+def held(cfg, needs):
+    """{what: bytes} of what a stage will hold at a time; {} if its model cannot be loaded. needs: the stages that it
+    needs."""
+    device, precision = policy.precision(cfg)
+    try:
+        with torch.device("meta"):
+            gpt = GPT(GPTConfig.from_hf(read_json(cfg.checkpoint / "config.json")))
+            gpt.add_role("policy", cfg.lora_rank or 1, cfg.lora_alpha)
+    except (ValueError, RuntimeError):
+        return {}                                       # model.load() says why
+    bytes, idle = getattr(torch, precision).itemsize, cfg.idle()
+    adapter = sum(p.numel() for p in gpt.adapter("policy").values())
+    numbers = sum(p.numel() for p in gpt.parameters()) - adapter
+    quantised = sum(linear.weight.numel() for _, linear in gpt.linears()) if cfg.int8 else 0
+    trains, samples, critic = "micro_batch_tokens" not in idle, "slots" not in idle, hasattr(cfg, "vf_coef")
+    models = 1 + (trains and cfg.stage != "sft") + ("reward" in needs) + critic
+    trained = (1 + critic) * (adapter if cfg.lora_rank else numbers) * trains
+    found = {"weights": (numbers - quantised) * bytes + quantised}
+    if cfg.lora_rank:
+        found["adapters"] = models * adapter * 4
+    else:
+        found["weights"] *= models
+    found["optimizer"] = trained * OPTIMIZER
+    c, tokens = gpt.config, cfg.micro_batch_tokens * trains
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    layer = c.hidden_size if cfg.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size + 2 * heads
+    found["activations"] = tokens * c.num_hidden_layers * layer * bytes
+    found["logits"] = 2 * min(HELD, tokens * c.vocab_size * 4)
+    if samples and (slots := cfg.slots or MAX_SLOTS["cpu"] * (device == "cpu")):        # on a GPU as many as fit
+        longest = cache_length(torch.device(device), cfg.max_prompt_tokens + cfg.max_new_tokens)
+        found["cache"] = slots * longest * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes
+    return {what: size for what, size in found.items() if size}
+
+
+def room(cfg):
+    """(bytes, what they are) of the memory that there is; 0 where nobody says."""
+    device, _ = policy.precision(cfg)
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory, "on the GPU"
+    if hasattr(os, "sysconf"):                          # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of RAM"
+    return 0, ""
+
+
+def amount(size):
+    """13 MB or 3.4 GB."""
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
+def listed(found):
+    return ", ".join(f"{what} {amount(size)}" for what, size in found.items())
+
+
+@contextmanager
+def watched(cfg, needs):
+    """Say what a stage will hold; and if the with block needs too much, say so, and what to lower."""
+    found = held(cfg, needs)
+    if found:
+        print(said(cfg, found), flush=True)
+    with plainly(advice(cfg), listed(found)):
+        yield
+
+
+def said(cfg, found):
+    """The line for the terminal. found: what held() returns."""
+    size, where = room(cfg)
+    there = f"; there are {amount(size)} {where}" if size else ""
+    return textwrap.fill(f"memory: about {listed(found)}{there}", width(), initial_indent="  ", subsequent_indent="  ",
+                         break_on_hyphens=False)
+
+
+def advice(cfg):
+    """What takes less memory, as flags for the same command, what costs least first."""
+    idle, ways = cfg.idle(), []
+    if "micro_batch_tokens" not in idle:
+        ways += [f"--micro_batch_tokens {cfg.micro_batch_tokens // 2}"] * (cfg.micro_batch_tokens > 256)
+        ways += ["--checkpointing"] * (not cfg.checkpointing)
+    if "slots" not in idle:
+        ways += [f"--slots {max(1, (cfg.slots or 64) // 2)}", f"--max_new_tokens {max(1, cfg.max_new_tokens // 2)}"]
+    if not cfg.lora_rank:
+        ways += ["--lora_rank 16"]
+    elif not cfg.int8:
+        ways += ["--int8"]
+    return ADVICE + ", ".join([*ways, "a smaller --model"])

@@ -1,0 +1,267 @@
+"""[kit] Saves: what a stage has done so far, on disk, so that the same command goes on there after a kill.
+
+A save is a folder in <stage>/.saves/ with the tensors, everything else as JSON, and a manifest of their hashes. It is
+written under a hidden name, synced to the disk and renamed. Two are kept, and the newest that is whole is used. Beside
+them are the answers of long samplings, in files that only grow, and the time that all this took.
+
+A learner names once what its loop changes: for step, batch in log.resumed(batches, model, updater). A save has the
+index of that loop and the state of these objects when the index began. Loops may be nested: after a kill the body of
+the outer loop runs again up to the inner one; meanwhile nothing is logged, and answers that were sampled come from
+their file.
+"""
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
+
+import torch
+
+from data import interrupts
+from data.files import hash_of, write_json
+from data.progress import Progress
+from rlhf.state import randomness, read, set_randomness, write
+
+SAVES = ".saves"                        # the folder of a stage's saves, below its own
+KEPT = 2                                # saves: if the newest is damaged, there is one more
+AT_END = .2                             # share of --save_minutes after which the end of a loop is saved
+PART = 2e13                             # operations for answers that a CPU samples as a whole: about a minute's work
+
+
+def saved(folder):
+    """The saves in a folder, the oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def whole(folder):
+    """The state in a save; None if it is damaged, or if answers that it builds on are."""
+    state = read(folder)
+    answers = state["answers"].items() if state else ()
+    return state if all(hash_of(folder.parent / name, size) == said for name, (size, said) in answers) else None
+
+
+def seconds_saved(folder):
+    """(seconds, of them on processors) that a stage had taken when it was last saved."""
+    try:
+        return json.loads((folder / "time.json").read_text())
+    except (OSError, ValueError):
+        return [0., 0.]
+
+
+class Saves:
+    """The saves of one stage, and its running loops. Without a folder nothing is saved, and signals interrupt at once.
+
+    pending: the loops of the save that the stage goes on from, until they have been entered. moved: whether anything
+    has changed since the last save. number: of the newest save that this run goes on from.
+    """
+
+    def __init__(self, folder=None, minutes=5.):
+        self.folder, self.minutes = folder, minutes
+        self.loops, self.logs, self.answered, self.moved = [], {}, {}, False
+        self.last = self.start = time.monotonic()
+        self.work, self.before = time.process_time(), [0., 0.]
+        self.state, self.number = {"loops": [], "logs": {}, "answers": {}}, 0
+        if folder:
+            self.open()
+        self.pending = self.state.pop("loops")
+
+    def open(self):
+        """Find the newest save that is whole, and remove what is not, with the answers that came after it."""
+        self.folder.mkdir(exist_ok=True)
+        for stale in self.folder.glob(".*"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        self.before, damaged = seconds_saved(self.folder), []
+        for path in reversed(saved(self.folder)):
+            if state := whole(path):
+                self.state, self.number = state, int(path.name)
+                break
+            damaged.append(path)
+            print(f"{path} is damaged and left out", flush=True)
+            shutil.rmtree(path)
+        for path in self.folder.glob("*.jsonl"):
+            if damaged and path.name not in self.state["answers"]:
+                path.unlink()
+
+    @property
+    def behind(self):
+        """Whether the stage is on its way to where it was saved."""
+        return bool(self.pending)
+
+    def seconds(self):
+        """[seconds, of them on processors] that the stage has taken, before a kill and since then."""
+        return [self.before[0] + time.monotonic() - self.start, self.before[1] + time.process_time() - self.work]
+
+    def due(self, share=1.):
+        """Whether it is time for a save: a signal waits, or this share of --save_minutes is over."""
+        return self.folder and (interrupts.noted() or time.monotonic() - self.last >= share * 60 * self.minutes)
+
+    def log(self, path):
+        """Open a log, without what was written to it after the last save."""
+        file = open(path, "a")
+        file.truncate(min(path.stat().st_size, self.state["logs"].get(path.name, 0)))
+        self.logs[path.name] = file
+        return file
+
+    def resumed(self, items, *kept):
+        """(index, item) of each of the items, from where the last save was. kept: all that the loop changes; what has
+        no load_state_dict() has no state."""
+        if not self.folder:
+            yield from enumerate(items)
+            return
+        loop = SimpleNamespace(at=0, kept=[each for each in kept if hasattr(each, "load_state_dict")], states=[])
+        self.loops.append(loop)
+        depth, first = len(self.loops), self.enter(loop, len(items))
+        try:
+            for at in range(first, len(items)):
+                self.begin(loop, at, depth)
+                if at > first:
+                    self.moved = True
+                    self.pause()
+                with interrupts.finishing():
+                    yield at, items[at]
+        finally:                        # a break ends a loop, too
+            loop.kept = [None if getattr(each, "only_in_loop", False) else each for each in loop.kept]
+            self.begin(loop, len(items), depth)
+            self.moved = True
+        self.pause(AT_END)
+
+    def begin(self, loop, at, depth):
+        """Note that a loop is at this index, and what the state of things is."""
+        del self.loops[depth:]
+        loop.at, loop.states = at, [None if each is None else each.state_dict() for each in loop.kept]
+
+    def enter(self, loop, total):
+        """Put the saved state into what a loop changes. Returns the index at which it goes on."""
+        if not self.pending:
+            return 0
+        there = self.pending.pop(0)
+        for each, state in zip(loop.kept, there["kept"]):
+            if state is not None:
+                each.load_state_dict(state)
+        if not self.pending:
+            set_randomness(self.state["random"])
+            Progress.close()
+            print(f"goes on from its last save: {there['at']} of {total}", flush=True)
+        return there["at"]
+
+    def pause(self, share=1.):
+        """Between two steps: save if it is time, stop if a signal has come."""
+        if self.moved and self.due(share):
+            self.save()
+        interrupts.stop()
+
+    def save(self):
+        """Write a save. An object that several loops name is saved with the innermost."""
+        loops, seen = [], set()
+        for loop in reversed(self.loops):
+            states = [None if id(each) in seen else state for each, state in zip(loop.kept, loop.states)]
+            loops.insert(0, {"at": loop.at, "kept": states})
+            seen |= set(map(id, loop.kept))
+        for file in self.logs.values():
+            os.fsync(file.fileno())
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.logs.items()}
+        self.number += 1
+        write(self.folder / f"{self.number:06}", {"loops": loops, "random": randomness(), "logs": sizes,
+                                                  "answers": self.answered})
+        for old in saved(self.folder)[:-KEPT]:
+            shutil.rmtree(old)
+        self.moved = False
+        self.tick()
+
+    def tick(self):
+        """Note the time that the stage has taken; the next save is due --save_minutes from now."""
+        write_json(self.folder / "time.json", self.seconds())
+        self.last = time.monotonic()
+
+
+class Answers(dict):
+    """The finished answers of one sampling, {row: [token ids, their log-probs or None]}, in a file that only grows.
+
+    asked: all that determines them but the weights, as JSON. The weights are saved before the first of their answers is
+    written, so that answers are never those of weights that are lost.
+    """
+
+    def __init__(self, saves, name, asked):
+        self.saves, self.name, self.new = saves, f"{name}.jsonl", []
+        if not saves.folder:
+            return
+        self.path, self.hash = saves.folder / self.name, hashlib.sha256()
+        self.of = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        if self.path.exists():
+            size = self.read()
+            os.truncate(self.path, size)
+            self.note(size)
+
+    def note(self, size):
+        """Have the next saves check the first `size` bytes of the file."""
+        self.saves.answered[self.name] = [size, self.hash.hexdigest()]
+
+    def read(self):
+        """Read the file up to the first line that is torn; returns the bytes up to there, 0 if it is about something
+        else or made with weights of a save that is lost."""
+        size = 0
+        with suppress(ValueError, TypeError):
+            for n, line in enumerate(self.path.read_bytes().splitlines(True)):
+                first, *rest = json.loads(line)
+                if not line.endswith(b"\n") or n == 0 and (first != self.of or rest[0] > self.saves.number):
+                    break
+                if n:
+                    self[first] = rest
+                self.hash.update(line)
+                size += len(line)
+        return size
+
+    def finishing(self):
+        """A with block in which the first signal waits until add() has written what is there."""
+        return interrupts.finishing() if self.saves.folder else nullcontext()
+
+    def add(self, answers):
+        """Take answers, of which some may be known. Write the new ones if it is time; stop if a signal has come."""
+        self.new += [(row, *answer) for row, answer in answers.items() if row not in self]
+        self.update(answers)
+        if self.saves.due():
+            self.write()
+        interrupts.stop()
+
+    def rows(self, prompts, n, logps):
+        """What sampler.sample() returns of n answers to each prompt."""
+        rows = [(prompts[row // n], self[row][0]) for row in range(n * len(prompts))]
+        found = [self[row][1] for row in range(len(rows))]
+        return (rows, None if None in found else list(map(torch.tensor, found))) if logps else rows
+
+    def write(self):
+        if self.saves.moved:
+            self.saves.save()
+        if not self.new:
+            return
+        with open(self.path, "ab") as file:
+            head = [] if file.tell() else [[self.of, self.saves.number]]
+            data = "".join(json.dumps(line) + "\n" for line in [*head, *self.new]).encode()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.hash.update(data)
+        self.note(self.path.stat().st_size)
+        self.new = []
+        self.saves.tick()
+
+
+def parts(gpt, prompts, longest, n, slots, done):
+    """The rows of n answers to each prompt that have to be sampled, in lists that are sampled one after the other.
+    done: the rows that have been.
+
+    Answers depend on the answers beside them by rounding. So that a CPU gives the same ones after a kill, it samples
+    each list as a whole or not at all. A GPU rounds differently in every run anyway, and takes all rows as one list.
+    longest: tokens of an answer. slots: how many are sampled at the same time.
+    """
+    rows = size = n * len(prompts)
+    if cpu := gpt.device.type == "cpu":
+        work = 2 * sum(p.numel() for p in gpt.parameters()) * (max(map(len, prompts)) + longest)     # for one answer
+        size = max(2 * slots, int(PART / work))
+        size += -size % n                               # the answers to a prompt stay together
+    for start in range(0, rows, size):
+        part = range(start, min(start + size, rows))
+        if left := [row for row in part if row not in done]:
+            yield list(part) if cpu else left
