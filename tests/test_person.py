@@ -1,4 +1,5 @@
 """A person as the judge: the page's server, what its clicks become, and the page in a browser."""
+import builtins
 import contextlib
 import http.client
 import json
@@ -18,6 +19,8 @@ from judged import make_pairs, prefer_longer, preferences
 
 from annotate import annotate, connect, pool
 from data.alpaca_eval import draw
+from data.judges import JudgeError
+from data.judges import person as person_module
 
 LIMIT = 60                              # seconds after which a thread or a process is taken for hung
 ME = pool("me")
@@ -231,7 +234,7 @@ def test_the_page_may_come_through_a_tunnel_from_another_port(work):
     ("POST", "TOKEN/", b"{}", 404), ("GET", "TOKEN/../me.jsonl", None, 404), ("PUT", "TOKEN/pair", b"{}", 501),
     ("POST", "TOKEN/pair", b"", 400), ("POST", "TOKEN/pair", b"[]", 400), ("POST", "TOKEN/pair", b"\xff", 400),
     ("POST", "TOKEN/pair", b'{"id": "x"}', 400), ("POST", "TOKEN/pair", b"[" * 999, 400),
-    ("POST", "TOKEN/pair", json.dumps({"id": "x" * 5000, "action": "a"}).encode(), 400)])
+    ("POST", "TOKEN/pair", json.dumps({"id": "x" * 5000, "action": "a"}).encode(), 413)])
 def test_what_is_no_click_is_refused(work, person, method, path, body, status):
     path = path.replace("TOKEN/", work.page.url.path)
     assert work.page.request(method, path, body)[0] == status and not person.calls
@@ -414,6 +417,65 @@ def test_a_farm_run_asks_for_labels_and_for_win_rates_and_flips_nothing(tmp_path
     assert pairs and {pair["scored_by"] for pair in pairs} == {"person"}
     assert all(pair["preference"] == 1 + pair["is_switched"] for pair in pairs)
     assert re.search(r"^dpo +50\.0 ", out, re.MULTILINE) and not (tmp_path / "base").exists()
+
+
+# ---- keys that are typed in a notebook -----------------------------------------------------------------
+
+class Keyboard:
+    """A person in a notebook: types these keys first, and then what by_length says of the pair that is shown."""
+
+    def __init__(self, person, *first):
+        self.person, self.first, self.prompts = person, list(first), []
+
+    def __call__(self, asks):
+        self.prompts.append(asks)
+        texts = self.person.state()["texts"]
+        return self.first.pop(0) if self.first else by_length(*texts) if texts else ""
+
+
+@pytest.fixture
+def in_a_notebook(monkeypatch):
+    """typing(keyboard) -> what input() asks is answered by it, as below a cell (test_notebook.py has a real one)."""
+    monkeypatch.setattr(person_module, "in_a_notebook", lambda: True)
+    return lambda keyboard: monkeypatch.setattr(builtins, "input", keyboard)
+
+
+def test_in_a_notebook_the_pairs_are_printed_and_keys_are_typed(person, capsys, in_a_notebook):
+    pairs, keyboard = make_pairs(6), Keyboard(person, "u", "x", "", " A ", "u", "done")
+    in_a_notebook(keyboard)
+    assert preferences(annotate(pairs, ME, person)) == [prefer_longer(pair) for pair in pairs]
+    shown = capsys.readouterr().out
+    assert all(pair[key] in shown for pair in pairs for key in ("instruction", "output_1", "output_2"))
+    assert "http" not in shown and max(map(len, shown.splitlines())) <= 80
+    taken = [int(asks.split()[0]) for asks in keyboard.prompts if asks[0].isdigit()]
+    assert taken == [1, 1, 1, 1, 2, 1, 1, 2, 3, 4, 5, 6] and len(keyboard.prompts) == 13
+
+
+def test_the_last_typed_answer_can_be_taken_back_too(person, in_a_notebook):
+    pairs = make_pairs(2)
+    in_a_notebook(Keyboard(person, "=", "=", "u"))
+    assert preferences(annotate(pairs, ME, person)) == [1.5, prefer_longer(pairs[1])]
+
+
+@pytest.mark.parametrize("error", [EOFError, NotImplementedError])
+def test_where_nobody_can_type_what_was_typed_is_kept(person, in_a_notebook, error):
+    pairs = make_pairs(3)
+
+    def gone(asks):
+        if asks.startswith("2 of 3"):
+            raise error
+        return "="
+
+    in_a_notebook(gone)
+    with pytest.raises(JudgeError, match="nobody can type an answer here"):
+        annotate(pairs, ME, person)
+    in_a_notebook(Keyboard(person))
+    assert preferences(annotate(pairs, ME, person))[0] == 1.5
+
+
+def test_an_empty_answer_is_seen_as_one_and_lines_are_kept():
+    assert person_module.shown("Answer a", "") == "Answer a:\n  (empty)"
+    assert person_module.shown("Answer a", f"one\n\n{'word ' * 20}").splitlines()[1:3] == ["  one", ""]
 
 
 # ---- the page in a browser -----------------------------------------------------------------------------

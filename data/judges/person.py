@@ -3,26 +3,32 @@
 `--judge me` prints the address of the page. The browser does not learn who wrote an answer, and the order is the drawn
 one. A click is a line of an append-only file before the next pair is shown: close the page, kill the command, start it
 again, and nothing is lost. `me:NAME` is another person, who does not get your answers for theirs.
+
+In a notebook (`%run annotate.py PAIRS.json --judge me`) the pairs are printed below the cell, and the keys are typed
+there: the browser may be on another machine than the page.
 """
 import hashlib
 import json
 import os
 import re
 import secrets
+import sys
+import textwrap
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from data import loopback
+from data.judges import JudgeError, verdicts
 from data.judges.cache import GARBAGE, Cache
 
 PERSON = re.compile("me(:.+)?")                         # names of this judge
 SAID = {"a": "Output (a)", "b": "Output (b)", "=": "tie"}               # key: what the file says of it
 PREFERENCES = {"Output (a)": 1, "Output (b)": 2, "tie": 1.5}            # "undo" is none of them
-LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
 PAGE = Path(__file__).with_suffix(".html")
 LONGEST = 1000                                          # bytes of a click
+KEYS = "a: answer a is better, b: answer b is, =: they are alike, u: undo the last one"
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
            "Content-Security-Policy": "default-src 'none'; style-src 'nonce-NONCE'; script-src 'nonce-NONCE'; "
                                       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
@@ -57,18 +63,17 @@ class Person:
         self.cache.close()
 
     def answer(self, questions):
-        """Show the page until the person has handed in an answer to each of the questions (annotate.Question), which
-        takes it up. OSError if a click could not be written."""
+        """Show the page, or in a notebook ask below the cell, until the person has handed in an answer to each of the
+        questions (annotate.Question), which takes it up. OSError if a click could not be written."""
         keys = self.keys(questions)
         self.hits = sum(map(self.answered, keys))
         if self.hits < len(keys) and not self.replay:
             with self.lock:
                 self.pairs = {key: one.texts for key, one in zip(keys, questions)}
-            print(f"judge: {self.estimate(questions)}; the page (Ctrl-C: go on later):\n  {self.address()}", flush=True)
-            while self.waiting():
-                time.sleep(.1)
-            if self.error:
-                raise self.error
+            if in_a_notebook():
+                self.ask_here(self.estimate(questions))
+            else:
+                self.ask_on_page(self.estimate(questions))
         for key, one in zip(keys, questions):
             if not self.answered(key):
                 one.cause = self.fault = "not in the cache"
@@ -90,6 +95,26 @@ class Person:
         known = sum(map(self.answered, self.keys(questions)))
         return f"{len(questions)} pairs for {self.title}, {known} answered before"
 
+    def ask_here(self, estimate):
+        """Print each pair and read a key below it, until all are answered and handed in."""
+        print(f"judge: {estimate}; stop the cell to go on later\n{KEYS}", flush=True)
+        while self.pairs:
+            now = self.state()
+            if now["id"]:
+                print("", *map(shown, ("Instruction", "Answer a", "Answer b"), now["texts"]), sep="\n", flush=True)
+                key = typed(f"{now['answered'] + 1} of {now['total']}: a, b, = or u? ")
+            else:
+                key = typed("all are answered; Enter: hand in, u: undo ") or "done"
+            self.act(now["id"], {"u": "undo"}.get(key, key))
+
+    def ask_on_page(self, estimate):
+        """Show the page until all are answered and handed in."""
+        print(f"judge: {estimate}; the page (Ctrl-C: go on later):\n  {self.address()}", flush=True)
+        while self.waiting():
+            time.sleep(.1)
+        if self.error:
+            raise self.error
+
     def waiting(self):
         with self.lock:                                 # the reply to the last click is out, then
             return self.pairs and not self.error
@@ -101,7 +126,7 @@ class Person:
 
     def address(self):
         if not self.server:
-            self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            self.server = loopback.Server(("127.0.0.1", 0), Handler)
             self.server.person = self
             threading.Thread(target=self.server.serve_forever, args=(.05,), daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}/{self.token}/"
@@ -128,7 +153,7 @@ class Person:
         if action in SAID and key:
             self.write(key, SAID[action])
         elif action == "undo" and done:
-            self.write(max(done, key=lambda each: self.cache.get(each)["time"]), "undo")
+            self.write(max(done, key=lambda each: self.cache.get(each).get("time", 0)), "undo")
         elif action == "done" and not key:
             self.pairs = {}
         return self.state()
@@ -141,23 +166,42 @@ class Person:
         self.calls += 1
 
 
+def in_a_notebook():
+    """Whether what is printed goes below the cell of a notebook."""
+    return type(sys.stdout).__module__.startswith("ipykernel")
+
+
+def shown(title, text):
+    """A text and its title in lines of 79 columns."""
+    lines = [textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="  ") for line in text.splitlines()]
+    return "\n".join([f"{title}:", *(lines or ["  (empty)"])])
+
+
+def typed(asks):
+    """What the person types. JudgeError where nobody can type anything, as where a program runs the notebook."""
+    try:
+        return input(asks).strip().lower()
+    except (EOFError, NotImplementedError):             # the latter by a kernel whose front end has no keyboard
+        raise JudgeError("--judge me: nobody can type an answer here; name another judge") from None
+
+
 def content(line):
     """What a line of the cache says; "" if there is none."""
-    return line["choice"]["message"]["content"] if line else ""
+    return verdicts.content(line["choice"]["message"]) if line else ""
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """The page at /TOKEN/, and its state at /TOKEN/pair: GET to see it, POST {"id", "action"} to click."""
-    protocol_version = "HTTP/1.1"
-    timeout = 60                                        # seconds that a browser may be silent
 
     def route(self):
-        person, length = self.server.person, self.headers.get("Content-Length", "0")
-        body = self.rfile.read(min(int(length), LONGEST)) if re.fullmatch(r"\d{1,9}", length) else b""
-        host, asked = self.headers.get("Host", ""), (self.command, self.path)
+        try:
+            body = self.body(LONGEST)
+        except loopback.Unread as error:
+            return self.reply(error.status, {"error": str(error)})
+        person, asked, home = self.server.person, (self.command, self.path), f"http://{self.headers.get('Host', '')}"
         page, pair = f"/{person.token}/", f"/{person.token}/pair"
-        if not LOOPBACK.fullmatch(host) or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            self.reply(403, {"error": "this page is for the browser on this machine"})      # not for another site's
+        if self.is_from_elsewhere() or self.headers.get("Origin", home) != home:        # its own page alone may ask
+            self.reply(403, {"error": "this page is for the browser on this machine"})
         elif asked == ("GET", page):
             self.reply(200, PAGE.read_bytes().replace(b"NONCE", person.token.encode()), "text/html; charset=utf-8")
         elif asked in (("GET", pair), ("POST", pair)):
@@ -186,6 +230,3 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value.replace("NONCE", self.server.person.token))
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
