@@ -9,12 +9,11 @@ A pool of annotators stands for a crowd, and labels flipped on purpose for its d
 that sees five pairs at a time, p_pairwise one that says one letter, with the log-probabilities of its token.
 The judge is any server that speaks OpenAI's chat completions, at OPENAI_BASE_URL with OPENAI_API_KEY; "barn",
 "barn-human" and "barn-far" are the offline world's, "serve:PATH" is a checkpoint on this machine, "me" is you, on a
-page. How they are asked is in data/judges/.
+page or in a notebook. How they are asked is in data/judges/.
 """
 import contextlib
 import datetime
 import itertools
-import json
 import statistics
 import textwrap
 import time
@@ -26,7 +25,8 @@ import numpy as np
 
 from data import InputError, run
 from data.alpaca_eval import draw, question, read_pairs
-from data.flags import Parser
+from data.files import write_json
+from data.flags import Parser, location
 from data.judges import JudgeError
 from data.judges.answers import complete
 from data.judges.client import MOST_ROOM, NO_MESSAGE, Judge, shorten
@@ -37,7 +37,7 @@ from data.judges.prompts import (FORMS, Annotator, once_more, pairwise, paper_po
                                  single, template)
 from data.judges.servers import add_flags, at_home, fingerprint, options, remote, served
 from data.judges.verdicts import content, verdicts, without_thought
-from data.sets import read_records
+from data.sets import check_target, read_records
 from stats.agreement import judge_report
 from stats.tables import number, table
 
@@ -348,8 +348,8 @@ def parse(argv):
     add("--pool", default="p_ann", help="p_ann: thirteen with flips, p_eval: without, p_single: one that sees five "
         "pairs at a time, p_pairwise: one letter a pair; or a file of your own annotators (.json)")
     add("--flip", type=float, help="share of labels flipped (default: the pool's)")
-    add("--out", type=Path, default=Path("annotated.json"), help="where the annotations go")
-    add("--cache", type=Path, help="file of all answers (default: judge.jsonl beside --out)")
+    add("--out", type=location, default=Path("annotated.json"), help="where the annotations go")
+    add("--cache", type=location, help="file of all answers (default: judge.jsonl beside --out)")
     add("--both_orders", action="store_true", help="ask for each pair twice, in both orders")
     add("--logprobs", action="store_true", help="fractions by the log-probabilities of a single letter")
     add("--seed", type=int, default=0, help="of annotators, orders and flips")
@@ -372,28 +372,22 @@ def parse(argv):
         raise InputError("--flip would change nothing: a person's labels are not flipped")
     if not 0 <= (args.flip or 0) <= .5:
         raise InputError("--flip lies between 0 and 0.5")
-    if args.seeds < 1 or min(args.limit, args.max_calls or 0, args.max_cost or 0) < 0:
-        raise InputError("--seeds is positive, --limit, --max_calls and --max_cost are not negative")
+    if not 1 <= args.seeds <= 1000 or not all(x >= 0 for x in (args.limit, args.max_calls or 0, args.max_cost or 0)):
+        raise InputError("--seeds lies between 1 and 1000, --limit, --max_calls and --max_cost are not negative")
     args.options = {**options(args), "replay": args.dry_run or args.replay, "max_calls": args.max_calls,
                     "max_cost": args.max_cost, "price": price_of(args.price)}
     return args
-
-
-def write(path, records):
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(records, indent=1))
-    part.replace(path)
 
 
 def answer(args):
     """Have instructions answered by the model args.complete."""
     if args.complete in CROWDS or PERSON.fullmatch(args.complete):
         raise InputError(f"--complete {args.complete}: that is a judge; name a model, or serve:PATH")
-    records = read_records(args.pairs, ("instruction",))[:args.limit or None]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    records = read_records(args.pairs, ("instruction",), ("dataset",))[:args.limit or None]
+    check_target(args.out, ("output", "generator"), [args.pairs])
     with connect(args.complete, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         judge.knock()
-        write(args.out, complete(records, args.complete, judge))
+        write_json(args.out, complete(records, args.complete, judge))
         print(f"{len(records)} answers are in {args.out}; {judge.calls} calls, {judge.spent()}")
 
 
@@ -410,7 +404,7 @@ def main(argv):
         return print(prompts_shown(annotators, texts, args.show_prompt))
     if args.max_cost is not None and not all(args.options["price"](annotator.model) for annotator in annotators):
         raise InputError("--max_cost needs the price of every model: --price IN,OUT, in $ per million tokens")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_target(args.out, ("annotator", "scored_by"), filter(None, [args.pairs, args.reference]))
     with connect(args.judge, args.cache or args.out.parent / "judge.jsonl", **args.options) as judge:
         if args.dry_run:
             records, questions = [], []
@@ -426,7 +420,7 @@ def main(argv):
                    for record in annotate(pairs, annotators, judge, seed, args.flip, args.both_orders, args.logprobs,
                                           costs=True)]
         print(f"judge: {judge.calls} calls, {judge.spent()}")
-    write(args.out, records)
+    write_json(args.out, records)
     labels = np.array([record["preference"] for record in records], dtype=float).reshape(args.seeds, -1).T
     row = judge_report(labels, *([pair[key] for pair in pairs] for key in ("output_1", "output_2")))
     if args.seeds > 1:

@@ -21,7 +21,6 @@ number of runs, *_spread the standard deviation over them) and, named like
 the same table for people; comparisons.csv, data_sets.csv and ratings.csv are
 the other tables; report.json has everything.
 """
-import json
 import re
 import shlex
 import statistics
@@ -30,14 +29,15 @@ from pathlib import Path
 import numpy as np
 
 from annotate import CROWDS, POOLS, add_flags, annotate, connect, options, pool, price_of, probe
-from data import InputError, run, run_folders, sets
+from data import InputError, run, run_folders, sets, writable
 from data.alpaca_eval import (BASELINES, check_against, labels_of, matched, pair_of, paired, question, read_annotations,
                               read_column, read_judges, read_labels, read_length_control, read_outputs)
 from data.arena_hard import ARENA_HARD, arena_hard_score, read_arena_hard
 from data.attacks import ATTACKS
 from data.barn.judge import TASTES, win_probabilities
 from data.barn.reward import true_reward
-from data.flags import Parser
+from data.files import write_json
+from data.flags import Parser, location
 from stats import run_report
 from stats.agreement import judge_report
 from stats.length import HARDLY_ANY, length_controlled
@@ -45,8 +45,8 @@ from stats.prompts import Prompts
 from stats.ranking import agreement_of_rankings, best_first, to_compare, tournament
 from stats.seeds import over_runs
 from stats.side_by_side import side_by_side
-from stats.tables import (FORMS, NOT_PUBLISHED, correlations, details, document, headline, write, write_over_seeds,
-                          write_rows)
+from stats.tables import (FORMS, NOT_PUBLISHED, check_folder, correlations, details, document, headline, write,
+                          write_over_seeds, write_rows)
 from stats.tables import judges as judges_table
 from stats.winrate import (compare, holm, left_out, mean_and_error, paired_difference, position_flips, position_gap,
                            rate_interval, resample, resampled_means, win_rate)
@@ -240,7 +240,7 @@ def judged(args, outputs, reference):
             models[name] = evaluate(records, reference, annotators, judge, args.seed, args.both_orders)
             folder = args.out / folder_of(name)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "annotations.json").write_text(json.dumps(models[name], indent=1))
+            write_json(folder / "annotations.json", models[name])
     return models
 
 
@@ -359,8 +359,9 @@ def parse(argv):
     add_flags(add)
     add("--format", choices=list(FORMS), default="text", help="of what is printed: 80 columns (default), Markdown, or "
         "LaTeX with the package booktabs")
-    add("--out", type=Path, default=Path("runs/eval"), help="folder for leaderboard.csv, report.json and annotations")
+    add("--out", type=location, help="folder for leaderboard.csv, report.json (runs/eval, of --attack runs/attack)")
     args = parser.parse(argv)
+    args.out = Path("runs/attack" if args.attack else "runs/eval") if args.out is None else args.out
     modes = [mode for mode in MODES if getattr(args, mode)]
     if len(modes) != 1:
         raise InputError(f"give annotations, or one of {', '.join(f'--{mode}' for mode in list(MODES)[1:])}, not "
@@ -369,8 +370,8 @@ def parse(argv):
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {*MODES, "out"}
     if stray := sorted(given - set(MODES[mode].split())):
         raise InputError(f"--{stray[0]} would change nothing here: it does not go with {mode}")
-    if min(args.seeds, args.n) < 1 or min(args.limit, args.seed) < 0:
-        raise InputError("--seeds and --n are positive, --limit and --seed are not negative")
+    if not 1 <= args.seeds <= 1000 or args.n < 1 or min(args.limit, args.seed) < 0:
+        raise InputError("--seeds lies between 1 and 1000, --n is positive, --limit and --seed are not negative")
     if not 2 <= args.resamples <= 10 ** 5:
         raise InputError("--resamples lies between 2 and 100000")
     if args.pool not in POOLS:                          # a file, which names models
@@ -437,13 +438,12 @@ def write_html(args, argv, command, result, models, stages):
 def main(argv, command=""):
     """command: what was typed, if it was not this command but farm.py."""
     args = parse(argv)
-    if args.rankings:
-        return print(correlated(args))
-    if args.show:
-        return print(shown(args))
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.rankings or args.show:
+        return print((correlated if args.rankings else shown)(args))
+    writable(args.out)
     if args.judge_report:
         return print(examined(args))
+    check_folder(args.out, "attack" * args.attack)
     difficulties = args.lc_data or ("alpaca_eval" if args.lc == "alpaca_eval" else "")
     lc_data = read_length_control(difficulties) if difficulties else None
     models, stages, asked = gathered(args)
@@ -466,7 +466,7 @@ def main(argv, command=""):
         text, more = write_over_seeds(result, args.out, args.format), ""
     else:
         if args.attack:                                 # answers that say nothing are not compared with each other
-            result |= {"compared": [], "ratings": [], "matrix": None}
+            result |= {"kind": "attack", "compared": [], "ratings": [], "matrix": None}
         text, more = write(result, args.out, args.format), details(result, args.format)
     if args.report:
         write_html(args, argv, command, result, models, stages)

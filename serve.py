@@ -18,21 +18,19 @@ import gc
 import json
 import os
 import queue
-import re
 import secrets
 import socket
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from data import InputError, run
+from data import InputError, loopback, run
 from data.choices import speller
 from data.flags import Parser
-from data.judges.servers import on_this_machine
+from data.loopback import on_this_machine
 from data.protocol import TOP, Refused, check_name, read_request
 from rlhf.ask import FORMS, ask, compare
 from rlhf.policy import open_checkpoint
@@ -48,26 +46,25 @@ def refusal(error):
     """The Refused to send to the client for any exception. An unexpected one is also printed to standard error."""
     if isinstance(error, Refused):
         return error
+    if isinstance(error, loopback.Unread):
+        return Refused(error.status, str(error), "request_too_large" if error.status == 413 else None)
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
     print(f"serve.py: {first_line}", file=sys.stderr, flush=True)
     return Refused(500, first_line, None)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers the HTTP requests of one connection; each connection has a thread."""
-    protocol_version = "HTTP/1.1"                       # keep the connection for more requests
-    disable_nagle_algorithm = True                      # send small replies at once, not after 40 ms
+class Handler(loopback.Handler):
+    """Answers the HTTP requests of one connection."""
     wbufsize = 1 << 16
-    timeout = 60                                        # seconds without a byte read or written end the connection
-
     begun = False                                       # whether a stream has begun; its connection is then closed
     probed = False                                      # whether check_connection() has sent an interim reply
 
     def route(self):
         """Answer a request of any kind; an exception becomes an error in OpenAI's form."""
         try:
-            body = self.body()
-            self.refuse_other_sites()
+            body = self.body(BODY)
+            if self.server.loopback and self.is_from_elsewhere():
+                raise Refused(403, "this server is for programs and pages of its own machine", "forbidden")
             self.answer(unquote(urlsplit(self.path).path).rstrip("/"), body)
         except OSError:                                 # the client has closed the connection
             raise
@@ -78,13 +75,6 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.reply(refused.status, refused.document)
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = route
-
-    def refuse_other_sites(self):
-        """Refused for a request that a page of another site makes from a browser on this machine. Its Origin names that
-        site, or its Host does, if the site has let its own name point to this machine (DNS rebinding)."""
-        named = [f"http://{host}" for host in self.headers.get_all("Host", [])] + self.headers.get_all("Origin", [])
-        if self.server.loopback and not all(map(on_this_machine, named)):
-            raise Refused(403, "this server is for programs and pages of its own machine", "forbidden")
 
     def answer(self, path, body):
         """Answer a request to one of the paths; Refused for any other."""
@@ -110,21 +100,6 @@ class Handler(BaseHTTPRequestHandler):
         check_name(name, self.server)
         return {"id": name, "object": "model", "created": self.server.since, "owned_by": "local",
                 "max_model_len": self.server.context}
-
-    def body(self):
-        """The body (bytes) of the request; Refused if it is too long or if its length is not given.
-
-        Up to four times the limit is read, since most clients read the reply only after they have sent the whole body.
-        """
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch(r"\d{1,15}", length) or "Transfer-Encoding" in self.headers:
-            self.close_connection = True
-            raise Refused(411, "Content-Length has to give the length of the body", None)
-        data = self.rfile.read(min(int(length), 4 * BODY))
-        if len(data) > BODY:
-            self.close_connection = True
-            raise Refused(413, f"the body is longer than {BODY} bytes", "request_too_large")
-        return data
 
     def complete(self, request):
         """Have the writer answer a checked request, and send its answers, in one reply or as a stream."""
@@ -228,9 +203,6 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.reply(405 if code == 501 else code, Refused(400, message or "not HTTP", None).document)
 
-    def log_message(self, *args):
-        pass
-
 
 def usage(request):
     """OpenAI's token counts: of the prompts, and of all answers to them."""
@@ -238,12 +210,8 @@ def usage(request):
     return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
 
-class Server(ThreadingHTTPServer):
+class Server(loopback.Server):
     """The HTTP server; serving() adds what the handlers need of the model: its text, names, limits and writer."""
-    request_queue_size = 128                            # connections that may wait to be accepted
-
-    def handle_error(self, request, client_address):
-        """Print nothing: the only exceptions that come here are from clients that closed their connection."""
 
 
 @contextmanager
@@ -256,8 +224,9 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
     """
     try:
         server = Server((host, port), Handler)
-    except OSError as error:
-        raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:            # the latter for what is no name of a host
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on port {port} of {host:.60}: {why}") from None
     with server:
         policy, cfg, _ = open_checkpoint(path, device, int8, dtype)
         server.text, cfg.max_new_tokens = cfg.text(), max_new_tokens or cfg.max_new_tokens
@@ -375,8 +344,8 @@ def main(argv):
             print(f"OPENAI_BASE_URL={url}", flush=True)
             while True:
                 time.sleep(60)                          # on Windows, Ctrl-C interrupts a sleep, but not an Event.wait
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "code", 130))
 
 
 if __name__ == "__main__":

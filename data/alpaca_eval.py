@@ -5,7 +5,6 @@ Rows are counted from 0, as in the file. Files may be .json or .jsonl, gzipped o
 import csv
 import io
 import itertools
-import json
 import os
 import random
 from functools import lru_cache
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, hub, read_text
+from data import InputError, from_json, hub, is_number, read_text
 from data.sets import question, read_records
 
 HUB, DIFFICULTIES = "tatsu-lab/alpaca_eval", "df_gamed.csv"
@@ -53,10 +52,9 @@ def once(path, records, keys=lambda record: ()):
 
 def read_outputs(path):
     """A model's answers [{instruction, output, generator, ...}], by one generator (default: the file's name)."""
-    records = [{"generator": Path(path).name.partition(".")[0], **record} for record in read_records(path)]
+    records = [{"generator": Path(path).name.partition(".")[0], **record} for record in
+               read_records(path, optional=("dataset", "generator"))]
     for i, record in enumerate(records):
-        if not isinstance(record["generator"], str):
-            raise InputError(f"{path}: row {i} has no text under 'generator'")
         if record["generator"] != records[0]["generator"]:
             raise InputError(f"{path}: row {i} is by {record['generator']!r}, row 0 by {records[0]['generator']!r}: "
                              "one file holds the answers of one model")
@@ -75,10 +73,6 @@ def matched(outputs, reference, path="the outputs", reference_path="the referenc
         if question(record) not in asked:
             raise InputError(f"{path}: row {i} answers {shown(question(record))}, which is not in {reference_path}")
     return [by_question[question(record)] for record in reference]
-
-
-def is_number(value):
-    return isinstance(value, float) or type(value) is int and abs(value) < 1e9
 
 
 KINDS = {                                               # key: (what it is, unless null)
@@ -102,6 +96,7 @@ def check(path, records):
 
 
 TEXTS = ("instruction", "output_1", "output_2")
+OPTIONAL = ("dataset", "generator", "generator_1", "generator_2", "seed")      # texts, where a pair has them
 
 
 def read_pairs(path, reference="", samples="all"):
@@ -114,7 +109,7 @@ def read_pairs(path, reference="", samples="all"):
         outputs, theirs = read_outputs(path), read_outputs(reference)
         return paired(matched(outputs, theirs, path, reference), theirs)
     pairs, groups = [], {}
-    for i, record in enumerate(read_records(path, ("instruction",))):
+    for i, record in enumerate(read_records(path, ("instruction",), OPTIONAL)):
         if isinstance(record.get("output_1"), str) and isinstance(record.get("output_2"), str):
             pairs.append(record)
         else:
@@ -127,12 +122,14 @@ def sampled(path, rows, samples):
     outputs = []
     for i, record in rows:
         texts = record["output"] if isinstance(record.get("output"), list) else [record.get("output")]
-        if len(rows) == len(texts) == 1 or not all(isinstance(text, str) for text in texts):
+        if len(rows) == 1 and len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {i} has no two outputs, neither output_1 and output_2 nor a list under "
                              "'output' nor rows with the same instruction (for outputs of one model give the others, "
                              "too: --reference REF.json)")
         outputs += [(text, record.get("generator")) for text in texts]
     kept = {key: value for key, value in rows[0][1].items() if key not in ("output", "generator")}
+    if len(outputs) < 2:                                # of several rows with empty lists
+        raise InputError(f"{path}: row {rows[0][0]} has fewer than two outputs, even with the rows like it")
     pairs = []
     for j, (one, two) in enumerate(couples(len(outputs), samples, question(kept))):
         pairs.append({**kept, **({"seed": f"/{j}"} if j else {}), "output_1": outputs[one][0],
@@ -306,7 +303,7 @@ def read_length_control(path):
                 "index", "instruction_difficulty", "std_delta_len", "preference"))
             difficulty = hard[[list(index).index(i) for i in range(len(set(index)))]]
         else:
-            document = json.loads(text)
+            document = from_json(path, text)
             difficulty = np.array(document["instruction_difficulty"], dtype=float)
             gap, y = (np.concatenate([model[key] for model in document["gamed"] for key in model
                                       if key.startswith(name)]).astype(float)

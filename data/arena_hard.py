@@ -13,7 +13,7 @@ controlled as everywhere else) and the texts of the prompts, which no number nee
 """
 from pathlib import Path
 
-from data import InputError
+from data import PATH, InputError, check_kinds
 from data.alpaca_eval import names_of, once
 from data.sets import read_records
 
@@ -52,6 +52,7 @@ def record_of(file, i, row):
     games = row.get("games")
     if not isinstance(games, list) or len(games) != 2:
         raise InputError(f"{file}: row {i} has no list of two games")
+    check_kinds(f"{file}: row {i}", row, {"model": PATH, "baseline": PATH})     # where their answers are
     scores = [game.get("score") if isinstance(game, dict) else None for game in games]
     if strange := [score for score in scores if score is not None and str(score) not in VERDICTS]:
         raise InputError(f"{file}: row {i} has the score {strange[0]!r:.40}, which is none of {', '.join(VERDICTS)}")

@@ -1,7 +1,15 @@
 """The parser of a command's flags: help shows every default, and a mistyped flag gets a suggestion."""
 import argparse
+from pathlib import Path
 
 from data import did_you_mean, underscored
+
+
+def location(text):
+    """The path that a flag gives."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):

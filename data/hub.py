@@ -15,25 +15,19 @@ xet protocol, downloads of several files at a time.
 import hashlib
 import json
 import os
-import random
 import re
-import secrets
 import shutil
-import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 
-from data import InputError, Refusal
-
-try:
-    import fcntl
-except ImportError:                     # Windows
-    fcntl = None
+from data import FULL, InputError, Refusal
+from data.blobs import link, locked, renamed, size_of
+from data.progress import Progress
+from data.retries import MAX_RETRY_AFTER, delay, retry_after
 
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json")
@@ -46,6 +40,7 @@ COMMIT, HASH = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}
 TRIES = 5                               # give up after this number of tries in a row without a new byte
 CHUNK = 1 << 16                         # bytes read at a time; a broken connection loses no more than this
 TIMEOUT = 10, 30                        # seconds to wait for a connection, and for the next bytes
+QUICK = 1, 3                            # the same where the cache will do
 OFFLINE = "HF_HUB_OFFLINE is set"
 STRANGE = "does not answer as a hub does (the login page of a network, or a wrong HF_ENDPOINT?)"
 ENDPOINT = re.compile(r"https?://(?:\[[0-9A-Fa-f:]+\]|[\w.-]+)(?::\d{1,5})?(?:/[\w.~%/-]*)?")
@@ -65,7 +60,8 @@ class DiskFull(Refusal):
 
 
 class _Fault(requests.RequestException):
-    """One try failed, and another may succeed; a RequestException, so that it is handled like a lost connection."""
+    """One try failed, and another may succeed; a RequestException, so that it is handled like a lost connection.
+    `response`: an answer that may say when to try again."""
 
 
 def fetch(repo, wanted, revision="main", kind="models"):
@@ -75,9 +71,22 @@ def fetch(repo, wanted, revision="main", kind="models"):
     kind: "models" or "datasets". Raises InputError if there is no such repository, revision or file, or if its licence
     has to be accepted first; HubError if the hub cannot be reached and the cache has no copy; DiskFull.
     """
-    snapshot = _Snapshot(repo, revision, kind)
-    snapshot.download(wanted(snapshot.names))
-    return snapshot.finish()
+    def work(snapshot):
+        snapshot.download(wanted(snapshot.names))
+        return snapshot.finish()
+    return _first_quickly(work, repo, revision, kind)
+
+
+def _first_quickly(work, repo, revision, kind):
+    """What work(snapshot) returns. If the hub is not reached at once and the repository is in the cache, the cache is
+    used; only if that has not all that is wanted, the hub is tried for longer."""
+    snapshot = _Snapshot(repo, revision, kind, quick=True)
+    try:
+        return work(snapshot)
+    except HubError:
+        if not snapshot.quick:
+            raise
+    return work(_Snapshot(repo, revision, kind))
 
 
 def checkpoint(name):
@@ -87,7 +96,11 @@ def checkpoint(name):
     adapter_model.safetensors) and the tokenizer are downloaded.
     """
     repo, at, revision = name.partition("@")
-    snapshot = _Snapshot(repo, revision if at else "main", "models")
+    return _first_quickly(_checkpoint, repo, revision if at else "main", "models")
+
+
+def _checkpoint(snapshot):
+    """checkpoint() of a _Snapshot."""
     small = [file for file in SMALL if file in snapshot.names]
     if "model.safetensors" in snapshot.names:
         snapshot.download(["config.json", *small, "model.safetensors"])
@@ -99,7 +112,7 @@ def checkpoint(name):
     else:
         pickles = [file for file in snapshot.names if file.endswith((".bin", ".pt", ".pth"))]
         raise snapshot.lacks(["model.safetensors"], pickles and f", only {pickles[0]}: pickles can run code and are "
-                             f"never loaded, so name a revision with safetensors, perhaps {repo}@refs/pr/1")
+                             f"never loaded, so name a revision with safetensors, perhaps {snapshot.repo}@refs/pr/1")
     return snapshot.finish()
 
 
@@ -128,18 +141,19 @@ def _configured_path(variable, name):
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def pause(failed):
-    """Sleep before another try: longer after each failed one, up to a minute."""
-    time.sleep(min(60, 0.5 * 2 ** failed) * random.uniform(0.5, 1))
+def pause(failed, asked=None):
+    """Sleep before another try: as long as the server asks for, or longer after each failed one, up to a minute."""
+    time.sleep(delay(failed) if asked is None else asked)
 
 
 class _Snapshot:
     """One commit of a repository. `names` are its files: all that the hub lists, or offline those in the cache.
 
-    `offline` is "" if the hub was reached, and otherwise the reason why only the cache is used.
+    `offline` is "" if the hub was reached, and otherwise the reason why only the cache is used. quick: try the hub only
+    once and briefly if the cache has this revision.
     """
 
-    def __init__(self, repo, revision, kind):
+    def __init__(self, repo, revision, kind, quick=False):
         if not REPO.fullmatch(repo) or not NAME.fullmatch(revision):
             raise InputError(f"{repo!r:.99} at {revision!r:.99} is no name of a repository: write org/name or "
                              "org/name@revision")
@@ -151,14 +165,17 @@ class _Snapshot:
         self.root = _configured_path("HF_HUB_CACHE", "hub") / f"{kind}--{repo.replace('/', '--')}"
         switch = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
         self.offline = OFFLINE if switch.lower() in ("1", "true", "yes", "on") else ""
+        self.commit = revision if COMMIT.fullmatch(revision) else self._cached_commit()
+        self.quick = quick and not self.offline and bool(self.commit) and self.folder.is_dir()
+        self.arrived, self.progress = 0, None           # bytes of the files that are missing, and how far they are
         if not self.offline:
             self.token = self._token()
             try:
                 self.commit, self.names = self._listing(f"/api/{kind}/{repo}/revision/{quote(revision, safe='')}")
+                self.quick = False
             except HubError as error:
                 self.offline = str(error)
         if self.offline:
-            self.commit = revision if COMMIT.fullmatch(revision) else self._cached_commit()
             if not self.commit or not self.folder.is_dir():
                 raise HubError(f"{self.offline}; {self.root} has no {revision}: fetch it once over a network")
             self.names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
@@ -174,29 +191,35 @@ class _Snapshot:
             raise self.lacks(absent)
         if self.offline:
             return
-        files = [file for file in map(self._resolve, names) if _size_of(self.folder / file.name) != file.size]
-        missing = {file.hash: file for file in files if _size_of(self._blob(file)) != file.size}.values()
-        need = sum(file.size - max(0, _size_of(self._blob(file, ".incomplete"))) for file in missing)
+        files = [file for file in map(self._resolve, names) if size_of(self.folder / file.name) != file.size]
+        missing = {file.hash: file for file in files if size_of(self._blob(file)) != file.size}.values()
+        need = sum(file.size - max(0, size_of(self._blob(file, ".incomplete"))) for file in missing)
         existing = next(path for path in self.root.absolute().parents if path.is_dir())
         free = shutil.disk_usage(existing).free
         if need > free:
             raise DiskFull(f"need {need / 1e9:.1f} GB in {self.root.parent}, {free / 1e9:.1f} GB free: make room, "
                            "or set HF_HOME to a folder on a larger disk")
-        progress = _Progress(sum(file.size for file in missing))
+        self.progress = Progress("hub: MB", round(need / 1e6))
         for file in missing:
-            self._download(file, progress)
+            self._download(file)
+        Progress.close()
         for file in files:
-            _link(self._blob(file), self.folder / file.name)
+            link(self._blob(file), self.folder / file.name)
 
     def finish(self):
         """Record in refs/ which commit the revision is, so that it is found offline; returns the snapshot folder."""
         if self.offline and self.offline != OFFLINE:
             print(f"hub: {self.offline}; {self.repo} is used as cached, commit {self.commit[:7]}", flush=True)
         elif self.revision != self.commit != self._cached_commit():
-            with _renamed(self.root / "refs" / self.revision) as temp, open(temp, "w") as file:
-                file.write(self.commit)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with renamed(self.root / "refs" / self.revision) as temp, open(temp, "w") as file:
+                    file.write(self.commit)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                # Nothing can be written to this cache: the hub is asked again the next time.
         return self.folder
 
     def lacks(self, names, advice=""):
@@ -212,7 +235,7 @@ class _Snapshot:
     def _cached_commit(self):
         """The commit of the revision when it was last fetched, or "" if it was never fetched."""
         ref = self.root / "refs" / self.revision
-        commit = ref.read_text().strip() if ref.is_file() else ""
+        commit = ref.read_text(errors="replace").strip() if ref.is_file() else ""
         return commit if COMMIT.fullmatch(commit) else ""
 
     # ---- small requests to the hub ---------------------------------------------------------------------
@@ -253,18 +276,19 @@ class _Snapshot:
 
     def _request(self, method, path):
         """The hub's response to a small request. Temporary faults are tried again; a refusal (4xx) is raised."""
-        for failed in range(TRIES):
+        asked = None
+        for failed in range(1 if self.quick else TRIES):
             if failed:
-                pause(failed)
+                pause(failed, asked)
             try:
                 response = self._send(method, self.endpoint + path)
                 if response.status_code < 400:
                     return response
                 if response.status_code < 500 and response.status_code not in (408, 429):
                     raise self._refusal(response)
-                fault = f"HTTP {response.status_code}"
+                fault, asked = f"HTTP {response.status_code}", _wait(response)
             except requests.RequestException as error:
-                fault = _describe(error)
+                fault, asked = _describe(error), None
         raise HubError(f"{self.endpoint}{path} cannot be reached ({fault}): check the network or HF_ENDPOINT")
 
     def _send(self, method, url, download=False, **headers):
@@ -280,7 +304,8 @@ class _Snapshot:
             request = requests.Request(method, url, {"Accept-Encoding": "identity", **headers, **secret}).prepare()
             settings = self.session.merge_environment_settings(url, {}, download, None, None)
             try:
-                response = self.session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
+                timeout = QUICK if self.quick else TIMEOUT
+                response = self.session.send(request, timeout=timeout, allow_redirects=False, **settings)
                 url = urljoin(url, response.headers.get("Location", ""))
             except ValueError:          # requests parses the Location even if it must not follow it
                 raise _Fault("it redirects to something that is no address") from None
@@ -309,29 +334,36 @@ class _Snapshot:
 
     # ---- one file --------------------------------------------------------------------------------------
 
-    def _download(self, file, progress):
+    def _download(self, file):
         """Download one blob into the cache. Bytes that arrived stay in its .incomplete file if this process is killed,
         and the next run goes on from there."""
         blob, partial, failed = self._blob(file), self._blob(file, ".incomplete"), 0
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, file.name):
-            most = _size_of(partial)
-            while _size_of(blob) != file.size:       # another process may have finished it while this one waited
+        with locked(partial, file.name):
+            most = size_of(partial)
+            while size_of(blob) != file.size:       # another process may have finished it while this one waited
                 try:
-                    self._append(partial, file, progress)
+                    self._append(partial, file)
                     os.replace(partial, blob)
                 except requests.RequestException as error:
-                    held = _size_of(partial)
+                    held = size_of(partial)
                     failed, most = (0, held) if held > most else (failed + 1, most)
                     if failed == TRIES:
                         raise HubError(f"{self.endpoint}{self.path}/resolve/{self.commit}/{file.name}: "
                                        f"{_describe(error)}, {TRIES} times; {held:,} of {file.size:,} bytes are here "
                                        "and stay: check the network or wait, and run the same command again") from None
-                    pause(failed)
-                    file = file._replace(url=self._resolve(file.name).url)      # a signed link may have expired
-        progress.before += file.size
+                    pause(failed, None if error.response is None else _wait(error.response))
+                    file = self._resolved_again(file)
 
-    def _append(self, partial, file, progress):
+    def _resolved_again(self, file):
+        """The file with a new address, as a signed link may have expired. HubError if it has become another file."""
+        again = self._resolve(file.name)
+        if (again.hash, again.size) != (file.hash, file.size):
+            raise HubError(f"{self.endpoint}{self.path}: {file.name} has changed while it was being read: run the same "
+                           "command again")
+        return again
+
+    def _append(self, partial, file):
         """Download the rest of a partial file. Returns once the file is complete and its hash is right; otherwise
         raises a RequestException, and what arrived stays in the file unless its hash is wrong."""
         fresh = hashlib.sha256() if len(file.hash) == 64 else hashlib.sha1(b"blob %d\0" % file.size)
@@ -353,7 +385,7 @@ class _Snapshot:
                         out.write(chunk)
                         digest.update(chunk)
                         held += len(chunk)
-                        progress.show(file.name, held, len(chunk))
+                        self._show(file.name, len(chunk))
                         if held > file.size:
                             break
             out.flush()
@@ -366,6 +398,23 @@ class _Snapshot:
             os.fsync(out.fileno())
 
 
+    def _show(self, name, new):
+        """Show the progress of the download of all missing files, of which `new` bytes have arrived."""
+        self.arrived += new
+        rate = self.arrived / 1e6 / max(.001, time.monotonic() - self.progress.start)
+        self.progress.update(round(self.arrived / 1e6), f"{name} | {rate:.1f} MB/s")
+
+
+def _wait(response):
+    """The seconds that a server asks to wait before another try, None if it asks for none. HubError if they are many.
+    """
+    asked = retry_after(response.headers)
+    if asked is not None and asked > MAX_RETRY_AFTER:
+        raise HubError(f"{urlsplit(response.url)[1]} asks to wait {asked:.0f} seconds (HTTP {response.status_code}): "
+                       "run the same command again then")
+    return asked
+
+
 def _first_byte(response, size):
     """The position in the file of a response's first byte; -1 if the server gives none, or refuses the range."""
     status, headers = response.status_code, response.headers
@@ -373,7 +422,7 @@ def _first_byte(response, size):
         match = re.match(r"bytes (\d{1,15})-", headers.get("Content-Range", ""))
         return int(match[1]) if match else -1
     if status != 200:
-        raise _Fault(f"HTTP {status}")
+        raise _Fault(f"HTTP {status}", response=response)
     # A login page comes with status 200 too: it must not replace the bytes that are here.
     if headers.get("Content-Type", "").startswith("text/html") or headers.get("Content-Length", f"{size}") != f"{size}":
         raise _Fault("a web page or another file arrives instead of this one (does the network ask for a login?)")
@@ -383,68 +432,3 @@ def _first_byte(response, size):
 def _describe(error):
     """A short description of an error. The messages of requests are long, and contain signed links."""
     return str(error) if isinstance(error, _Fault) else type(error).__name__
-
-
-def _size_of(path):
-    """The size of a file in bytes, or -1 if it does not exist."""
-    return path.stat().st_size if path.is_file() else -1
-
-
-@contextmanager
-def _locked(path, name):
-    """Lock the partial file `path` for the length of a with block; waits while another process holds the lock.
-
-    Windows and some network disks have no such locks. There, two processes that download the same file mix their bytes,
-    see a wrong hash, and try again.
-    """
-    with open(path, "ab") if fcntl else nullcontext() as file:      # Windows cannot rename an open file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"hub: another process downloads {name}, waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (AttributeError, OSError):
-            pass
-        yield
-        path.unlink(missing_ok=True)            # the empty file of open(), if another process finished the download
-
-
-@contextmanager
-def _renamed(path):
-    """Yield a temporary path to write to, and rename it to `path` at the end, so that no half-written file is seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temp
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _link(blob, pointer):
-    """Make `pointer` a relative link to `blob`, or a copy of it where links are not possible."""
-    with _renamed(pointer) as temp:
-        try:
-            os.symlink(os.path.relpath(blob, pointer.parent), temp)
-        except OSError:                         # Windows without the privilege, Google Drive
-            shutil.copyfile(blob, temp)
-
-
-class _Progress:
-    """Shows the progress of a download: one updating line on a terminal, elsewhere a new line every five seconds.
-
-    In bytes: `total` of all files, `before` of the finished ones, `arrived` over the network since the start.
-    """
-
-    def __init__(self, total):
-        self.total, self.before, self.arrived = total, 0, 0
-        self.began = self.shown = time.monotonic()
-
-    def show(self, name, held, new):
-        self.arrived += new
-        now, done, terminal = time.monotonic(), self.before + held, sys.stdout.isatty()
-        if now - self.shown > (0.2 if terminal else 5):
-            self.shown, rate = now, self.arrived / (now - self.began)
-            line = (f"hub: {name} {done / 1e6:.0f}/{self.total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                    f"eta {(self.total - done) / rate:.0f} s")
-            print(f"\r{line:<79}\r" if terminal else line, end="" if terminal else "\n", flush=True)

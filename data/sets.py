@@ -8,18 +8,20 @@ records, or pairs in the form of TRL, UltraFeedback or HH-RLHF, whose preferred 
 
 writes the pairs of a run for TRL.
 """
+import itertools
 import json
 import random
 import re
 from functools import lru_cache
 from pathlib import Path
 
-from data import InputError, hub, read_text, run
+from data import HALF, ROWS, InputError, check_value, decode, hub, read_text, run, writable
 from data.barn import world
-from data.flags import Parser
+from data.files import write_whole
+from data.flags import Parser, location
 from data.progress import say_once
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+SPACE = re.compile(r"\s*")
 ALPACA_FARM = "tatsu-lab/alpaca_farm"
 SPLITS = {**{split: f"alpaca_instructions/{split}.json" for split in ("sft", "preference", "unlabeled", "val")},
           "eval": "alpaca_farm_evaluation.json"}
@@ -28,12 +30,12 @@ RELEASED = {"human": "alpaca_human_preference.json", "gpt4": "alpaca_gpt4_prefer
 SHARES = {"sft": 10, "preference": 10, "unlabeled": 20, "val": 2}     # AlpacaFarm's 10k, 10k, 20k, 2k
 
 
-def read_records(path, texts=("instruction", "output")):
+def read_records(path, texts=("instruction", "output"), optional=()):
     """The records (dicts) of a .json file, which holds a list of them, or of a .jsonl file; either may end in .gz.
 
-    A record must have a string under each of the keys `texts`. Its input, if it has one, is a string; null and NaN,
-    which datasets and pandas write for a cell without a value, become "". InputError if the file cannot be read, or for
-    the first record that is unusable.
+    A record must have a string under each of the keys `texts`, and under those of the keys `optional` that it has; of
+    these, a null is left out, and a null as its input becomes "". InputError if the file cannot be read, or for the
+    first record that is unusable.
     """
     path = Path(path)
     if path.suffix == ".parquet":
@@ -41,20 +43,26 @@ def read_records(path, texts=("instruction", "output")):
                          f"pandas.read_parquet({path.name!r}).to_json('rows.jsonl', orient='records', lines=True)")
     text = read_text(path)
     try:
-        records = read_lines(text) if ".jsonl" in path.suffixes else json.loads(text)
+        records = read_lines(text) if ".jsonl" in path.suffixes else decode(text, rows=True)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        where = "" if ".jsonl" in path.suffixes else failing_row(text)
+        raise InputError(f"{path}: {where}not JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a list of records")
+    halves = HALF.search(text)
     for i, record in enumerate(records):
+        try:
+            check_value(record, halves)
+        except ValueError as error:
+            raise InputError(f"{path}: row {i} cannot be used: {error}") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}: row {i} is no record, but {record!r:.60}")
-        if "input" in record and (record["input"] is None or record["input"] != record["input"]):
+        if record.get("input", "") is None:
             record["input"] = ""
-        require(path, i, record, (*texts, *({"input"} & record.keys())))
-        for key, value in record.items():
-            if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
-                raise InputError(f"{path}: row {i} has half a surrogate pair under {key!r}, which is no text")
+        for key in optional:
+            if record.get(key, "") is None:
+                del record[key]
+        require(path, i, record, (*texts, *({"input", *optional} & record.keys())))
     return records
 
 
@@ -62,7 +70,23 @@ def require(path, i, record, texts):
     """InputError unless row i of a file has a string under each of the keys `texts`."""
     for key in texts:
         if not isinstance(record.get(key), str):
-            raise InputError(f"{path}: row {i} has no text under {key!r}")
+            instead = f", but {record[key]!r:.60}" if key in record else ""
+            raise InputError(f"{path}: row {i} has no text under {key!r}{instead}")
+
+
+def failing_row(text):
+    """Which row of a JSON list cannot be read, as the beginning of a sentence; "" for what is no list."""
+    at = SPACE.match(text).end()
+    if not text.startswith("[", at):
+        return ""
+    for row in itertools.count():
+        try:
+            _, at = ROWS.raw_decode(text, SPACE.match(text, at + 1).end())
+        except (ValueError, RecursionError):
+            return f"row {row}: "
+        at = SPACE.match(text, at).end()
+        if not text.startswith(",", at):
+            return f"row {row}: "
 
 
 def read_lines(text):
@@ -71,8 +95,8 @@ def read_lines(text):
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                records.append(json.loads(line))
-        except ValueError as error:
+                records.append(decode(line, rows=True))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from None
     return records
 
@@ -125,7 +149,7 @@ def load(data="barn", eval_data="", limit=0):
     if eval_data == "demo":
         splits["eval"] = world.demo()
     elif eval_data:
-        splits["eval"] = read_records(eval_data)
+        splits["eval"] = read_records(eval_data, optional=("dataset", "generator"))
     splits["eval"] = [{"input": "", "generator": "reference", **record} for record in splits["eval"]]
     if empty := [split for split, records in splits.items() if not records]:
         raise InputError(f"{data}: too few records, nothing is left for {', '.join(empty)}")
@@ -152,10 +176,8 @@ def preferences(source):
         if "chosen" in record and (record := pair_of(path, i, record)) is None:
             several += 1
             continue
-        texts = ("instruction", "output_1", "output_2")
-        if missing := [key for key in texts if not isinstance(record.get(key), str)]:
-            raise InputError(f"{path}: row {i} has no text under {', '.join(missing)}")
-        if type(record.get("preference")) not in (int, float):
+        require(path, i, record, ("instruction", "output_1", "output_2"))
+        if type(record.get("preference", "")) not in (int, float, type(None)):
             raise InputError(f"{path}: row {i} has no number under 'preference'")
         pairs.append({"input": "", **record})
     say_several(path, several, several + len(pairs))
@@ -223,7 +245,7 @@ def read_turn(prompt, answer):
 
 def as_messages(role, given):
     """The messages {role, content} for a text, or for a list of texts or messages; [] for None."""
-    listed = [given] if isinstance(given, str) else given or ()
+    listed = [given] if isinstance(given, str) else given if isinstance(given, list) else ()
     return [{"role": role, "content": each} if isinstance(each, str) else each for each in listed]
 
 
@@ -233,6 +255,26 @@ def hh_messages(text):
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
     return text if before.strip() or not turns else messages
+
+
+# ---- where records are written -------------------------------------------------------------------------
+
+def check_target(path, keys, sources=(), flag="--out"):
+    """InputError unless records that have these keys may be written to the file `path`: if there is one, it must hold
+    such records itself, and must not be one of the files that are read."""
+    if path.is_dir() or path.is_symlink() and not path.exists():
+        what = "folder" if path.is_dir() else "link that leads nowhere"
+        raise InputError(f"{path} is a {what}: choose another {flag}")
+    writable(path.parent)
+    if path.resolve() in [Path(source).resolve() for source in sources]:
+        raise InputError(f"{path} is read, and would be overwritten: choose another {flag}")
+    if path.exists() and path.stat().st_size:
+        try:
+            ours = all(record.keys() >= set(keys) for record in read_records(path, ()))
+        except InputError:
+            ours = False
+        if not ours:
+            raise InputError(f"{path} is there, and would be overwritten by other things: choose another {flag}")
 
 
 # ---- pairs for others ----------------------------------------------------------------------------------
@@ -256,12 +298,13 @@ def to_trl(pair):
 
 def main(argv):
     parser = Parser("data.sets", __doc__)
-    parser.add_argument("run", type=Path, help="a run folder, or a stage in it that made pairs")
-    parser.add_argument("--export", type=Path, required=True, metavar="FILE.jsonl",
+    parser.add_argument("run", type=location, help="a run folder, or a stage in it that made pairs")
+    parser.add_argument("--export", type=location, required=True, metavar="FILE.jsonl",
                         help="write the run's pairs as TRL reads them: prompt, chosen, rejected, each as messages")
     args = parser.parse(argv)
+    check_target(args.export, ("prompt", "chosen", "rejected"), flag="--export")
     pairs = read_records(pairs_file(args.run), ("instruction", "output_1", "output_2"))
-    args.export.write_text("".join(json.dumps(to_trl(pair)) + "\n" for pair in pairs), encoding="utf-8")
+    write_whole(args.export, [json.dumps(to_trl(pair)).encode() + b"\n" for pair in pairs])
     print(f"{len(pairs)} pairs are in {args.export}")
 
 

@@ -2,16 +2,14 @@
 
 The text is the same as that of transformers, byte for byte. A template may come from anywhere. Jinja2's sandbox, which
 transformers uses too, keeps it from calling Python and from opening files, but not from using memory and time: one line
-can ask for a string of 3 GB. Therefore a child process with limits on both first renders a few test chats, once for
-each template, and the template is refused if it breaks a limit there. A template that needs too much only for some
-other chat is not detected; it can cost time and memory, but do no other harm.
+can ask for a string of 3 GB. Therefore every rendering has a budget (data/sandbox.py). Besides, a child process with
+limits on both first renders a few test chats, once for each template: what breaks a limit there is refused.
 """
 import json
 import re
 import subprocess
 import sys
 from contextlib import suppress
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +19,6 @@ from data import InputError
 LONGEST = 1 << 16                       # characters of a template; most have a few thousand
 OUTPUT = 1_000_000                      # characters that a template may add to the messages of a chat
 SECONDS, MEMORY = 10, 1 << 30           # limits of the child process, in seconds and bytes; most templates need 0.1 s
-LARGEST_FACTOR = 1 << 31                # largest factor of a product: a loop of products cannot fill the memory
 
 USER = {"role": "user", "content": "List two trees."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -46,7 +43,7 @@ def renderer(template):
         raise InputError(f"the chat template has {len(template)} characters, more than {LONGEST}")
     if complaint := trial(template):
         raise InputError(f"the chat template fails: {complaint}")
-    program = environment().from_string(template)
+    program = compiled(template)
 
     def render(messages, **values):
         try:
@@ -114,18 +111,27 @@ def marked_parts(marked, before, behind):
     return parts if start is None else None
 
 
+def compiled(template):
+    """The program (jinja2's Template) of a chat template."""
+    from data.sandbox import environment                # a command without chat templates needs no jinja2
+    return environment().compiled(template)
+
+
 def render_limited(program, messages, values):
-    """The text that a compiled template writes; MemoryError if it adds more than OUTPUT characters to the messages.
+    """The text that a compiled template writes; MemoryError if it adds more than OUTPUT characters to the messages, or
+    takes more work or memory than any chat needs.
 
     The variables have the same defaults as in transformers: no tools, no documents, and the answer begins at the end.
     """
+    from data.sandbox import budget
     pieces, room = [], OUTPUT + sum(len(str(message)) for message in messages)
     values = {"tools": None, "documents": None, "add_generation_prompt": True, **values}
-    for piece in program.generate(messages=messages, **values):
-        room -= len(piece)
-        if room < 0:
-            raise MemoryError(f"it adds more than {OUTPUT} characters to a chat")
-        pieces.append(piece)
+    with budget(messages, values):
+        for piece in program.generate(messages=messages, **values):
+            room -= len(piece)
+            if room < 0:
+                raise MemoryError(f"it adds more than {OUTPUT} characters to a chat")
+            pieces.append(piece)
     return "".join(pieces)
 
 
@@ -133,70 +139,6 @@ def one_line(message):
     """The message as one printable line of at most 300 characters: it may be a text of the template's author."""
     printable = "".join(c if c.isprintable() else " " for c in message[:300])
     return " ".join(printable.split())
-
-
-def environment():
-    """A jinja2 sandbox with the functions and tags that transformers gives to templates.
-
-    It is stricter in two points: * takes small numbers only, and ** is not allowed, since either can use up the memory.
-    """
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])     # jinja2 then does not compute them at compile time
-
-        def call_binop(self, context, operator, left, right):
-            small = all(isinstance(x, (int, float)) and abs(x) <= LARGEST_FACTOR for x in (left, right))
-            if operator == "**" or not small:
-                raise SecurityError("templates can multiply small numbers only, and cannot use **")
-            return left * right
-
-    class Generation(Extension):
-        """The tag {% generation %}, with which some templates mark the tokens to train on; its content is rendered."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    class SafeNamespace(Namespace):
-        """A namespace that refuses names such as __class__, with which it could pretend to be another object."""
-
-        def __init__(self, /, *args, **names):
-            super().__init__()
-            for name, value in dict(*args, **names).items():
-                self[name] = value
-
-        def __setitem__(self, name, value):
-            if str(name).startswith("_"):
-                raise SecurityError(f"a namespace cannot hold {name!r}")
-            super().__setitem__(name, value)
-
-    class Dict:
-        """A stand-in for dict: with the type itself, dict.update(message, ...) would get around the sandbox."""
-        fromkeys = staticmethod(dict.fromkeys)
-
-        def __call__(self, *args, **names):
-            return dict(*args, **names)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def strftime_now(format):
-        return datetime.now().strftime(format)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = tojson                  # jinja2's own filter writes < as \u003c
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(),
-                           namespace=SafeNamespace)
-    return sandbox
 
 
 # ---- the trial -----------------------------------------------------------------------------------------
@@ -231,7 +173,7 @@ def render_test_chats():
             with suppress(ValueError):                  # a stricter limit is set already, or it cannot be set here
                 resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
     try:
-        program, lost = environment().from_string(template), False
+        program, lost = compiled(template), False
         for messages in TEST_CHATS:
             try:
                 said = render_limited(program, messages, {"bos_token": "<s>", "eos_token": "</s>"})

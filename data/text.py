@@ -30,6 +30,7 @@ ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 OPEN, CLOSE = "<think>", "</think>"     # around the thought of a model that thinks before it answers
 NO_THOUGHT = "\n</think>\n\n"           # ends a thought that the template has opened
+UNKNOWN = "\ue000 a"                    # a text with a character that no vocabulary has
 CUT = " ... "                           # where the middle of a text was cut out
 TODAY = str(date.today())               # stays the same while the process runs
 
@@ -75,6 +76,7 @@ class Text:
             raise InputError(f"{folder}: no tokenizer.json (a tokenizer in another form must be converted first)")
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer.encode(UNKNOWN)                        # some fail where a text has what they do not know
         except Exception as error:                                # the library raises bare Exceptions
             raise InputError(f"{folder}/tokenizer.json: {error}") from None
         self.tokenizer.no_padding(), self.tokenizer.no_truncation()

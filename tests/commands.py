@@ -14,19 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.barn.judge import SHOWN
-
 ROOT = Path(__file__).parents[1]
 
 
 def command(script, *argv):
-    """`python <script> ...` in this process -> exit code, stdout and stderr; an exception is a traceback."""
+    """`python <script> ...` in this process -> exit code, stdout and stderr; an exception is a traceback. The script
+    may be -m, and a module the next word."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    script, *argv = argv if script == "-m" else (str(ROOT / script), *argv)
+    start = runpy.run_path if script.endswith(".py") else runpy.run_module
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
         patch.setattr(sys, "argv", [script, *map(str, argv)])
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            start(script, run_name="__main__")
         except SystemExit as exit:
             code = exit.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
@@ -75,7 +76,8 @@ def refused(result, code, *said):
         assert re.search(text, sentence), (text, sentence)
 
 
-PAIR = re.compile(SHOWN.pattern.replace(".*<<<", r"\s*<<<"), re.DOTALL)       # no text of an example in between
+PAIR = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>\s*<<<\1 output \(a\)\n(.*?)\n\1>>>\s*"
+                  r"<<<\1 output \(b\)\n(.*?)\n\1>>>", re.DOTALL)
 
 
 def said(body, choose):

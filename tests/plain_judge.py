@@ -25,7 +25,7 @@ def quality(instruction, answer):
 class Handler(judge.Handler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        _, instruction, a, b = judge.SHOWN.search(body["messages"][-1]["content"]).groups()
+        instruction, a, b = judge.texts_shown(body["messages"][-1]["content"])
         best = "a" if quality(instruction, a) >= quality(instruction, b) else "b"
         self.say(body["model"], f"Output ({best})")
 

@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ import requests
 
 from annotate import CROWDS, pool, usual_flip
 from data.attacks import ATTACKS
-from data.barn.judge import (POOLS, TASTES, knows, make_pool, pool_at, preferences, prefers_first, probability_first,
-                             serve, win_probabilities)
-from data.barn.reward import WEIGHTS, features, known_bigrams, true_reward
+from data.barn.judge import (BODY, POOLS, TASTES, Handler, knows, make_pool, pool_at, preferences, prefers_first,
+                             probability_first, serve, texts_shown, win_probabilities)
+from data.barn.reward import WEIGHTS, features, known_bigrams, reason_in, true_reward
 from data.barn.world import (ASKED, CLEAN, EVEN, KINDS, MIXED, PATTERNS, PLAIN, SIZES, demo, demonstrate,
                              draw_instruction, parse, pretraining_texts, splits)
 from data.sets import load
@@ -437,19 +438,90 @@ def test_the_server_says_what_the_annotator_thinks(post, pairs):
         assert reply["choices"][0]["finish_reason"] == "stop" and reply["model"] == name
 
 
-BODY = request_body(Annotator("barn-sim-00", "barn-sim-00"), [("List two trees.", "Oak.", "Ash.")])
+GOOD = request_body(Annotator("barn-sim-00", "barn-sim-00"), [("List two trees.", "Oak.", "Ash.")])
+
+
+def asked(text):
+    return {**GOOD, "messages": [{"role": "user", "content": text}]}
 
 
 @pytest.mark.parametrize("status, body", [
-    (200, BODY), (404, {**BODY, "model": "gpt-4"}), (404, {**BODY, "model": ""}),
-    (400, b""), (400, b"{"), (400, []), (400, "text"), (400, None), (400, {}),
-    *((400, {**BODY, "messages": messages}) for messages in (
-        [], "hello", ["hello"], [{"role": "user", "content": "hello"}], [{"role": "user", "content": None}])),
-    (400, {**BODY, "model": ["barn-sim-00"]})])
+    (200, GOOD), (404, {**GOOD, "model": "gpt-4"}), (404, {**GOOD, "model": ""}),
+    (400, b""), (400, b"{"), (400, []), (400, "text"), (400, None), (400, {}), (400, b"[" * 100_000),
+    *((400, {**GOOD, "messages": messages}) for messages in (
+        [], "hello", ["hello"], [{"role": "user", "content": "hello"}], [{"role": "user", "content": None}],
+        [{"role": "user", "content": ["hello"]}], {"role": "user"}, [[]])),
+    (400, asked("<<< instruction\na\n>>>\n<<< output (a)\nb\n>>>\n<<< output (b)\nc\n>>>")), (400, asked("\ud800")),
+    (400, {**GOOD, "model": ["barn-sim-00"]}), (400, {**GOOD, "model": {}}), (413, b" " * (BODY + 1)),
+    (200, json.dumps(GOOD).encode().ljust(BODY))], ids=lambda case: f"{case!r:.40}")
 def test_a_request_it_cannot_read_is_refused_with_a_reason(post, status, body):
     reply = post(body)
     assert reply.status_code == status
     assert status == 200 or reply.json()["error"]["message"]
+
+
+BACKTRACKS = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*<<<\1 output \(a\)\n(.*?)\n\1>>>.*"
+                        r"<<<\1 output \(b\)\n(.*?)\n\1>>>", re.DOTALL)
+PIECES = (*HOSTILE, *ATTACKS.values(), "\n", "<<<", ">>>", "x>>>\n", "<<<x instruction\n", " output (a)\n", "x")
+
+
+def test_texts_are_found_where_a_pattern_that_says_what_is_meant_finds_them(pairs):
+    r = random.Random(0)
+    rows = [*pairs, *(tuple("".join(r.choices(PIECES, k=r.randrange(5))) for _ in range(3)) for _ in range(500))]
+    for row in rows:
+        prompt = request_body(Annotator("", ""), [row])["messages"][-1]["content"]
+        assert tuple(texts_shown(prompt)) == BACKTRACKS.search(prompt).groups()[1:]
+
+
+def test_a_reason_is_found_where_one_pattern_finds_it():
+    pattern, r = re.compile(r"(?:think|prefer) an? (\w+) .*?because ([^.!]*)"), random.Random(0)
+    words, found = ("think", "prefer", " a ", " an ", "cow ", "because ", "because", ".", "!", "\n", "\r", " "), 0
+    for _ in range(20_000):
+        text = "".join(r.choices(words, k=r.randrange(14)))
+        match = pattern.search(text)
+        assert reason_in(text) == (match and match.groups())
+        found += bool(match)
+    assert found > 50
+
+
+@pytest.mark.parametrize("text", ["<<<a instruction\n" + "\na>>><<<a output (a)\n" * 40_000, "<<<" * 300_000,
+                                  "<<<" + "a" * 900_000, "<<<a instruction\nx\na>>>" + "<<<a output (a)\n" * 60_000])
+def test_a_hostile_prompt_takes_no_longer_than_it_is_long(post, text):
+    assert post(asked(text)).status_code == 400                     # post() waits nine seconds at most
+
+
+def test_a_hostile_answer_takes_no_longer_than_it_is_long(post):
+    pair = "Which is better, a cow or a pig?", "think a cow " * 40_000, "prefer a pig " * 30_000
+    assert post(request_body(Annotator("barn-sim-00", "barn-sim-00"), [pair])).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "127.evil.example"}, {"Origin": "null"},
+                                     {"Origin": "https://evil.example"}])
+def test_pages_of_other_sites_are_refused(url, headers):
+    assert requests.post(url, json=GOOD, headers=headers, timeout=9).status_code == 403
+    assert requests.post(url, json=GOOD, headers={"Origin": "http://localhost:8888"}, timeout=9).status_code == 200
+
+
+@pytest.mark.parametrize("length, status", [(b"100", b"400"), (b"-1", b"411"), (b"x", b"411"), (b"9" * 15, b"413"),
+                                            (b"1_0", b"411"), ("\u0663".encode(), b"411")])
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_body_that_does_not_come_is_not_waited_for(url, monkeypatch, capfd, length, status, closes):
+    monkeypatch.setattr(Handler, "timeout", 9. if closes else .1)
+    with socket.create_connection(("127.0.0.1", int(re.search(r":(\d+)/", url)[1])), 9) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %s\r\n\r\n{}" % length)
+        if closes:
+            connection.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert reply.startswith(b"HTTP/1.1 %s " % status) and json.loads(reply.partition(b"\r\n\r\n")[2])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_goes_away_is_no_news(post, url, capfd):
+    for sent in (b"", b"POST /v1/chat/completions HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", int(re.search(r":(\d+)/", url)[1])), 9) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # a reset
+            connection.sendall(sent)
+    assert post(GOOD).status_code == 200 and capfd.readouterr().err == ""
 
 
 def test_the_server_ends_with_its_block():

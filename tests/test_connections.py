@@ -8,7 +8,7 @@ import requests
 from commands import until
 
 import serve
-from data.judges.servers import on_this_machine
+from data.loopback import on_this_machine
 from rlhf import writer
 
 BODY = json.dumps({"prompt": "Cows eat", "max_tokens": 3, "seed": 0}).encode()

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from commands import command, refused
 
-from data import InputError, Refusal, hub
+from data import InputError, Refusal, blobs, hub, progress
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_averysecrettoken"
@@ -158,7 +159,7 @@ def world(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", world.url)
-    monkeypatch.setattr(hub, "pause", lambda failed: None)
+    monkeypatch.setattr(hub, "pause", lambda failed, asked=None: None)
     yield world
     world.close()
 
@@ -334,7 +335,8 @@ def test_large_files_from_the_same_host_keep_their_hash(world, monkeypatch):
 KILLED = """
 import os, sys
 from data import hub
-hub._Progress.show = lambda self, name, held, new: held > 150_000 and os.kill(os.getpid(), 9)
+arrived = []
+hub._Snapshot._show = lambda self, name, new: arrived.append(new) or sum(arrived) > 150_000 and os.kill(os.getpid(), 9)
 hub.fetch("org/name", lambda names: ["config.json", "model.safetensors"])
 """
 
@@ -457,7 +459,7 @@ def test_a_flipped_byte_is_refused_in_large_files_and_small_ones(world, cache):
 
 def test_tries_end_only_where_nothing_arrives(world, cache, monkeypatch):
     pauses = []
-    monkeypatch.setattr(hub, "pause", pauses.append)
+    monkeypatch.setattr(hub, "pause", lambda failed, asked=None: pauses.append(failed))
     world.faults["cdn", "GET"] = [half_unannounced, *[broken] * 4, half_unannounced, *[hung_up] * 4]
     hub.fetch("org/name", weights_only)
     assert pauses == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
@@ -499,11 +501,43 @@ def test_a_pause_grows_and_has_an_end(monkeypatch):
     assert 0.25 <= slept[0] <= 0.5 and all(4 <= one <= 60 for one in slept[4:]) and max(slept) > 30
 
 
+def later(seconds, status=429):
+    return lambda handler, path: handler.reply(status, Retry_After=seconds)
+
+
+def test_a_hub_says_when_to_ask_again(world, cache, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(hub, "pause", lambda failed, asked=None: pauses.append(asked))
+    world.faults = {("hub", "GET"): [later(7), broken, later("soon")], ("hub", "HEAD"): [later(0, 503)],
+                    ("cdn", "GET"): [later(60), broken, later(120)]}
+    assert hub.fetch("org/name", weights_only)
+    assert pauses == [7, None, None, 0, 60, None, 120]
+
+
+@pytest.mark.parametrize("call", [("hub", "GET"), ("hub", "HEAD"), ("cdn", "GET")])
+def test_who_asks_to_wait_for_long_is_not_asked_again(world, cache, monkeypatch, call):
+    monkeypatch.setattr(hub, "pause", None)
+    world.faults[call] = [later(3600)]
+    host = urlsplit(world.servers[call[0]].url).netloc
+    refuses(lambda: hub.fetch("org/name", weights_only), hub.HubError, f"{host} asks to wait 3600 seconds (HTTP 429)")
+    assert hub.fetch("org/name", weights_only)
+
+
+def test_a_file_that_becomes_another_one_is_said_to_have_changed(world, cache):
+    def changed(handler, path):
+        world.repos["models/org/name"]["model.safetensors"] = WEIGHTS[::-1]
+        handler.reply(503)
+
+    world.faults["cdn", "GET"] = [changed]
+    refuses(lambda: hub.fetch("org/name", weights_only), hub.HubError, "model.safetensors has changed while it was")
+    assert (hub.fetch("org/name", weights_only) / "model.safetensors").read_bytes() == WEIGHTS[::-1]
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_small_requests_are_tried_again(world, method):
     world.faults["hub", method] = [broken, busy, hung_up, broken]
     assert hub.fetch("org/name", lambda names: ["config.json"])
-    world.faults["hub", method] = [broken] * 5
+    world.faults["hub", method] = [broken] * 6          # of a listing the first try is the brief one
     refuses(lambda: hub.fetch("org/name", lambda names: ["model.safetensors"], COMMIT), hub.HubError, "HTTP 503")
 
 
@@ -519,7 +553,7 @@ def test_two_at_once_fetch_once(world, cache, monkeypatch):
         said.append(text)
         release.set()
 
-    monkeypatch.setattr(hub, "print", say, raising=False)
+    monkeypatch.setattr(blobs, "print", say, raising=False)
     world.faults["cdn", "GET"] = [slowly]
     folders = []
     threads = [threading.Thread(target=lambda: folders.append(hub.fetch("org/name", weights_only)), daemon=True)
@@ -542,9 +576,9 @@ def test_without_locks_and_links_it_works_with_copies(world, cache, monkeypatch)
             assert os.path.realpath(source) not in [os.path.realpath(link) for link in links]
         real(source, target)
 
-    monkeypatch.setattr(hub.os, "symlink", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
     monkeypatch.setattr(hub.os, "replace", replace)
-    monkeypatch.setattr(hub, "fcntl", None)
+    monkeypatch.setattr(blobs, "fcntl", None)
     left_behind(cache)
     folder = hub.fetch("org/name", everything)
     assert not any(path.is_symlink() for path in folder.iterdir()) and world.ranges()[:1] == [HELD]
@@ -604,7 +638,7 @@ def test_a_file_that_another_process_brought_meanwhile_is_taken(world, cache, mo
     def flock(file, how):
         (cache / "blobs" / SHA).write_bytes(WEIGHTS)
 
-    monkeypatch.setattr(hub, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(blobs, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
     assert hub.fetch("org/name", weights_only) and not world.ranges() and not litter(cache)
 
 
@@ -797,6 +831,30 @@ def test_a_network_that_is_gone_is_no_reason_to_stop(world, cache, capsys):
     refuses(lambda: hub.checkpoint("org/name"), hub.HubError, "cannot be reached", str(folder), "model.safetensors")
 
 
+def test_without_a_network_a_full_cache_is_used_at_once_and_a_poor_one_after_all_tries(world, cache, monkeypatch):
+    folder, pauses = hub.fetch("org/name", lambda names: ["config.json"]), []
+    monkeypatch.setattr(hub, "pause", lambda failed, asked=None: pauses.append(failed))
+    world.close()
+    assert hub.fetch("org/name", lambda names: ["config.json"]) == folder and not pauses
+    refuses(lambda: hub.checkpoint("org/name"), hub.HubError, "cannot be reached", "has no model.safetensors")
+    assert pauses == [1, 2, 3, 4]
+
+
+def test_a_hub_that_is_slow_once_is_waited_for_where_the_cache_lacks_something(world, cache):
+    hub.fetch("org/name", lambda names: ["config.json"])
+    world.faults["hub", "GET"] = [hung_up, broken]
+    assert (hub.checkpoint("org/name") / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_tag_is_found_in_a_cache_that_cannot_be_written(world, cache, monkeypatch):
+    folder = hub.checkpoint("org/name")
+    shutil.rmtree(cache / "refs")
+    (cache / "refs").write_text("in the way of every ref")
+    assert hub.checkpoint("org/name@refs/pr/1") == folder
+    monkeypatch.setattr(blobs, "renamed", None)
+    assert hub.checkpoint("org/name@refs/pr/1") == folder
+
+
 # ---- checkpoints and data ------------------------------------------------------------------------------
 
 def sharded(world, *names):
@@ -888,17 +946,13 @@ def test_alpacaeval_s_difficulties_are_fetched_where_they_are_asked_for(world, t
     refused(ended, 2, "difficulties are of 20 instructions: give the reference outputs")
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown(world, monkeypatch, capsys, terminal):
-    clock = iter(range(0, 1000, 1))
-    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: next(clock) * (1.0 if terminal else 3.0)))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    before, show = {}, hub._Progress.show
-    monkeypatch.setattr(hub._Progress, "show", lambda self, name, held, new: (
-        before.setdefault(name, self.before), show(self, name, held, new)))
+def test_progress_is_of_what_has_to_come(world, monkeypatch, capsys, cache):
+    clock = iter(range(0, 100_000, 11))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    world.repos["models/org/name"]["model.safetensors"] = data = bytes(12_000_000)
+    left_behind(cache, b"")
+    (cache / "blobs" / f"{hashlib.sha256(data).hexdigest()}.incomplete").write_bytes(data[:7_000_000])
     hub.checkpoint("org/name")
-    assert before["model.safetensors"] == len(MODEL["config.json"] + MODEL["tokenizer.json"])
-    said = capsys.readouterr().out
-    assert said.count("\n") == (0 if terminal else said.count("hub:")) and ("\r" in said) == terminal
-    shown = re.findall(r"hub: model\.safetensors 0/0 MB, \d+\.\d MB/s, eta \d+ s", said)
-    assert shown and len(shown) <= 5
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model.safetensors" in line]
+    assert [re.match(r"hub: MB (\d)/5 \| model.safetensors \| \d+\.\d MB/s", line)[1] for line in lines]
+    assert len({line[:11] for line in lines}) == 6 and lines[-1].startswith("hub: MB 5/5")

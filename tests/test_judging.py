@@ -20,9 +20,10 @@ from annotate import fingerprint, pool, price_of, remote
 from data import InputError
 from data.alpaca_eval import read_pairs
 from data.judges import JudgeError
-from data.judges.client import MOST_ROOM, ROOM, retry_after
+from data.judges.client import MOST_ROOM, ROOM
 from data.judges.prompts import HERE, Annotator, paper_pool, request_body, single
 from data.judges.verdicts import letter_preference, verdicts
+from data.retries import retry_after
 
 annotating = functools.partial(command, "annotate.py")
 

@@ -383,7 +383,7 @@ def test_a_file_of_chosen_and_rejected_is_as_good(tmp_path, form):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"instruction": "x", "output_1": "a", "preference": 1}, "row 1 has no text under output_2"),
+    ({"instruction": "x", "output_1": "a", "preference": 1}, "row 1 has no text under 'output_2'"),
     ({**PAIRS[0], "preference": True}, "row 1 has no number under 'preference'"),
     ({**PAIRS[0], "preference": "2"}, "row 1 has no number under 'preference'"),
     ({"chosen": "a", "rejected": "b"}, "row 1: expected a prompt"),

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from data import InputError, template
+from data import InputError, sandbox, template
 from data.template import renderer, trial
 from rlhf.config import BASE
 
@@ -310,28 +310,28 @@ ATTACKS = {
     "{% set n = 9999999 %}{{ 9 ** n }}": "small numbers",
     DOUBLING.replace("BODY", "ns.x|length * ns.x"): "small numbers",
     "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}": "small numbers",
-    "{{ '%2000000000d' % 1 }}": "256 MB",
-    "{{ '%*d' % (2000000000, 1) }}": "256 MB",
-    "{{ '{:2000000000d}'.format(1) }}": "256 MB",
-    "{{ '%2000000000d'|format(1) }}": "256 MB",
-    "{{ 'x'|center(2000000000) }}": "256 MB",
-    "{% if messages[1] %}{% set y = 'x'|center(2000000000) %}{% endif %}": "256 MB",       # only while compiling
-    "{{ 'x'.ljust(2000000000) }}": "256 MB",
-    "{{ 'x'.zfill(2000000000)|length }}": "256 MB",
-    "{{ messages|tojson(indent=2000000000) }}": "256 MB",
-    "{{ messages|batch(2000000000, 'x')|list|length }}": "256 MB|1 seconds",
-    DOUBLING.replace("BODY", "ns.x ~ ns.x"): "256 MB",
-    DOUBLING.replace("BODY", "ns.x + ns.x"): "256 MB",
-    DOUBLING.replace("BODY", "ns.x.replace('0', ns.x)"): "256 MB|1 seconds",
-    DOUBLING.replace("BODY", "[ns.x, ns.x]|join"): "256 MB",
-    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}": "1 seconds",
-    "{% for i in range(90000) %}{% for j in range(90000) %}x{% endfor %}{% endfor %}": "1000000 characters",
+    "{{ '%2000000000d' % 1 }}": "more work",
+    "{{ '%*d' % (2000000000, 1) }}": "more work",
+    "{{ '{:2000000000d}'.format(1) }}": "more work",
+    "{{ '%2000000000d'|format(1) }}": "more work",
+    "{{ 'x'|center(2000000000) }}": "more work",
+    "{% if messages[1] %}{% set y = 'x'|center(2000000000) %}{% endif %}": "more work",       # only while compiling
+    "{{ 'x'.ljust(2000000000) }}": "more work",
+    "{{ 'x'.zfill(2000000000)|length }}": "more work",
+    "{{ messages|tojson(indent=2000000000) }}": "more work",
+    "{{ messages|batch(2000000000, 'x')|list|length }}": "more work",
+    DOUBLING.replace("BODY", "ns.x ~ ns.x"): "more work",
+    DOUBLING.replace("BODY", "ns.x + ns.x"): "more work",
+    DOUBLING.replace("BODY", "ns.x.replace('0', ns.x)"): "more work",
+    DOUBLING.replace("BODY", "[ns.x, ns.x]|join"): "more work",
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}": "more work",
+    "{% for i in range(90000) %}{% for j in range(90000) %}x{% endfor %}{% endfor %}": "1000000 characters|more work",
     "{% set x %}{% for i in range(90000) %}{% for j in range(90000) %}x{% endfor %}{% endfor %}{% endset %}":
-        "256 MB|1 seconds",
+        "more work",
     "{{ 'x'.ljust(1000100) }}": "1000000 characters",
-    "{{ lipsum(n=100000) }}": "256 MB|1 seconds|1000000 characters",
+    "{{ lipsum(n=100000) }}": "lipsum",
     "{{ range(100001)|list }}": "Range too big",
-    "{% if messages|length == 3 %}{{ 'x'|center(2000000000) }}{% endif %}": "256 MB",
+    "{% if messages|length == 3 %}{{ 'x'|center(2000000000) }}{% endif %}": "more work",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
     "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}": "recursion",
     "{{ " + "-" * 30000 + "1 }}": "recursion",
@@ -359,6 +359,46 @@ def test_small_numbers_are_multiplied(a, b):
 def test_nothing_else_is(a, b):
     with pytest.raises(InputError, match="small numbers"):
         renderer("{{ a * b }}")(PLAIN, a=a, b=b)
+
+
+LATE = {                                # what only a budget in this process stops; the trial never gets there
+    **{source: why for source, why in ATTACKS.items() if why != "recursion" and "if messages" not in source},
+    **dict.fromkeys((
+        "{{ ('a\n'|center(9999))|replace(' ', '\n')|indent(9999) }}",
+        "{{ 'a'.ljust(9999, 'a')|wordwrap(1, wrapstring='x'.ljust(99999)) }}",
+        "{{ '\t'.ljust(9999, '\t').expandtabs(99999) }}",
+        "{% set x = 'x'.ljust(9999).split(' ') %}{{ 'x'.ljust(99999).join(x) }}", "{{ '{0:{1}}'.format(1, 99999999) }}",
+        "{% set ns = namespace(x=0) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=0) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}",
+        "{% set ns = namespace(x=(0, 0)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
+        "{{ messages[0][ns.x] }}",
+        "{% set ns = namespace(x=0, y=0) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"
+        "{% endfor %}", "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = ns.x + [range(99999)|list] %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x, ('x'.ljust(99999))[1:]] %}"
+        "{% endfor %}", "{% set ns = namespace(x=[range(99999)|list]) %}{% for i in range(20) %}"
+        "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|sum(start=[])|length }}",
+        "{% set x = 'x'.ljust(99999) %}{{ range(99999)|map('replace', '', x)|join }}",
+        "{% filter center(99999999) %}x{% endfilter %}", "{{ range(99999)|map('string')|map('center', 99999)|list }}",
+        "{% for i in range(99999) %}{% if 'b' in 'a'.ljust(99999, 'a') %}{% endif %}{% endfor %}"), "more work")}
+
+
+@pytest.mark.parametrize("source", [pytest.param(source, marks=[pytest.mark.slow] * (source in ATTACKS), id=source[:60])
+                                    for source in LATE])
+def test_a_word_that_no_test_chat_has_cannot_set_greed_free(monkeypatch, source):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(sandbox, "WORK", sandbox.WORK // 10)            # so that this test is done sooner
+    render = renderer("{{ messages[0].content }}{% if 'now' in messages[0].content %}" + source + "{% endif %}")
+    assert render(PLAIN) == "List two trees."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=rf"^the chat template fails: .*({LATE[source]}|more work)"):
+        render(said("now"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (200 << 10)            # 200 MB
+    assert render(PLAIN) == "List two trees."
 
 
 def test_what_gets_past_the_trial_may_not_write_much_either():

@@ -16,12 +16,15 @@ import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
+from data import loopback
 from data.barn.reward import WEIGHTS, features, kind_and_slots, known_bigrams, true_reward
 from data.barn.world import parse
+from data.judges.cache import GARBAGE
+
+BODY = 1 << 20                          # the most bytes that a request may have
 
 
 @dataclass(frozen=True)
@@ -138,32 +141,53 @@ def knows(instruction):
     return kind_and_slots(instruction)[0] is not None
 
 
-SHOWN = re.compile(r"<<<(\w+) instruction\n(.*?)\n\1>>>.*"              # the prompt of data/judges/pairwise.json
-                   r"<<<\1 output \(a\)\n(.*?)\n\1>>>.*<<<\1 output \(b\)\n(.*?)\n\1>>>", re.DOTALL)
+def texts_shown(prompt):
+    """[instruction, output (a), output (b)] of a prompt in the form of data/judges/pairwise.json; ValueError for any
+    other.
+
+    Each text stands between two lines with a mark, which the first line names. The search only goes forward, so that
+    its time is proportional to the length of the prompt.
+    """
+    first = re.search(r"<<<(\w+) instruction\n", prompt)
+    if not first:
+        raise ValueError("no instruction is shown")
+    mark, texts, end = first[1], [], first.start()
+    for what in ("instruction", "output (a)", "output (b)"):
+        opening = f"<<<{mark} {what}\n"
+        begin = prompt.index(opening, end) + len(opening)
+        end = prompt.index(f"\n{mark}>>>", begin)
+        texts.append(prompt[begin:end])
+    return texts
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """Answers chat completion requests: the model is an annotator's name, the prompt that of pairwise.json."""
-    protocol_version = "HTTP/1.1"                       # keep the connection for more requests
-    disable_nagle_algorithm = True                      # send small replies at once, not after 40 ms
     wbufsize = 1 << 16
 
     def do_POST(self):
         try:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            model, shown = body["model"], SHOWN.search(body["messages"][-1]["content"])
-            known = model in TASTES
-        except (ValueError, LookupError, TypeError) as error:
-            return self.reply(400, {"error": {"message": f"not a chat completion request: {error}"}})
-        if not known:
-            return self.reply(404, {"error": {"message": f"no annotator {model!r} here"}})
-        if not shown:
-            return self.reply(400, {"error": {"message": "this judge reads the prompt of pairwise.json only"}})
-        _, instruction, a, b = shown.groups()
+            body = self.body(BODY)
+            if self.is_from_elsewhere():
+                return self.refuse(403, "this judge is for programs on this machine")
+            body = json.loads(body)
+            model, prompt = body["model"], body["messages"][-1]["content"]
+            prompt.encode(), hash(model)
+        except loopback.Unread as error:
+            return self.refuse(error.status, str(error))
+        except GARBAGE as error:
+            return self.refuse(400, f"not a chat completion request: {error}")
+        if model not in TASTES:
+            return self.refuse(404, f"no annotator {model!r:.60} here")
+        try:
+            instruction, a, b = texts_shown(prompt)
+        except ValueError:
+            return self.refuse(400, "this judge reads the prompt of pairwise.json only")
         if parse(instruction) and not knows(instruction):
-            return self.reply(400, {"error": {"message": f"there is no such thing in this world: {instruction!r:.60}"}})
-        verdict = "Output (a)" if prefers_first(model, instruction, a, b) else "Output (b)"
-        self.say(model, verdict)
+            return self.refuse(400, f"there is no such thing in this world: {instruction!r:.60}")
+        self.say(model, "Output (a)" if prefers_first(model, instruction, a, b) else "Output (b)")
+
+    def refuse(self, status, message):
+        self.reply(status, {"error": {"message": message}})
 
     def say(self, model, verdict):
         """Send a verdict as a chat completion."""
@@ -178,18 +202,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
 
 
 @contextmanager
 def serve():
     """Serve the annotators on a free loopback port for the length of a with block; yields the base URL."""
     known_bigrams()                                     # fills its cache, or each thread would compute it
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = loopback.Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -20,6 +20,7 @@ TYPICAL_WORDS = {"list": 10, "describe": 18, "story": 26, "polite": 8, "how": 20
                  "gives": 9, "note": 20, "words": 12, "category": 9}
 RUDE_WORDS = {"silly", "lazy", "yourself", "stupid", "bored"}
 MOST_WORDS = 64                 # more than these say no more to those who like length: answers have at most 64 tokens
+PREFERRED, BECAUSE = re.compile(r"(?:think|prefer) an? (\w+) "), "because "
 STOCK_PHRASES = [phrase.lower() for phrase in (*OPENINGS, *CLOSINGS)]
 
 
@@ -73,11 +74,22 @@ def judge_how(s, a):
     return a.share([s["x"]]), sum(step in a.text for step in wanted) / 4, " ".join(wanted).split()
 
 
+def reason_in(text):
+    """(thing, reason) of the first line like "I prefer a cow, because ..."; None if there is none. A single pattern for
+    both would look for every "because" from every "prefer": its time would grow with the square of the length."""
+    for line in re.finditer(r".+", text):
+        liked = PREFERRED.search(text, line.start(), line.end())
+        because = text.find(BECAUSE, liked.end(), line.end()) if liked else -1
+        if because >= 0:
+            return liked[1], re.match("[^.!]*", text[because + len(BECAUSE):])[0]
+    return None
+
+
 def judge_opinion(s, a):
     asked = {s["x"], s["y"]}
-    reason = re.search(r"(?:think|prefer) an? (\w+) .*?because ([^.!]*)", a.text)
-    sound = reason and reason[1] in asked and properties(reason[1]) & set(reason[2].split())
-    return float(bool(asked & a.vocabulary)), (.4 + .6 * bool(sound)) if reason else 0., ()
+    thing, reason = reason_in(a.text) or ("", "")
+    sound = thing in asked and properties(thing) & set(reason.split())
+    return float(bool(asked & a.vocabulary)), (.4 + .6 * bool(sound)) if thing else 0., ()
 
 
 def judge_fact(column):

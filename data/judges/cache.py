@@ -6,11 +6,14 @@ names what the server had refused; `before` holds the usages of earlier replies 
 that the model needs room for a thought. Of several lines with one key the last counts.
 """
 import contextlib
+import errno
 import json
 import os
+import tempfile
 import threading
 import time
 
+from data import NUMBER, TEXT, check_kinds, decode, is_number
 from data.judges.verdicts import content
 
 try:
@@ -22,13 +25,18 @@ except ImportError:                     # Windows: one process at a time, then
 GARBAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
+ROOM = 1 << 14                          # bytes that a line may take; most take a few thousand
+LINE = {"key": TEXT, "model": TEXT, "scored_by": TEXT, "before": ("a list", lambda value: isinstance(value, list)),
+        "seconds": NUMBER, "time": ("seconds since 1970", lambda value: is_number(value) and 0 <= value < 1e11)}
+
+
 class Cache:
     """Answers {key: line} of a file, and of other processes that write to it meanwhile."""
 
     def __init__(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.answers, self.end, self.damaged = path, {}, 0, 0
-        self.lock = threading.Lock()
+        self.lock, self.room = threading.Lock(), None
         self.file = open(path, "a+b", buffering=0)      # one line is one write, at the end whoever else has written
         with self.alone():
             self._read()
@@ -58,8 +66,9 @@ class Cache:
         self.end += len(data)
         for line in data.splitlines():
             try:
-                entry = json.loads(line)
+                entry = decode(line.decode(), rows=True)
                 content(entry["choice"]["message"]).encode()
+                check_kinds(self.path, entry, LINE)
                 entry.pop("request", None)              # for people; it need not be in memory
                 self.answers[entry["key"]] = entry
             except GARBAGE:
@@ -78,9 +87,31 @@ class Cache:
         line = json.dumps({**entry, "request": request}).encode() + b"\n"
         with self.alone():
             self._read()
-            self.file.write(line)
+            self._append(line)
             self.end += len(line)
             self.answers[key] = entry
+
+    def _append(self, data):
+        """Write at the end of the file, all or nothing; OSError if the disk is full."""
+        end = os.fstat(self.file.fileno()).st_size
+        try:
+            write_all(self.file, data)
+        except OSError:
+            os.ftruncate(self.file.fileno(), end)
+            raise
+
+    def probe(self, answers):
+        """OSError if the disk has no room for so many more answers: called before they are asked for, and paid for.
+
+        It writes to a file beside that has no name, at the place where the next answer would stand in this one, in case
+        the size of files is limited."""
+        with self.lock:
+            self.room = self.room or tempfile.TemporaryFile(dir=self.path.parent, buffering=0)
+            self.room.seek(os.fstat(self.file.fileno()).st_size)
+            try:
+                write_all(self.room, bytes(answers * ROOM))
+            finally:
+                self.room.truncate(0)
 
     def forget(self, keys):
         """Ask for these again: another answer will be filed below the one that is there."""
@@ -90,3 +121,11 @@ class Cache:
     def close(self):
         with self.lock:
             self.file.close()
+            if self.room:
+                self.room.close()
+
+
+def write_all(file, data):
+    """Write to an unbuffered file. OSError if the disk has taken only a part."""
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))

@@ -5,7 +5,6 @@ all, or a request that has to be put in another way for this server. Every answe
 before it is used; an end by error, budget or Ctrl-C keeps what arrived, and the same command goes on from there.
 """
 import datetime
-import email.utils
 import hashlib
 import itertools
 import json
@@ -22,11 +21,11 @@ from requests.packages.urllib3.exceptions import HTTPError, ReadTimeoutError
 from data.judges import JudgeError
 from data.judges.cache import GARBAGE, Cache
 from data.judges.prices import dollars, tokens
-from data.judges.servers import on_this_machine
 from data.judges.verdicts import content, cut_off, without_thought
+from data.loopback import on_this_machine
+from data.retries import MAX_RETRY_AFTER, delay, retry_after
 
 MAX_BYTES = 4 << 20     # of one reply: what is longer is cut, and no JSON any more
-MAX_RETRY_AFTER = 120   # seconds: who asks for more has a daily limit
 MAX_GARBAGE = 4         # times in a row that a request is answered, but not by a chat completion
 NO_MESSAGE = "no message in the reply"
 BROKE = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing")     # a 429 no waiting cures
@@ -183,12 +182,13 @@ class Judge:
         for tries in itertools.count():
             # While others are answered the server is well, and this request was unlucky: no reason to wait long.
             failed = min(failed, 2) if self.heard > began else failed
-            wait = min(60, self.backoff * 2 ** min(failed, 30)) * self.jitter.uniform(0.5, 1)
+            wait = delay(failed, self.backoff, self.jitter)
             sent = self._adapted(body, share)
             if not self._enter(stop):
                 return "no answer", self.fault
             failed, began, status, slow, answered = failed + 1, time.monotonic(), 0, False, self.answered
             try:
+                self.cache.probe(self.flying)           # the answers of all that are under way must find room
                 status, headers, data = self._exchange("POST", self.url(body["model"]), json.dumps(sent).encode(),
                                                        min(self.timeout * 2 ** late, max(self.timeout, self.patience)))
                 self._bill(body["model"], data)
@@ -391,18 +391,6 @@ def room(body):
 def limit_of(sent):
     """The longest answer that a request allows."""
     return sent.get("max_tokens") or sent["max_completion_tokens"]
-
-
-def retry_after(headers):
-    """Seconds that a server asks for: retry-after-ms, or Retry-After as a number or a date; None for anything else."""
-    said = headers.get("retry-after-ms", ""), headers.get("Retry-After", "")
-    for text, unit in zip(said, (1e-3, 1)):
-        if re.fullmatch(r"\d{1,9}(\.\d+)?", text.strip()):
-            return float(text) * unit
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(said[1]).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def complaint(data):

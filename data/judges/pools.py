@@ -10,7 +10,7 @@ import difflib
 import json
 from pathlib import Path
 
-from data import InputError, read_text
+from data import InputError, check_kinds, from_json, is_number, read_text
 from data.judges.prompts import FORMS, HERE, Annotator, joined, template
 from data.sets import read_records
 
@@ -28,9 +28,10 @@ def is_count(value):
 
 
 # {key: (what it must be, does a value fit?)} of an annotator, a prompt and a message
-ANNOTATOR = {"name": ("a text", is_text), "model": ("a text", is_text), "prompt": ("a text", is_text),
+ANNOTATOR = {"name": ("a text", is_text), "model": ("a text", is_text),
+             "prompt": ("the name of a prompt", lambda value: is_text(value) and "\0" not in value),
              "batch": ("a number of pairs from 1", is_count), "max_tokens": ("a number of tokens from 1", is_count),
-             "temperature": ("a number from 0 to 2", lambda value: type(value) in (int, float) and 0 <= value <= 2)}
+             "temperature": ("a number from 0 to 2", lambda value: is_number(value) and 0 <= value <= 2)}
 PROMPT = {"messages": ("a list of messages", lambda value: isinstance(value, list) and value),
           "pair": ("a text or a list of lines", is_lines),
           "verdict": (f"one of {', '.join(FORMS)}", lambda value: is_text(value) and value in FORMS)}
@@ -42,13 +43,11 @@ def check(where, document, keys, needed):
     """InputError unless a document has the keys `needed`, and only keys among `keys`, with values that fit."""
     if not isinstance(document, dict):
         raise InputError(f"{where} is no object, but {document!r:.60}")
-    for key, value in document.items():
+    for key in document:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1) or keys
             raise InputError(f"{where} has an unknown key {key!r:.40}: did you mean {' or '.join(near)}?")
-        what, fits = keys[key]
-        if not fits(value):
-            raise InputError(f"{where}: {key!r} must be {what}, not {value!r:.60}")
+    check_kinds(where, document, keys)
     for key in needed:
         if key not in document:
             raise InputError(f"{where} has no {key!r}{' (--judge MODEL names one for all)' if key == 'model' else ''}")
@@ -80,11 +79,7 @@ def find_prompt(where, prompt, folder):
     if not path.is_file() or path.suffix != ".json":
         raise InputError(f"{where}: there is no prompt {prompt!r}, neither a .json file in {folder} nor one of "
                          f"{', '.join(shipped)}")
-    text = read_text(path)
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    document = from_json(path, read_text(path))
     check(path, document, PROMPT, PROMPT)
     for n, message in enumerate(document["messages"]):
         check(f"{path}: message {n}", message, MESSAGE, MESSAGE)

@@ -50,7 +50,8 @@ def spent(paths, price):
     counted them, dollars None where one of them is not known. price: model -> its price."""
     found = {}
     for entry in (entry for path in paths for entry in json_lines(path)):
-        model, usages = str(entry.get("model")), [entry.get("usage"), *entry.get("before", [])]
+        before = entry.get("before")
+        model, usages = str(entry.get("model")), [entry.get("usage"), *(before if isinstance(before, list) else [])]
         row = found.setdefault(model, {"replies": 0, "prompt": 0, "completion": 0, "dollars": 0.})
         row["replies"] += len(usages)
         for usage in usages:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError
+from data import InputError, from_json, read_text
 
 HERE = Path(__file__).parent
 
@@ -53,7 +53,7 @@ def pairwise(model):
 def template(prompt):
     """The document data/judges/<prompt>.json, its lines joined and its placeholders unfilled."""
     path = Path(prompt) if prompt.endswith(".json") else HERE / f"{prompt}.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = from_json(path, read_text(path))
     for message in document["messages"]:
         message["content"] = joined(message["content"])
     return {**document, "pair": joined(document["pair"])}

@@ -1,6 +1,5 @@
 """Where a judge is: the server that the environment names, or a checkpoint that is served here."""
 import contextlib
-import json
 import math
 import os
 import re
@@ -8,17 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data import InputError
+from data import InputError, from_json
 from data.alpaca_eval import question
 from data.judges import JudgeError
-
-ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", re.IGNORECASE)
-
-
-def on_this_machine(url):
-    """Whether an address leads to this machine, whoever answers for names: 127.evil.example does not."""
-    host = ADDRESS.fullmatch(url)
-    return bool(host) and bool(re.fullmatch(r"localhost|\[::1\]|127(\.\d{1,3}){3}", host[1], re.IGNORECASE))
+from data.loopback import ADDRESS, on_this_machine
 
 
 def remote(replay=False):
@@ -50,18 +42,20 @@ def remote(replay=False):
 def served(judge):
     """Serve the checkpoint of "serve:PATH" from a process of its own; yields the base URL.
 
-    Its standard input is a pipe that closes with this process, however this one ends, and ends the server, too.
+    Its standard input is a pipe that closes with this process, however this one ends, and ends the server, too. It is
+    in a session of its own, so that Ctrl-C does not reach it while a step is finished that needs it.
     """
     command = [sys.executable, str(Path(__file__).parents[2] / "serve.py"), judge[6:], "--port", "0", "--name", judge,
                "--until_eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as server:
         try:
             url = next(filter(None, (re.search(r"http://\S+/v1", line) for line in server.stdout)), None)
             if not url:
                 raise JudgeError(f"serve.py could not serve {judge[6:]}")
             yield url[0]
         finally:
-            server.terminate()
+            server.kill()                               # it has nothing to save
 
 
 def fingerprint(path):
@@ -73,7 +67,7 @@ def fingerprint(path):
 def extra_of(body="", effort="", max_tokens=0):
     """What goes into every request, and so into its name in the cache: of --judge_body and the flags beside it."""
     try:
-        extra = json.loads(body or "{}")
+        extra = from_json("--judge_body", body or "{}")
         wrong = extra.keys() & {"model", "messages", "stream", "n", "max_tokens", "logprobs", "top_logprobs"}
     except (ValueError, AttributeError):
         raise InputError(f"--judge_body {body}: a JSON object, as in '{{\"service_tier\": \"flex\"}}'") from None
@@ -106,8 +100,9 @@ def add_flags(add):
 
 def options(args):
     """What these flags, or the fields of the same names, mean to `annotate.connect`."""
-    if args.workers < 1 or not 0 <= args.max_unusable <= 1 or not 0 < args.timeout < math.inf:
-        raise InputError("--workers is positive, --max_unusable between 0 and 1, --timeout a number of seconds")
+    if not 1 <= args.workers <= 1000 or not 0 <= args.max_unusable <= 1 or not 0 < args.timeout < math.inf:
+        raise InputError("--workers lies between 1 and 1000, --max_unusable between 0 and 1, --timeout is a number of "
+                         "seconds")
     if args.ask_again not in ("", "unusable"):
         raise InputError(f"--ask_again {args.ask_again}: only what was unusable is asked again: --ask_again unusable")
     extra = extra_of(args.judge_body, args.reasoning_effort, args.max_tokens)
