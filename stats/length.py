@@ -76,7 +76,8 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
 
     The first feature is length (B, N) or (1, N); the other K - 1 are the same for all problems, fixed (K - 1, N).
     y (N,) in [0, 1]; weight (B, N); C (B,) or a number. Newton's method; each of its quadratic problems keeps the
-    penalty. scikit-learn's liblinear solves the same problem, to fewer digits.
+    penalty: see minimise_quadratic(). start (B, K): the weights to begin with (default: 0). tolerance: how far the last
+    step may go. scikit-learn's liblinear solves the same problem, to fewer digits.
     """
     B, K = len(weight), 1 + len(fixed)
     penalty = 1 / np.broadcast_to(C, B).astype(float)[:, None]                                  # (B, 1)
@@ -168,6 +169,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
         length = np.tanh(np.divide(gap, s, out=np.zeros((len(s), len(gap))), where=s > 0))
         extra_length = np.broadcast_to(extra[0], (len(s), len(extra_y)))
         extra_weight = np.full((len(s), len(extra_y)), GAMED_WEIGHT)
+        if fitted.all() and not len(extra_y):           # nothing to leave out or to add
+            return length, counts
         return (np.concatenate([length[:, fitted], extra_length], axis=1),
                 np.concatenate([counts[:, fitted], extra_weight], axis=1))
 
@@ -188,7 +191,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     for some in np.array_split(counts, max(1, len(counts) * len(y) // 25_000)):                 # parts fit the cache
         length, weight = rows(some)
         each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
-        samples.append((100 * predicted(each, difficulty) * some).sum(1) / some.sum(1))
+        rates = predicted(each, difficulty)                                                     # (b, N or 1)
+        samples.append(100 * (rates[:, 0] if difficulty is None else (rates * some).sum(1) / some.sum(1)))
         left_open += (why_unknown(y, each[:, :1] * length + each[:, 1:] @ fixed, gap[fitted], weight) != "").sum()
     if left_open > FEW * len(counts):
         return unknown | {"lc_unknown": "a few rows alone decide it, and many resamples lack them"}
@@ -208,10 +212,13 @@ def why_unknown(y, z, gap, weight):
     wins, own = y[:n], weight[:, :n]
 
     def none(holds):
-        return own @ holds == 0                         # of the model's rows
+        return own @ holds.astype(float) == 0           # of the model's rows
 
-    certain = np.select([y == 1, y == 0], [1, -1])      # 0: a fraction, which no line puts on one side
-    separated = ~((z * certain <= 0) & (weight > 0)).any(1)
+    certain = np.select([y == 1, y == 0], [1., -1.])    # 0: a fraction, which no line puts on one side
+    separated = np.ones(len(z), dtype=bool)
+    for part in (slice(64), slice(64, None)):           # the first rows nearly always tell
+        left = separated.nonzero()[0]
+        separated[left] = ~((z[left, part] * certain[part] <= 0) & (weight[left, part] > 0)).any(1)
     open_ended = (n == len(y)) | (deviation(gap, own) == 0)     # else the gamed baseline shows what length does
     reasons = {"every answer has won": none(wins < 1), "every answer has lost": none(wins > 0),
                "all verdicts are the same": deviation(wins, own) == 0,

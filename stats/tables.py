@@ -5,10 +5,13 @@ The tables show what a person needs. The intervals, the counts of wins and draws
 last digit.
 """
 import csv
+import io
 import json
 import re
 import textwrap
 
+from data import InputError, read_json
+from data.files import write_whole
 from stats import papers
 from stats.ranking import CORRELATIONS, best_first
 
@@ -24,6 +27,7 @@ EXTRA = ["lc_name",                                                             
          "kl", "cpu_seconds", "judge_calls",                                    # how far it is from the start; costs
          "run", "seed", "n_runs", "win_rate_spread", "length_controlled_winrate_spread", "avg_length_spread",
          "expected_win_rate_spread", "diff_start_spread", "true_reward_spread"]     # of runs that differ in the seed
+TABLES = ("leaderboard.csv", "leaderboard.md", "report.json", "comparisons.csv", "data_sets.csv", "ratings.csv")
 MANY = 12                               # with more models the terminal shows only the most important tables
 WIDTH = 80                              # columns of a terminal
 NAME = 16                               # characters: names are never cut below this, heads of columns are cut to it
@@ -141,10 +145,16 @@ def document(parts, form="text"):
 def write_csv(rows, path):
     """{name: row} as AlpacaEval's leaderboard CSV, in this order; its columns first, then ours that any row has."""
     extra = [column for column in EXTRA if any(column in row for row in rows.values())]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["", *COLUMNS, *extra], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({"": name, **row} for name, row in rows.items())
+    write_table(["", *COLUMNS, *extra], [{"": name, **row} for name, row in rows.items()], path)
+
+
+def write_table(columns, rows, path):
+    """Rows {column: value} as a CSV file with these columns."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, [file.getvalue().encode()])
 
 
 def write_rows(rows, path):
@@ -152,10 +162,7 @@ def write_rows(rows, path):
     if not rows:
         return path.unlink(missing_ok=True)
     columns = dict.fromkeys(column for row in rows for column in row)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+    write_table(columns, [{key: "" if value != value else value for key, value in row.items()} for row in rows], path)
 
 
 def leaderboard(rows, path, form="text"):
@@ -163,7 +170,7 @@ def leaderboard(rows, path, form="text"):
     rows = best_first(rows)
     write_csv(rows, path)
     parts = board(rows)
-    path.with_suffix(".md").write_text(document(parts, "md") + "\n", encoding="utf-8")
+    write_whole(path.with_suffix(".md"), [document(parts, "md").encode() + b"\n"])
     return document(parts, form)
 
 
@@ -244,7 +251,16 @@ def plain(x):
 
 
 def write_json(result, path):
-    path.write_text(json.dumps(plain(result), indent=1, allow_nan=False))
+    write_whole(path, [json.dumps(plain(result), indent=1, allow_nan=False).encode()])
+
+
+def check_folder(out, kind=""):
+    """InputError if a folder has tables that are not of this kind: a report of attacks does not take the place of a
+    leaderboard, nor the other way round. kind: "attack", or "" for all others."""
+    there = [name for name in TABLES if (out / name).exists()]
+    made = read_json(out / "report.json")
+    if there and (not made or made.get("kind", "") != kind):
+        raise InputError(f"{out / there[0]} is there, and is of another kind: choose another --out")
 
 
 def write(result, out, form="text"):
@@ -272,7 +288,7 @@ def write_over_seeds(result, out, form="text"):
     write_beside(result, out)
     write_csv(result["rows"] | result["runs"], out / "leaderboard.csv")
     parts = over_seeds(result)
-    (out / "leaderboard.md").write_text(document(parts, "md") + "\n", encoding="utf-8")
+    write_whole(out / "leaderboard.md", [document(parts, "md").encode() + b"\n"])
     return document(parts, form)
 
 
