@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    return toy.run_folders(tmp_path_factory)
 
 
 def test_no_answer_is_in_two_pairs(folders, monkeypatch):

@@ -70,7 +70,7 @@ def test_kl_bound_is_what_enumeration_finds_where_ties_are_rare(n):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    return toy.run_folders(tmp_path_factory)
 
 
 def ran(folders, kind, method, score_fn=None, **changes):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import toy
 from commands import command, refused
 
 from exercises import bugs
@@ -83,8 +84,7 @@ def gradient_by_micro_batch():
     """How much the first gradient of SFT differs if two rows, a long and a short answer, come one at a time."""
     rows, found = list(zip(tiny.texts([1, 20]), tiny.texts([20, 1], seed=50))), []
     for tokens in (1, 10_000):
-        log = SimpleNamespace(step=lambda step, metrics, tokens: found.append(metrics["grad_norm"]),
-                              resumed=lambda items, *kept: enumerate(items), last={"loss": None})
+        log = toy.log(lambda metrics: found.append(metrics["grad_norm"]))
         sft.train(tiny.policy(), rows, sft.Config(epochs=1, batch_size=4, micro_batch_tokens=tokens), log)
     return round(found[0] - found[1], 3)
 

@@ -18,10 +18,7 @@ kinds = pytest.mark.parametrize("kind", toy.KINDS)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Run folders with sft, reward and pairs."""
-    made = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
-    for folder in made.values():
-        toy.write_pairs(folder, toy.preferences())
-    return made
+    return toy.run_folders(tmp_path_factory, pairs=True)
 
 
 @pytest.mark.parametrize("name, most", [("ppo_rule", 25)])

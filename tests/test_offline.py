@@ -195,10 +195,7 @@ def test_settings_that_make_no_sense_are_refused():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Run folders whose stages sft and pairs are done, for both kinds of training."""
-    made = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
-    for folder in made.values():
-        toy.write_pairs(folder, toy.preferences(40))
-    return made
+    return toy.run_folders(tmp_path_factory, pairs=True)
 
 
 def ran(folders, kind, method, **changes):

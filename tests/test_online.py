@@ -214,7 +214,7 @@ def test_of_the_kl_as_a_loss_only_k2_has_the_true_gradient(estimator, exact):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    return toy.run_folders(tmp_path_factory)
 
 
 SMALL = {"grpo": {"steps": 2, "prompts": 6, "n": 4, "batch_size": 12, "lr": 1e-3},

@@ -221,7 +221,7 @@ USUAL = {"steps": 3, "rollout_batch": 20, "batch_size": 10, "lr": 1e-3}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Run folders whose stages sft and reward are done, for both kinds of training."""
-    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    return toy.run_folders(tmp_path_factory)
 
 
 @pytest.fixture

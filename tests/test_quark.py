@@ -14,7 +14,7 @@ FIRST = 50                              # the toy's word for the mark of quantil
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
+    return toy.run_folders(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -55,10 +55,7 @@ TINY = {"dpo": [], "dpo,ppo,grpo,best_of_n,expert_iteration": [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    found = {kind: toy.run_folder(tmp_path_factory.mktemp(kind), kind) for kind in toy.KINDS}
-    for folder in found.values():
-        toy.write_pairs(folder, toy.preferences())
-    return found
+    return toy.run_folders(tmp_path_factory, pairs=True)
 
 
 @pytest.fixture

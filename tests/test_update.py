@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import tiny
 import torch
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,8 +61,7 @@ def test_micro_batches_hold_each_index_once_within_the_token_budget(lengths, tok
 
 def keep_losses(losses):
     """A log that only keeps the losses."""
-    return SimpleNamespace(step=lambda step, metrics, tokens: losses.append(metrics["loss"]), last={"loss": 0.},
-                           resumed=lambda items, *changed: enumerate(items))
+    return toy.log(lambda metrics: losses.append(metrics["loss"]))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

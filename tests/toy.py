@@ -3,6 +3,7 @@
 61 words, of which eight end an answer; w0 among them has the id that rows are padded with.
 """
 import json
+from types import SimpleNamespace
 
 import tiny
 import torch
@@ -93,6 +94,20 @@ def run_folder(folder, kind):
     moved(critic.trainable(), 2)
     reward.save(critic, settings(folder, kind, reward.Config))
     return folder
+
+
+def run_folders(tmp_path_factory, pairs=False):
+    """{kind: run_folder()} for both kinds of training; pairs: with the stage pairs, too."""
+    made = {kind: run_folder(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+    for folder in made.values() if pairs else ():
+        write_pairs(folder, preferences())
+    return made
+
+
+def log(keep):
+    """A log of which nothing is left but what keep(metrics) keeps of each step."""
+    return SimpleNamespace(step=lambda step, metrics, tokens: keep(metrics), last={"loss": None},
+                           resumed=lambda items, *changed: enumerate(items))
 
 
 @torch.no_grad()
