@@ -148,10 +148,7 @@ class Paid(NodeTransformer):
         node.expr = self.call("weighed", node.expr)
         return node
 
-    def visit_Operand(self, node):
-        node = self.generic_visit(node)
-        node.expr = self.call("weighed", node.expr)
-        return node
+    visit_Operand = visit_Compare
 
     def visit_Getitem(self, node):
         node = self.generic_visit(node)

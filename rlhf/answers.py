@@ -3,8 +3,8 @@ import torch
 
 from data import InputError
 from data.alpaca_eval import question
-from data.progress import say_once
 from data.files import write_json
+from data.progress import say_once
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate, longest_answer
 from rlhf.update import micro_batches

@@ -96,8 +96,8 @@ def released(cfg):
     responses = cut_off([text.example(pair, pair[f"output_{i}"])[1] for pair in pairs for i in "12"], cfg, "answers")
     for pair, one, two in zip(pairs, responses[::2], responses[1::2]):
         pair |= {"ids_1": one, "ids_2": two}
-        for log_prob in {"logp_1", "logp_2"} & pair.keys():             # by the model that sampled them elsewhere
-            del pair[log_prob]
+        for name in ("logp_1", "logp_2"):               # another run's pairs have those of its own model
+            pair.pop(name, None)
     return different(pairs, "ids")
 
 

@@ -115,7 +115,7 @@ def usual_dtype(device, checkpoint):
 @lru_cache
 def bf16_pays():
     """Whether this CPU is quicker in bf16 than in fp32. Some are twice as quick, and those that have to emulate it take
-    ten times as long, so that a short trial tells."""
+    ten times as long: a short trial tells, with a bound between the two that its noise does not reach."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     seconds = {}

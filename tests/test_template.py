@@ -384,7 +384,9 @@ LATE = {                                # what only a budget in this process sto
         "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|sum(start=[])|length }}",
         "{% set x = 'x'.ljust(99999) %}{{ range(99999)|map('replace', '', x)|join }}",
         "{% filter center(99999999) %}x{% endfilter %}", "{{ range(99999)|map('string')|map('center', 99999)|list }}",
-        "{% for i in range(99999) %}{% if 'b' in 'a'.ljust(99999, 'a') %}{% endif %}{% endfor %}"), "more work")}
+        "{% for i in range(99999) %}{% if 'b' in 'a'.ljust(99999, 'a') %}{% endif %}{% endfor %}",
+        "{% set x = 'a'.ljust(99999, 'a') %}{% for i in range(20000) %}{% if 'b' in x %}{% endif %}{% endfor %}"),
+        "more work")}
 
 
 @pytest.mark.parametrize("source", [pytest.param(source, marks=[pytest.mark.slow] * (source in ATTACKS), id=source[:60])
