@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.alpaca_eval import draw, read_annotations, read_column
 from data.attacks import ATTACKS
 from data.judges.prompts import Annotator
 from data.judges.verdicts import logprob_preference
-from eval import evaluate, folder_of, report
+from eval import evaluate, folder_of, parse, report
 from stats.tables import COLUMNS, details, leaderboard
 from stats.winrate import compare, paired_difference, resample, win_rate
 
@@ -400,6 +401,13 @@ def test_a_model_with_next_to_no_rows_is_no_trouble():
     ranks = {row["model"]: row["rank"] for row in found["ratings"]}
     assert ranks["c"] is None and sorted(rank for rank in ranks.values() if rank) in ([1, 2, 3], [1, 1, 3], [1, 2, 2])
     assert "c" in details(found)
+
+
+def test_an_attack_goes_to_a_folder_of_its_own():
+    """So that its tables do not meet those of a leaderboard in the usual folder."""
+    usual = {mode: parse([mode, *files, "--judge", "barn"]).out
+             for mode, files in (("--attack", []), ("--outputs", ["o.json", "--reference", "r.json"]))}
+    assert usual == {"--attack": Path("runs/attack"), "--outputs": Path("runs/eval")}
 
 
 def test_an_attack_is_scored_by_the_judge(tmp_path):

@@ -1,6 +1,7 @@
 """data/hub.py against a hub and a CDN on loopback ports that misbehave on demand; huggingface_hub is the witness."""
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -19,6 +20,9 @@ import pytest
 from commands import command, refused
 
 from data import InputError, Refusal, blobs, hub, progress
+
+if importlib.util.find_spec("huggingface_hub"):         # it reads HF_HUB_OFFLINE when it is loaded, and tests set that
+    importlib.import_module("huggingface_hub")
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_averysecrettoken"
