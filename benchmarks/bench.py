@@ -5,8 +5,8 @@
     python -m benchmarks dpo --preset m --against trl   beside TRL, if installed
     python -m benchmarks h200 --out benchmarks/h200.json
                                                a big GPU, in nine minutes
-    python -m benchmarks cpu --against hf trl  ratios that hold on any machine,
-                                               in ten minutes
+    python -m benchmarks cpu --against hf hf_batch trl --seconds 3000
+                                               ratios on a CPU
 
 The weights are random, the shapes and lengths are real. A result shows tokens
 per second, padding not counted; seconds (median and least of --repeat runs
@@ -151,6 +151,10 @@ def bench_rollout(args):
         runs["naive"] = naive
     if "hf" in args.against:
         runs["hf"] = peers.generate(ours.gpt, prompts, caps, slots, n, args.lora_rank)
+        if args.device == "cpu":                        # where it is sometimes the quicker one
+            runs["hf, eager attention"] = peers.generate(ours.gpt, prompts, caps, slots, n, args.lora_rank, "eager")
+    if "hf_batch" in args.against:
+        runs["hf_batch"] = peers.generate_batch(ours.gpt, prompts, caps, slots, n, args.lora_rank)
     name = f"rollout {args.rows}x({args.prompt}+{args.new})" + (f" n={n}" if n > 1 else "")
     line(args, name, sum(caps), decode_floor(args, repeated, caps), timed(args, runs))
 
@@ -185,6 +189,7 @@ def bench_sft(args):
         runs["naive"] = lambda: sft.train(ours, padded, cfg, log)
     if "trl" in args.against:
         runs["trl"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank)
+        runs["trl, sorted by length"] = peers.sft(ours.gpt, rows, 1e-5, args.lora_rank, -(-args.rows // 4))
     answer_tokens, tokens = sum(len(r) for _, r in rows), [len(p) + len(r) for p, r in rows]
     floor = seconds_for(args, pass_flops(args, tokens, answer_tokens, *backward(args)))
     line(args, f"sft {args.rows} rows", sum(tokens), floor, timed(args, runs))
@@ -192,7 +197,8 @@ def bench_sft(args):
 
 def bench_dpo(args):
     """One optimizer step of DPO. With --cached the reference's log-probs are computed before, as dpo.run() does.
-    naive: every row padded to the longest allowed, the prompt computed twice, the reference computed in the step."""
+    So does TRL then. naive: every row padded to the longest allowed, the prompt computed twice, the reference computed
+    in the step."""
     def random_pairs(kind):
         prompts, chosen = workload(args, args.rows, kind)
         rejected = texts(args, lengths(args.rows, args.new, kind or args.lengths, 5), 6)
@@ -217,8 +223,8 @@ def bench_dpo(args):
         plain, padded = settings(args, dpo.Config, shared_prompt=False), random_pairs("fixed")
         runs["naive"] = lambda: step(padded, dpo.all_logps(ref, padded, plain), plain)
     if "trl" in args.against:
-        triples = [(p, c, r) for (p, c), (_, r) in pairs]
-        runs["trl"] = peers.dpo(ref.gpt, triples, .1, 1e-5, args.lora_rank)
+        how = ref.gpt, [(p, c, r) for (p, c), (_, r) in pairs], .1, 1e-5, args.lora_rank, args.cached
+        runs |= {"trl": peers.dpo(*how), "trl, sorted by length": peers.dpo(*how, -(-args.rows // 2))}
     tokens = [t for (p, c), (_, r) in pairs for t in (len(p) + len(c), len(r))]
     answer_tokens = sum(len(response) for _, response in rows_of(pairs))
     floor = seconds_for(args, pass_flops(args, tokens, answer_tokens, *backward(args)))
@@ -333,7 +339,7 @@ NO_TIME = "no time was left"
 def installed(other, bench):
     """Whether the packages are installed that this bench needs to run against `other`. TRL 1.16 and later have no PPO.
     """
-    package = {"hf": "transformers", "trl": "trl"}.get(other)
+    package = {"hf": "transformers", "hf_batch": "transformers", "trl": "trl"}.get(other)
     if package is None or not find_spec(package):
         return other == "naive"
     return (other, bench) != ("trl", "ppo") or find_spec("trl.experimental.ppo") is not None

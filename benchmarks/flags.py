@@ -8,7 +8,7 @@ from benchmarks.plans import LENGTHS, SHAPES
 from data import InputError, underscored
 
 MAY_BE_ZERO = {"lora_rank", "batch", "slots", "warmup", "seconds"}
-PEERS = ["naive", "hf", "trl", "nothing"]
+PEERS = ["naive", "hf", "hf_batch", "trl", "nothing"]
 
 
 def flags(parser, cuda):

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import math
 import tempfile
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import families
 
+PAIR = "prompt", "chosen", "rejected"
 EOS = 0                                 # the token that ends an answer; a prompt may contain it
 
 
@@ -29,13 +31,13 @@ def lora(rank):
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
-def twin(gpt, lora_rank=0):
+def twin(gpt, lora_rank=0, attention="sdpa"):
     """A LlamaForCausalLM with a copy of our base's weights, in the same dtype and on the same device; with
-    lora_rank, it gets a new PEFT adapter."""
+    lora_rank, it gets a new PEFT adapter. attention: the name of one of Transformers' implementations."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     config = LlamaConfig(**families.llama_config(gpt.config), bos_token_id=None, eos_token_id=None)
     with gpt.device:
-        llama = AutoModelForCausalLM.from_config(config, dtype=gpt.head.dtype)
+        llama = AutoModelForCausalLM.from_config(config, dtype=gpt.head.dtype, attn_implementation=attention)
     llama.load_state_dict({**gpt.weights(), "lm_head.weight": gpt.head})
     if lora_rank:
         from peft import get_peft_model
@@ -43,37 +45,47 @@ def twin(gpt, lora_rank=0):
     return llama
 
 
-def ends_at(ends, gpt):
-    """The logits processors of `generate` that make row i end when it has ends[i] tokens, padding and prompt included:
-    EOS is the only token that can be sampled at its end, and cannot be sampled earlier."""
-    ends = torch.tensor(ends, device=gpt.device)[:, None]                                # (B, 1)
-    more = torch.arange(gpt.config.vocab_size, device=gpt.device) != EOS                 # (V,)
-    return [lambda ids, scores: scores.masked_fill_((ends <= ids.shape[1] + 1) == more, -torch.inf)]
-
-
-def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, temperature=1.):
+def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, attention="sdpa"):
     """Sampling with `generate`: n answers to each prompt, caps[i] tokens in row i; run() returns the lengths.
 
     The rows are decoded in batches of `slots`, in the given order and padded on the left, each batch until its longest
-    answer ends. If all caps are equal, max_new_tokens ends the answers, and no EOS is forced.
+    answer ends. A row that has all its tokens is done, by a stopping criterion: to force an EOS takes longer.
     """
-    llama, size = twin(gpt, lora_rank).eval(), max(1, slots // n)
-    same, batches = len(set(caps)) == 1, []
+    llama, size, batches = twin(gpt, lora_rank, attention).eval(), max(1, slots // n), []
     for start in range(0, len(prompts), size):
         rows, new = [torch.tensor(p) for p in prompts[start:start + size]], caps[start * n:(start + size) * n]
         ids = pad_sequence(rows, True, EOS, "left").to(gpt.device)                       # (P, T)
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(gpt.device)
-        stop = {} if same else {"eos_token_id": EOS, "logits_processor": ends_at([ids.shape[1] + c for c in new], gpt)}
+        ends = ids.shape[1] + torch.tensor(new, device=gpt.device)                       # (P n,)
+        stop = {} if len(set(new)) == 1 else {"stopping_criteria": [lambda ids, _, ends=ends: ids.shape[1] >= ends]}
         batches.append({"input_ids": ids, "attention_mask": mask, "max_new_tokens": max(new), "pad_token_id": EOS,
-                        "num_return_sequences": n, "do_sample": temperature > 0, "temperature": temperature or 1.,
-                        "top_k": 0, "top_p": 1., **stop})
+                        "num_return_sequences": n, "do_sample": True, "temperature": 1., "top_k": 0, "top_p": 1.,
+                        **stop})
 
     def run():
-        lengths = []
-        for batch in batches:
-            new = llama.generate(**batch)[:, batch["input_ids"].shape[1]:]               # (P n, longest), EOS-padded
-            lengths += [new.shape[1]] * len(new) if same else ((new != EOS).sum(1) + 1).tolist()
-        return lengths
+        return [llama.generate(**batch).shape[1] - batch["input_ids"].shape[1] for batch in batches]
+    return run
+
+
+def generate_batch(gpt, prompts, caps, slots, n=1, lora_rank=0, page=32):
+    """Sampling with the continuous batching of `generate_batch`, whose cache has pages of `page` tokens and as many
+    tokens as `slots` rows need; other arguments and the result as in generate()."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    llama = twin(gpt, lora_rank).eval()
+    how = GenerationConfig(do_sample=True, temperature=1., top_k=0, top_p=1., eos_token_id=-1, pad_token_id=EOS)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    pages = slots * math.ceil((max(map(len, prompts)) + max(caps)) / page)
+    settings = ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=max(512, slots))
+
+    def run():
+        with llama.continuous_batching_context_manager(how, continuous_batching_config=settings, block=True) as manager:
+            names = [manager.add_request(row, max_new_tokens=cap) for row, cap in zip(rows, caps)]
+            done = {}
+            while len(done) < len(names):
+                result = manager.get_result(timeout=60)
+                if result.is_finished():
+                    done[result.request_id] = len(result.generated_tokens)
+        return [done[name] for name in names]
     return run
 
 
@@ -100,16 +112,20 @@ def tokenizer(pad):
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(EOS), pad_token=str(pad), padding_side="left")
 
 
-def stepper(trainer, rows):
+def stepper(trainer, rows, length, micro=0):
     """A function run() that collates the rows and takes one optimizer step, as Trainer.train does, without callbacks
-    and learning-rate schedule; it returns the loss."""
+    and learning-rate schedule; it returns the loss. length: a function that gives the tokens of a row. micro: rows in
+    one pass, of similar length; their gradients are accumulated (default: all rows in one pass)."""
     trainer.create_optimizer()
     model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    trainer.current_gradient_accumulation_steps = 1
+    rows = sorted(rows, key=length)
+    parts = [rows[i:i + (micro or len(rows))] for i in range(0, len(rows), micro or len(rows))]
+    trainer.current_gradient_accumulation_steps = len(parts)
 
     def run():
-        (inputs,), tokens = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
-        loss = trainer.training_step(model, inputs, tokens)
+        batches = (trainer.data_collator(part) for part in parts)
+        batches, tokens = trainer.get_batch_samples(batches, len(parts), trainer.args.device)
+        loss = sum(trainer.training_step(model, inputs, tokens) for inputs in batches)
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm).item()
         trainer.optimizer.step()
         model.zero_grad()
@@ -117,9 +133,9 @@ def stepper(trainer, rows):
     return run
 
 
-def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False):
+def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False, micro=0):
     """TRL's DPOTrainer on pairs [(prompt, chosen, rejected)] of token ids. The reference is a copy of the model, or
-    with LoRA the base without its adapter."""
+    with LoRA the base without its adapter. precompute_ref: its log-probs are computed before. micro: see stepper()."""
     import trl
     from datasets import Dataset
 
@@ -127,16 +143,17 @@ def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False):
         def _prepare_dataset(self, dataset, *_):        # it would tokenize; only SFTTrainer has a flag against it
             return dataset
 
-    data = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair)) for pair in pairs])
+    data = Dataset.from_list([{part + "_ids": ids for part, ids in zip(PAIR, pair)} for pair in pairs])
     ref = None if lora_rank or precompute_ref else twin(gpt)
     with settings(gpt, lr) as common:
         args = trl.DPOConfig(**common, beta=beta, max_length=None, precompute_ref_log_probs=precompute_ref)
         trainer = Trainer(twin(gpt), ref, args, None, data, None, tokenizer(EOS), peft_config=lora(lora_rank))
-    return stepper(trainer, list(trainer.train_dataset))
+    return stepper(trainer, list(trainer.train_dataset), lambda row: sum(len(row[part + "_ids"]) for part in PAIR), micro)
 
 
-def sft(gpt, rows, lr, lora_rank=0):
-    """TRL's SFTTrainer on rows [(prompt, response)] of token ids, with the loss on the response only."""
+def sft(gpt, rows, lr, lora_rank=0, micro=0):
+    """TRL's SFTTrainer on rows [(prompt, response)] of token ids, with the loss on the response only. micro: see
+    stepper()."""
     import trl
     from datasets import Dataset
     rows = [{"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows]
@@ -144,7 +161,15 @@ def sft(gpt, rows, lr, lora_rank=0):
         args = trl.SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         trainer = trl.SFTTrainer(twin(gpt), args, train_dataset=Dataset.from_list(rows),
                                  processing_class=tokenizer(EOS), peft_config=lora(lora_rank))
-    return stepper(trainer, rows)
+    return stepper(trainer, rows, lambda row: len(row["input_ids"]), micro)
+
+
+def ends_at(ends, gpt):
+    """The logits processors of `generate` that make row i end when it has ends[i] tokens, padding and prompt included:
+    EOS is the only token that can be sampled at its end, and cannot be sampled earlier."""
+    ends = torch.tensor(ends, device=gpt.device)[:, None]                                # (B, 1)
+    more = torch.arange(gpt.config.vocab_size, device=gpt.device) != EOS                 # (V,)
+    return [lambda ids, scores: scores.masked_fill_((ends <= ids.shape[1] + 1) == more, -torch.inf)]
 
 
 def ppo(gpt, prompts, caps, mini_batch, epochs, lr):

@@ -6,6 +6,7 @@ SHAPES = {
     "s": (256, 64, 256, 2, 2, 2, False),
     "m": (1024, 256, 768, 4, 4, 4, False),
     "32k": (32000, 128, 384, 2, 2, 2, False),           # nearly all of its weights are vocabulary
+    "135m": (49152, 576, 1536, 30, 9, 3, True),         # SmolLM2
     "0.5b": (151936, 896, 4864, 24, 14, 2, True),       # Qwen2.5
     "1.5b": (151936, 1536, 8960, 28, 12, 2, True),
     "7b": (32000, 4096, 11008, 32, 32, 32, False),      # LLaMA, AlpacaFarm's
@@ -44,5 +45,9 @@ CPU = [(bench, {"preset": preset, **changes}) for preset in ("s", "m") for bench
     ("rollout", {"lengths": "fixed", "prompt": 128, "new": 64, "rows": 64, "n": 16}),
     ("sft", {**ALPACA, "rows": 32}), ("dpo", {**PAIRS, "cached": False}), ("dpo", PAIRS),
     ("ppo", {**EQUAL, "rows": 32}), ("ppo", {**ALPACA, "rows": 32}))]
-CPU += [("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
+REAL = {"preset": "135m", "repeat": 3}
+CPU += [("rollout", {**REAL, "prompt": 128, "prompt_lengths": "rlhf", "new": 96, "lengths": "rlhf", "rows": 32}),
+        ("dpo", {**REAL, **PAIRS, "prompt": 64, "new": 64, "rows": 2, "lora_rank": 16}),
+        ("sft", {**REAL, "prompt": 64, "new": 64, "lengths": "fixed", "rows": 4, "lora_rank": 16}),
+        ("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
         ("logprob", {"preset": "32k"}), ("load", {"preset": "0.5b", "repeat": 2})]

@@ -166,7 +166,8 @@ def test_help_has_each_flag_once_and_its_default(monkeypatch):
 
 
 def test_the_peers_do_the_same_work():
-    """Transformers: equal logits and forced lengths; TRL: DPO begins at log 2 as ours does, on the ids it was given."""
+    """Transformers: equal logits, and as many tokens as were asked for. TRL: DPO begins at log 2 as ours does, on the
+    ids it was given, and neither a known reference nor smaller parts of the batch change the loss."""
     pytest.importorskip("transformers")
     peers = bench.peers
     gpt = bench.random_policy(arguments("--lora_rank", "0")).gpt
@@ -174,9 +175,15 @@ def test_the_peers_do_the_same_work():
     with torch.no_grad():
         torch.testing.assert_close(peers.twin(gpt)(ids).logits, gpt(ids), atol=1e-5, rtol=1e-5)
     caps = [3, 9, 1, 5, 8, 2]
-    assert peers.generate(gpt, ids.tolist(), caps, 6, n=3)() == caps
-    assert peers.generate(gpt, ids.tolist(), [4] * 2, 2)() == [4, 4]
+    for attention in ("sdpa", "eager"):
+        assert peers.generate(gpt, ids.tolist(), caps, 3, n=3, attention=attention)() == [9, 8]
+    assert peers.generate_batch(gpt, ids.tolist(), caps, 6, n=3)() == caps
     pytest.importorskip("trl")
-    step = peers.dpo(gpt, [([5, 6], [7, 8, 9], [10]), ([11], [12], [13, 14])], .1, 1e-3)
-    first, second = step(), step()
-    assert first == pytest.approx(.693147, abs=1e-5) and second < first
+    pairs = [([5, 6], [7, 8, 9], [10]), ([11], [12], [13, 14])]
+    steps = [peers.dpo(gpt, pairs, .1, 1e-3, precompute_ref=known, micro=micro) for known in (0, 1) for micro in (0, 1)]
+    first, second = ([step() for step in steps] for _ in range(2))
+    assert first == pytest.approx([.693147] * 4, abs=1e-5) and max(second) < .693
+    assert second == pytest.approx(second[:1] * 4, abs=1e-5)
+    rows = [([5, 6], [7, 8, 9]), ([11], [12, 13])]
+    losses = [peers.sft(gpt, rows, 1e-3, micro=micro) for micro in (0, 1)]
+    assert losses[0]() == pytest.approx(losses[1](), abs=1e-5) and losses[0]() == pytest.approx(losses[1](), abs=1e-5)
