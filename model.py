@@ -160,18 +160,26 @@ def rotate(x, cos, sin):
 class Int8Product(torch.autograd.Function):
     """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
 
-    The backward pass dequantises W a second time. Autograd would keep the dequantised copy of every layer in memory.
+    The outputs are scaled, not W: that moves half the memory, and rounds less, because bf16 holds every int8 exactly.
+    The backward pass converts W a second time. Autograd would keep the converted copy of every layer in memory.
     """
 
     @staticmethod
     def forward(ctx, x, W, scale):
         ctx.save_for_backward(W, scale)
-        return x @ (W.to(x.dtype) * scale).T
+        W, scale = Int8Product.factors(W, scale, x.dtype)
+        return (x @ W.T) * scale
 
     @staticmethod
     def backward(ctx, grad):
-        W, scale = ctx.saved_tensors
-        return grad @ (W.to(grad.dtype) * scale), None, None
+        W, scale = Int8Product.factors(*ctx.saved_tensors, grad.dtype)
+        return (grad * scale) @ W, None, None
+
+    @staticmethod
+    def factors(W, scale, dtype):
+        """W in this dtype, and the scale (out,) of the outputs. fp16 has no room for sums that are not scaled yet."""
+        W = W.to(dtype)
+        return (W * scale, 1) if dtype == torch.float16 else (W, scale.T)
 
 
 class LoRALinear(nn.Linear):

@@ -148,7 +148,8 @@ def dpo(gpt, pairs, beta, lr, lora_rank=0, precompute_ref=False, micro=0):
     with settings(gpt, lr) as common:
         args = trl.DPOConfig(**common, beta=beta, max_length=None, precompute_ref_log_probs=precompute_ref)
         trainer = Trainer(twin(gpt), ref, args, None, data, None, tokenizer(EOS), peft_config=lora(lora_rank))
-    return stepper(trainer, list(trainer.train_dataset), lambda row: sum(len(row[part + "_ids"]) for part in PAIR), micro)
+    rows = list(trainer.train_dataset)
+    return stepper(trainer, rows, lambda row: sum(len(row[part + "_ids"]) for part in PAIR), micro)
 
 
 def sft(gpt, rows, lr, lora_rank=0, micro=0):

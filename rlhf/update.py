@@ -102,9 +102,7 @@ class Updater:
         """Take the step and return what to log. NotFinite if the loss or the gradient is not finite; in fp16, if the
         gradient is not for the twentieth time in a row. No step is taken with such a gradient."""
         self.scaler.unscale_(self.optimizer)
-        for p in self.params:
-            if p.grad is not None:
-                p.grad /= self.denominator
+        torch._foreach_div_([p.grad for p in self.params if p.grad is not None], self.denominator)
         decay = .5 * (1 + math.cos(math.pi * min(1., self.taken / self.steps)))
         lr = self.lr * min(1., (self.taken + 1) / self.warmup) * (.1 + .9 * decay)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm)

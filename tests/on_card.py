@@ -92,6 +92,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu(name, int8, folder, monkeypatch):
                 module.run(cfg)
         found[device] = toy.lines(cfg), *(json.loads(path.read_text()) for path in cfg.dir().glob("outputs.json"))
     for there, here in zip(found["card"][0], found["cpu"][0], strict=True):
+        there, here = ({name: x for name, x in metrics.items() if x is not None} for metrics in (there, here))
         assert there == pytest.approx(here, rel=1e-4, abs=1e-5)
     assert [[record["output"] for record in answers] for answers in found["card"][1:]] == \
         [[record["output"] for record in answers] for answers in found["cpu"][1:]]

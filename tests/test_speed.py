@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import lengths
 from benchmarks.plans import LENGTHS
+from model import Int8Product
 from rlhf import dpo, experience, logprobs, ppo, reward, sampler
 from rlhf.logprobs import pack, token_logps
 from rlhf.update import Updater, micro_batches
@@ -323,6 +324,18 @@ def test_weights_that_only_share_a_storage_are_not_taken_for_adjoined():
                 layer.weight.data = W
         with model.gpt.fused(None):
             torch.testing.assert_close(model.gpt.hidden(ids), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_int8_product_and_its_gradient_are_those_of_the_scaled_weights_in_every_precision(dtype):
+    """Also where sums that are not scaled would overflow in fp16, and gradients that are scaled first underflow."""
+    W, scale = torch.full((3, 1024), 127, dtype=torch.int8), torch.tensor([[1e-4], [2e-4], [4e-4]], dtype=dtype)
+    x, grad = torch.full((2, 1024), 16., dtype=dtype, requires_grad=True), torch.full((2, 3), .01, dtype=dtype)
+    y = Int8Product.apply(x, W, scale)
+    y.backward(grad)
+    true, rounding = W.double() * scale.double(), 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), x.detach().double() @ true.T, rtol=rounding, atol=0)
+    torch.testing.assert_close(x.grad.double(), grad.double() @ true, rtol=rounding, atol=0)
 
 
 def test_int8_rounds_by_half_a_step_and_its_gradient_is_that_of_the_rounded_weights():
