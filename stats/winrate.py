@@ -100,7 +100,7 @@ def resampled_means(x, counts):
     """Means (B,) of x (N,) in each resample of counts (B, N); NaN in x are left out."""
     there = ~np.isnan(x)
     with np.errstate(invalid="ignore"):
-        return counts[:, there] @ x[there] / counts[:, there].sum(1)
+        return counts @ np.where(there, x, 0) / (counts @ there.astype(float))
 
 
 def clustered_error(x, clusters):
