@@ -12,6 +12,7 @@ out; a line has a gap there. `width` and `height` are in pixels; text has 13 of 
 """
 import re
 from html import escape
+from itertools import pairwise
 from math import ceil, floor, inf, isfinite, log10
 from unicodedata import east_asian_width
 
@@ -159,11 +160,19 @@ class Frame:
 
     def across(self):
         """Ticks of the x axis, as many as have room."""
-        for most in range(10, 1, -1):
-            found = log_ticks(self.log_x, most) if self.log_x else ticks(*self.x_range, most)
-            if sum(size(shown(x)) + 10 for x in found) <= self.right - self.left:
+        found = []
+        for x in log_ticks(self.log_x) if self.log_x else ():
+            if not found or self.fit(found[-1], x):
+                found.append(x)
+        for most in range(10, 1, -1) if not found else ():
+            found = ticks(*self.x_range, most)
+            if all(self.fit(*neighbours) for neighbours in pairwise(found)):
                 break
         return [x for x in found if x == round(x) or not self.whole]
+
+    def fit(self, one, other):
+        """Whether the numbers of two ticks have room beside each other."""
+        return self.x(other) - self.x(one) >= (size(shown(one)) + size(shown(other))) / 2 + 4
 
     def grid(self, x, y):
         """Ticks of both axes with their numbers; the names of the axes, x below, y above."""
@@ -372,10 +381,11 @@ def beside(marks, thin, frame):
                 cost = 9 * sum(overlap(box, each) for each in solid) + 2 * sum(overlap(box, each) for each in thin)
                 cost += 9 * cut + far
                 if best is None or cost < best[0]:
-                    best = cost, far, (px, py), box
-        _, far, end, box = best
+                    best = cost, far, box
+        _, far, box = best
         solid.append(box)
         if far > 9:
+            end = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
             parts.append(stroke([(x, y), end], "stroke:var(--faint)", "thin"))
         parts.append(words(box[0] + 2, box[1] + 11.5, name))
     return parts

@@ -221,7 +221,7 @@ def figures(cfg, boards, sizes):
     series = {said: (prompts, *(np.array([row[key][of] for row in sizes]) for of in ("value", "ci_low", "ci_high")))
               for said, key in (("other set", "to_other"), ("all of eval", "to_all"))}
     return {"evaluation": plots.scatter(points, "Two sets of instructions", "win rate on eval, %",
-                                        f"win rate on {list(boards)[-1]}, %"),
+                                        f"win rate on {list(boards)[-1]}, %", width=600, height=480),
             "evaluation_prompts": plots.lines(series, "How many prompts?", "prompts", "Spearman", log_x=True)}
 
 

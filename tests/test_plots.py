@@ -6,7 +6,7 @@ from math import nan
 import numpy as np
 import pytest
 
-from stats.plots import apart, bars, extent, lines, log_ticks, overlap, scatter, size, ticks
+from stats.plots import Frame, apart, bars, beside, extent, lines, log_ticks, overlap, scatter, size, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "</script><b>&\"' \ud83d \x00 😀 \u202emalo"
@@ -181,3 +181,21 @@ def test_colors_follow_light_and_dark_and_no_figure_asks_for_anything():
 def test_whole_numbers_have_whole_ticks():
     svg = lines({"": ([0, 1, 2, 3], [.1, .2, .3, .4])}, "t", "step", "y")
     assert [each.text for each in elements(svg, "text", "mid")] == ["0", "1", "2", "3"]
+
+
+def test_ticks_of_a_logarithmic_axis_do_not_run_into_each_other():
+    n = np.array([25, 50, 100, 200, 400, 500])
+    svg = lines({"a": (n, n / 500)}, "t", "prompts", "y", log_x=True)
+    places = [float(each.get("x")) for each in elements(svg, "text", "mid")]
+    assert len(places) == 5 and min(np.diff(places)) > size("400")
+
+
+def test_the_line_of_a_name_ends_at_the_name():
+    """Also where the name has to move, because the figure ends: the best place is up and to the right of the mark."""
+    frame = Frame((0, 0, 400, 400), (0, 1), (0, 1))
+    marks = {"o": (300, 118), "p": (220, 134), "a_rather_long_name": (390, 200)}
+    drawn = "".join(beside(marks, [(0, 142, 400, 400)], frame))
+    (x, y, left, base), = re.findall(r'L(\S+) (\S+)" class="thin"[^>]*/><text x="(\S+)" y="(\S+)"[^>]*>a_rather', drawn)
+    left, base = float(left), float(base)
+    assert left + size("a_rather_long_name") == pytest.approx(400, abs=3)
+    assert left - 3 <= float(x) <= 403 and base - 19 <= float(y) <= base + 3
