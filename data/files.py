@@ -35,14 +35,16 @@ def write_whole(path, chunks):
 
 
 def remove_temporary(folder):
-    """Remove what killed processes have left of their writing. No other process may be writing to the folder."""
+    """Remove the temporary files and folders that killed processes have left below a folder. No other process may be
+    writing to it."""
     for path in list(Path(folder).rglob(".*")):
         if re.fullmatch(r"\..+\.(tmp|old)-\d+", path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
-    """Have the names in a folder written to the disk. Windows does so by itself, and opens no folders."""
+    """Flush the names in a folder to the disk, so that a crash does not undo a rename. Windows does so by itself, and
+    cannot open folders."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -52,7 +54,7 @@ def sync_folder(folder):
 
 
 def hash_of(path, size=None):
-    """The hash of a file, or of its first `size` bytes. None if there is no file, or a shorter one."""
+    """The SHA-256 of a file, in hex, or of its first `size` bytes. None if there is no file, or a shorter one."""
     if not path.is_file():
         return None
     found, left = hashlib.sha256(), path.stat().st_size if size is None else size

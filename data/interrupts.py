@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C, SIGTERM and SIGHUP; at once, or after a step that would otherwise be lost."""
+"""Signals that end a command (Ctrl-C, SIGTERM, SIGHUP): at once, or after the step that is being computed."""
 import contextlib
 import os
 import signal
@@ -17,13 +17,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class State:
-    """What signals have done so far; there is one process, so there is one of these."""
+    """What signals have done so far in this process. The class itself holds it; it has no instances."""
     noted = None                        # the signal that waits until a step is finished
-    steps = 0                           # how many finishing() blocks are entered, one within the other
+    steps = 0                           # how many finishing() blocks are running, one within the other
 
 
 def handle(number, frame):
-    """Note the first signal within finishing(); otherwise raise Interrupted, which stops servers and closes files."""
+    """Note the first signal within finishing(); any other raises Interrupted, so servers stop and files are closed."""
     if State.steps and State.noted is None:
         State.noted = number
         os.write(2, SAID)               # print() may have been interrupted itself
@@ -33,8 +33,8 @@ def handle(number, frame):
 
 @contextlib.contextmanager
 def heard():
-    """Signals raise Interrupted in a with block. Those that this process ignores, as under nohup, stay ignored. Only
-    the main thread can handle signals: in any other one nothing is changed."""
+    """Within this with block, signals go to handle(). Those that this process ignores, as under nohup, stay ignored.
+    Only the main thread can set handlers: in any other thread nothing is changed."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in CAUGHT if main}
     ours = {number: handler for number, handler in before.items()
@@ -52,7 +52,7 @@ def heard():
 
 @contextlib.contextmanager
 def finishing():
-    """The first signal within a with block is only noted, a second one interrupts it."""
+    """Within this with block the first signal is only noted, and the step is finished; a second one interrupts it."""
     State.steps += 1
     try:
         yield

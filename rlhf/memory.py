@@ -1,8 +1,8 @@
 """[kit] Memory: what a stage will hold, said in a line before it starts; and what to lower if that is too much.
 
-The numbers are counted from config.json and the flags, before anything is loaded. They leave out what torch and Python
-hold themselves, and round what depends on the texts: activations are those of full micro-batches, the cache is that of
-answers of full length.
+The numbers are an estimate from config.json and the flags, made before anything is loaded. They leave out the memory of
+torch and Python themselves. Where memory depends on the texts, they assume full micro-batches (activations) and answers
+of full length (KV cache).
 """
 import os
 import textwrap
@@ -18,13 +18,13 @@ from rlhf.logprobs import HELD
 from rlhf.sampler import MAX_SLOTS, cache_length
 from rlhf.update import plainly
 
-OPTIMIZER = 12                          # bytes for each trained number: its gradient and AdamW's two moments
+OPTIMIZER = 12                          # bytes for each trained parameter: its gradient and AdamW's two moments, fp32
 ADVICE = "finished stages are kept. Try, in this order: "
 
 
 def held(cfg, needs):
-    """{what: bytes} of what a stage will hold at a time; {} if its model cannot be loaded. needs: the stages that it
-    needs."""
+    """{what: bytes} that a stage will hold in memory at the same time; {} if its model cannot be built. needs: the
+    names of the stages that it needs."""
     device, precision = policy.precision(cfg)
     try:
         with torch.device("meta"):
@@ -57,7 +57,7 @@ def held(cfg, needs):
 
 
 def room(cfg):
-    """(bytes, what they are) of the memory that there is; 0 where nobody says."""
+    """(bytes of memory, "on the GPU" or "of RAM") of this machine; (0, "") if the system does not say."""
     device, _ = policy.precision(cfg)
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory, "on the GPU"
@@ -67,7 +67,7 @@ def room(cfg):
 
 
 def amount(size):
-    """13 MB or 3.4 GB."""
+    """A number of bytes as text: 13 MB or 3.4 GB."""
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
@@ -77,7 +77,7 @@ def listed(found):
 
 @contextmanager
 def watched(cfg, needs):
-    """Say what a stage will hold; and if the with block needs too much, say so, and what to lower."""
+    """Print what a stage will hold. If the with block runs out of memory, the error says what to lower."""
     found = held(cfg, needs)
     if found:
         print(said(cfg, found), flush=True)
@@ -94,7 +94,7 @@ def said(cfg, found):
 
 
 def advice(cfg):
-    """What takes less memory, as flags for the same command, what costs least first."""
+    """A sentence with flags for the same command that lower its memory, in the order in which to try them."""
     idle, ways = cfg.idle(), []
     if "micro_batch_tokens" not in idle:
         ways += [f"--micro_batch_tokens {cfg.micro_batch_tokens // 2}"] * (cfg.micro_batch_tokens > 256)

@@ -1,13 +1,14 @@
 """[kit] Saves: what a stage has done so far, on disk, so that the same command goes on there after a kill.
 
-A save is a folder in <stage>/.saves/ with the tensors, everything else as JSON, and a manifest of their hashes. It is
-written under a hidden name, synced to the disk and renamed. Two are kept, and the newest that is whole is used. Beside
-them are the answers of long samplings, in files that only grow, and the time that all this took.
+A save is a folder in <stage>/.saves/: the tensors as safetensors, everything else as JSON, and a manifest of their
+hashes. It is written under a hidden name, synced to the disk and renamed. The last two are kept, and the newest
+undamaged one is used. The same folder has the answers of long samplings, in files that are only appended to, and
+time.json, the seconds that the stage has taken.
 
-A learner names once what its loop changes: for step, batch in log.resumed(batches, model, updater). A save has the
-index of that loop and the state of these objects when the index began. Loops may be nested: after a kill the body of
-the outer loop runs again up to the inner one; meanwhile nothing is logged, and answers that were sampled come from
-their file.
+A learner lists the objects that its loop changes: for step, batch in log.resumed(batches, model, updater). A save has
+the index of the current iteration, and the state of these objects at its start. Loops may be nested: after a kill the
+body of the outer loop runs again up to the inner loop. Until then nothing is logged, and answers that were sampled
+before are read from their file.
 """
 import hashlib
 import json
@@ -25,9 +26,9 @@ from data.progress import Progress
 from rlhf.state import randomness, read, set_randomness, write
 
 SAVES = ".saves"                        # the folder of a stage's saves, below its own
-KEPT = 2                                # saves: if the newest is damaged, there is one more
+KEPT = 2                                # saves: if the newest is damaged, the other is used
 AT_END = .2                             # share of --save_minutes after which the end of a loop is saved
-PART = 2e13                             # operations for answers that a CPU samples as a whole: about a minute's work
+PART = 2e13                             # floating-point operations of one part of a sampling on a CPU: about a minute
 
 
 def saved(folder):
@@ -36,14 +37,14 @@ def saved(folder):
 
 
 def whole(folder):
-    """The state in a save; None if it is damaged, or if answers that it builds on are."""
+    """The state in a save; None if the save, or a file of answers that it refers to, is damaged."""
     state = read(folder)
     answers = state["answers"].items() if state else ()
     return state if all(hash_of(folder.parent / name, size) == said for name, (size, said) in answers) else None
 
 
 def seconds_saved(folder):
-    """(seconds, of them on processors) that a stage had taken when it was last saved."""
+    """[wall-clock seconds, CPU seconds] of a stage up to its last save; zeros if no readable file has them."""
     try:
         return json.loads((folder / "time.json").read_text())
     except (OSError, ValueError):
@@ -53,8 +54,8 @@ def seconds_saved(folder):
 class Saves:
     """The saves of one stage, and its running loops. Without a folder nothing is saved, and signals interrupt at once.
 
-    pending: the loops of the save that the stage goes on from, until they have been entered. moved: whether anything
-    has changed since the last save. number: of the newest save that this run goes on from.
+    minutes: between two saves. pending: the loops of the loaded save that have not been entered again yet. moved:
+    whether anything has changed since the last save. number: the number of the newest save, loaded or written.
     """
 
     def __init__(self, folder=None, minutes=5.):
@@ -68,7 +69,7 @@ class Saves:
         self.pending = self.state.pop("loops")
 
     def open(self):
-        """Find the newest save that is whole, and remove what is not, with the answers that came after it."""
+        """Load the newest undamaged save. Remove newer ones, which are damaged, and answers that came after it."""
         self.folder.mkdir(exist_ok=True)
         for stale in self.folder.glob(".*"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -86,27 +87,27 @@ class Saves:
 
     @property
     def behind(self):
-        """Whether the stage is on its way to where it was saved."""
+        """Whether the stage has not yet come back to the point at which it was saved."""
         return bool(self.pending)
 
     def seconds(self):
-        """[seconds, of them on processors] that the stage has taken, before a kill and since then."""
+        """[wall-clock seconds, CPU seconds] that the stage has taken, before a kill and since then."""
         return [self.before[0] + time.monotonic() - self.start, self.before[1] + time.process_time() - self.work]
 
     def due(self, share=1.):
-        """Whether it is time for a save: a signal waits, or this share of --save_minutes is over."""
+        """Whether it is time for a save: a signal waits, or this share of --save_minutes has passed."""
         return self.folder and (interrupts.noted() or time.monotonic() - self.last >= share * 60 * self.minutes)
 
     def log(self, path):
-        """Open a log, without what was written to it after the last save."""
+        """Open a log for appending, cut back to the length that it had at the loaded save."""
         file = open(path, "a")
         file.truncate(min(path.stat().st_size, self.state["logs"].get(path.name, 0)))
         self.logs[path.name] = file
         return file
 
     def resumed(self, items, *kept):
-        """(index, item) of each of the items, from where the last save was. kept: all that the loop changes; what has
-        no load_state_dict() has no state."""
+        """Yield (index, item), from the index of the loaded save on. kept: the objects that the loop changes; those
+        without a load_state_dict() have no state to save."""
         if not self.folder:
             yield from enumerate(items)
             return
@@ -128,12 +129,12 @@ class Saves:
         self.pause(AT_END)
 
     def begin(self, loop, at, depth):
-        """Note that a loop is at this index, and what the state of things is."""
+        """Record that the loop at this depth is at index `at`, and the state of its objects. Deeper loops are over."""
         del self.loops[depth:]
         loop.at, loop.states = at, [None if each is None else each.state_dict() for each in loop.kept]
 
     def enter(self, loop, total):
-        """Put the saved state into what a loop changes. Returns the index at which it goes on."""
+        """Load the saved state into the objects that a loop changes. Returns the index at which the loop continues."""
         if not self.pending:
             return 0
         there = self.pending.pop(0)
@@ -171,16 +172,16 @@ class Saves:
         self.tick()
 
     def tick(self):
-        """Note the time that the stage has taken; the next save is due --save_minutes from now."""
+        """Write down the time that the stage has taken; the next save is due --save_minutes from now."""
         write_json(self.folder / "time.json", self.seconds())
         self.last = time.monotonic()
 
 
 class Answers(dict):
-    """The finished answers of one sampling, {row: [token ids, their log-probs or None]}, in a file that only grows.
+    """The finished answers of one sampling, {row: [token ids, log-probs or None]}, in a file that is only appended to.
 
-    asked: all that determines them but the weights, as JSON. The weights are saved before the first of their answers is
-    written, so that answers are never those of weights that are lost.
+    asked: everything that determines the answers except the weights, as JSON. Before the first answers are written, the
+    weights that they come from are saved. So the file never has answers of weights that are lost.
     """
 
     def __init__(self, saves, name, asked):
@@ -195,12 +196,12 @@ class Answers(dict):
             self.note(size)
 
     def note(self, size):
-        """Have the next saves check the first `size` bytes of the file."""
+        """Have the next saves record the file's size in bytes and its hash; they are checked when a save is loaded."""
         self.saves.answered[self.name] = [size, self.hash.hexdigest()]
 
     def read(self):
-        """Read the file up to the first line that is torn; returns the bytes up to there, 0 if it is about something
-        else or made with weights of a save that is lost."""
+        """Read the file up to the first incomplete line. Returns the number of bytes up to there: 0 if `asked` was
+        different, or if the save with the weights is lost."""
         size = 0
         with suppress(ValueError, TypeError):
             for n, line in enumerate(self.path.read_bytes().splitlines(True)):
@@ -214,11 +215,11 @@ class Answers(dict):
         return size
 
     def finishing(self):
-        """A with block in which the first signal waits until add() has written what is there."""
+        """A with block that the first signal does not interrupt: add() writes the answers and then stops."""
         return interrupts.finishing() if self.saves.folder else nullcontext()
 
     def add(self, answers):
-        """Take answers, of which some may be known. Write the new ones if it is time; stop if a signal has come."""
+        """Add answers; some may be known already. Write the new ones if a save is due; stop if a signal waits."""
         self.new += [(row, *answer) for row, answer in answers.items() if row not in self]
         self.update(answers)
         if self.saves.due():
@@ -226,12 +227,13 @@ class Answers(dict):
         interrupts.stop()
 
     def rows(self, prompts, n, logps):
-        """What sampler.sample() returns of n answers to each prompt."""
+        """All answers, n to each prompt, in the form that sampler.sample() returns."""
         rows = [(prompts[row // n], self[row][0]) for row in range(n * len(prompts))]
         found = [self[row][1] for row in range(len(rows))]
         return (rows, None if None in found else list(map(torch.tensor, found))) if logps else rows
 
     def write(self):
+        """Append the new answers to the file; before that, save the weights that they come from."""
         if self.saves.moved:
             self.saves.save()
         if not self.new:
@@ -249,12 +251,12 @@ class Answers(dict):
 
 
 def parts(gpt, prompts, longest, n, slots, done):
-    """The rows of n answers to each prompt that have to be sampled, in lists that are sampled one after the other.
-    done: the rows that have been.
+    """The rows that are still to be sampled, of n answers to each prompt: lists that are sampled one after another.
 
-    Answers depend on the answers beside them by rounding. So that a CPU gives the same ones after a kill, it samples
-    each list as a whole or not at all. A GPU rounds differently in every run anyway, and takes all rows as one list.
-    longest: tokens of an answer. slots: how many are sampled at the same time.
+    By rounding, an answer depends on the answers that are sampled beside it. So that a CPU gives the same answers after
+    a kill, it samples each list as a whole, even if some of its rows are done. A GPU rounds differently in every run
+    anyway, and takes all rows that are left as one list. longest: tokens of an answer, at most. slots: how many answers
+    are sampled at the same time. done: the rows that have been sampled.
     """
     rows = size = n * len(prompts)
     if cpu := gpt.device.type == "cpu":

@@ -15,7 +15,7 @@ TENSORS, REST, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 
 
 class Kept(SimpleNamespace):
-    """Variables of a loop that a save has to have: numbers, texts, tensors, and lists and dicts of these."""
+    """Variables of a loop that a save must contain: numbers, texts, tensors, and lists and dicts of these."""
 
     def state_dict(self):
         return dict(vars(self))
@@ -25,7 +25,7 @@ class Kept(SimpleNamespace):
 
 
 def without_tensors(value, tensors):
-    """The value with {"tensor": its index in the list `tensors`} in the place of each tensor, for JSON."""
+    """The value for JSON: each tensor is appended to `tensors` and replaced by {"tensor": its index there}."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
@@ -35,7 +35,7 @@ def without_tensors(value, tensors):
 
 
 def with_tensors(value, tensors):
-    """without_tensors(), undone; tuples have become lists. tensors: {name: tensor}."""
+    """The inverse of without_tensors(), except that tuples have become lists. tensors: {index as text: tensor}."""
     if isinstance(value, dict):
         if value.keys() == {"tensor"}:
             return tensors[str(value["tensor"])]
@@ -44,8 +44,8 @@ def with_tensors(value, tensors):
 
 
 def randomness():
-    """The states of all random numbers that belong to the process. Our own methods need none of them: they derive what
-    is random from --seed and the step."""
+    """The states of the process's global random generators: torch, CUDA, Python and numpy. A user's method may use
+    them; ours do not: they seed generators of their own from --seed and the step."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     _, keys, at, has_gauss, gauss = numpy.random.get_state()
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
