@@ -16,7 +16,7 @@ from rlhf import update
 from rlhf.logprobs import lengths, pack, token_logps
 from rlhf.sampler import generate
 
-MUCH_KL = 100                           # nats an answer, far beyond what any reward is worth
+MUCH_KL = 100                           # nats an answer, above which warn() says that the KL runs away
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Experience:
     mask: torch.Tensor                  # (B, T-1)
     logp: torch.Tensor                  # (B, T-1) of the policy that sampled them
     ref_logp: torch.Tensor              # (B, T-1) of the reference
-    score: torch.Tensor                 # (B,) the reward of each answer, less the penalty for no end
-    finished: torch.Tensor              # (B,) whether it ended by itself, not by its length
-    n: int = 1                          # answers to each prompt; they stand one after the other
+    score: torch.Tensor                 # (B,) the reward of each answer, less missing_eos_penalty if it did not end
+    finished: torch.Tensor              # (B,) whether it ended with a stop token, not at the length limit
+    n: int = 1                          # answers to each prompt, in consecutive rows
 
     @property
     def lengths(self):
@@ -41,15 +41,15 @@ class Experience:
         return (self.logp - self.ref_logp).sum(1).mean().item()
 
     def total(self, kl_coef):
-        """The score (B,) of each answer less the price of its KL (k1), as methods without a value function pay it."""
+        """score - kl_coef * KL (k1) of each answer, (B,): the reward that methods without a value function use."""
         return self.score - kl_coef * (self.logp - self.ref_logp).sum(1)
 
     def spread(self):
-        """The standard deviation of the scores within the answers to each prompt, if there are several; else of all."""
+        """Standard deviation of the scores: (B/n,) among the n answers to each prompt; (1,) among all if n is 1."""
         return self.score.view(-1, self.n if self.n > 1 else len(self.score)).std(1)
 
     def metrics(self):
-        """TRL's names."""
+        """Means over the answers, for the log, under TRL's names."""
         spread, tokens = self.spread(), self.mask.sum().item()
         return {"reward": self.score.mean().item(), "reward_std": spread.mean().item(),
                 "frac_reward_zero_std": (spread == 0).float().mean().item(), "objective/kl": self.kl(),
@@ -65,14 +65,14 @@ class Experience:
             say_once("all answers that are compared have the same reward: nothing can be learned")
 
     def show(self, step, record, text, log, **numbers):
-        """Log the first answer, which is one to `record`, and with keep() its tokens."""
+        """Log the text of the first answer, and its tokens with keep(). record: the record that it answers."""
         self.keep(step, text, log, **numbers)
         _, response = self.rows[0]
         log.sample(step, question(record), text.decode(response), score=self.score[0].item())
 
     def keep(self, step, text, log, **numbers):
-        """Log the first answer token by token, with the scores of all answers to its prompt, and with what the learner
-        has computed from it: {name: (B, T-1)}."""
+        """Log the first answer token by token, with the scores of all answers to its prompt. numbers: {name: (B, T-1)},
+        what the learner has computed for each token."""
         first = {name: x[:1, :self.lengths[0] - 1] for name, x in numbers.items()}       # (1, t-1) each
         log.rows(self.rows[:1], text, step, scores=[self.score[:self.n].tolist()], **first)
 
@@ -84,7 +84,7 @@ class Experience:
 
     @torch.no_grad()
     def per_token(self, f, cfg):
-        """f(ids (b, t), mask (b, t-1)) -> (b, t-1) for all rows: (B, T-1), in micro-batches, without gradients."""
+        """Apply f(ids (b, t), mask (b, t-1)) -> (b, t-1) to all rows: (B, T-1), in micro-batches, without gradients."""
         out = torch.zeros(self.mask.shape, device=self.ids.device)
         for micro in update.micro_batches(range(len(self.rows)), self.lengths, 2 * cfg.micro_batch_tokens):
             ids, mask = self.cut(micro)
@@ -95,8 +95,9 @@ class Experience:
 def collect(prompts, text, model, ref, score_fn, cfg, seed, n=1):
     """n answers of the policy `model` to each prompt (token ids), scored by score_fn, as an Experience.
 
-    cfg.missing_eos_penalty is taken from the score of an answer that did not end. The policy's log-probs are those of
-    sampling if training would compute the same. FloatingPointError if a score is not finite.
+    cfg.missing_eos_penalty is subtracted from the score of an answer that did not end. The policy's log-probs are those
+    of sampling if training would compute the same ones, else they are computed again. FloatingPointError if a score is
+    not finite.
     """
     rows, logp = generate(model, prompts, text, cfg, seed, n, logps=True)
     ids, mask = pack(rows, model.gpt.device)

@@ -10,7 +10,7 @@ from rlhf import FOLDER, config, lacks, methods, stages
 
 
 def load(name):
-    """Method `dpo` is the file rlhf/dpo.py: NEEDS, Config and run(cfg) are all that it has."""
+    """Import a method: `dpo` is rlhf/dpo.py, which has NEEDS, Config and run(cfg). InputError if it lacks one."""
     if name not in methods():
         if not re.fullmatch(r"[a-zA-Z]\w*", name) or not (FOLDER / f"{name}.py").exists():
             one_of("method", name, methods())
@@ -22,7 +22,7 @@ def load(name):
 
 
 def chosen(said):
-    """The methods that --method names: one, several, or all that answer."""
+    """The methods that --method names: one, several with commas between them, or `all` that produce answers."""
     if said == "all":
         return [name for name in methods() if name not in ("base", "pairs", "reward")]
     return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip())) or [said]
@@ -79,8 +79,8 @@ def needs(method, cfg):
 
 
 def order(name, given=None, names=()):
-    """The methods that `name` needs with these flags (default: none are given), in order, and `name` itself at the end.
-    If `name` is "", the same for the methods `names`."""
+    """The methods that `name` needs with these flags (default: no flags), in the order in which they run, and `name`
+    itself at the end. If `name` is "", the same for the methods `names`."""
     given = given or {name: {}}
 
     def with_needs(method):
@@ -121,7 +121,8 @@ def configured(names, argv):
 
 
 def name_stages(configs):
-    """Give each Config the name of its stage, and the folders of the others."""
+    """Set the name of each Config's stage, and tell each Config the folders of all stages. InputError if a name is not
+    allowed or is used twice."""
     for method, cfg in configs.items():
         cfg.stage = cfg.name or method
         if not re.fullmatch(r"\w[\w.-]*(?<!\.new)", cfg.stage, re.ASCII):
@@ -147,7 +148,8 @@ def methods_to_rerun(said, configs):
 
 
 def prepared(names, configs):
-    """The Stages of a plan in order. What is wrong with files or settings shows here, not after an hour."""
+    """The Stages of a plan, in the order in which they run. Wrong files or settings are an InputError here, before the
+    first stage runs."""
     ids, found = {}, []
     contents = stages.records_of(configs[names[0]])
     for method, cfg in configs.items():

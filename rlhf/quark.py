@@ -1,19 +1,21 @@
 """Quark: sort all answers by reward, learn each under the mark of its quantile, and ask for the best quantile.
 
-Lu et al. 2022 (arXiv 2205.13636), sec. 2. A round: sample answers under the mark of the best quantile (at first the SFT
-model's, without a mark), score them and add them to the pool; divide the pool anew into quantiles; learn from all of
-them: -log pi(token | mark, prompt) + beta KL(ref(. | prompt) || pi(. | mark, prompt)), where the KL is exact, over the
-whole vocabulary at every token of an answer. Marks are words in front of the instruction, so the vocabulary stays.
-AlpacaFarm (arXiv 2305.14387) has Quark, too. By default its code learns from the best quantile alone, without marks,
-and turns the KL around. It also has two defects that are absent here: answers lose their EOS before they are learned,
-so that the model is never taught to stop; and padding stands between prompt and answer, so that the first token of an
-answer is predicted from padding. Left out: the entropy bonus.
+Lu et al. 2022 (arXiv 2205.13636), sec. 2. A mark is the number of a quantile, as words in front of the instruction; the
+paper adds a token to the vocabulary for each. A round: sample answers under the mark of the best quantile (in the first
+round from the SFT model, without a mark), score them and add them to the pool; divide the whole pool into quantiles;
+learn from all of them: -log pi(token | mark, prompt) + beta KL(ref(. | prompt) || pi(. | mark, prompt)), where the KL
+is exact, over the whole vocabulary at every token of an answer. AlpacaFarm (arXiv 2305.14387) has Quark, too. By
+default its code learns from the best quantile alone, without marks, and takes the KL in the other direction. It also
+has two defects that are absent here: answers lose their EOS before they are learned, so that the model is never taught
+to stop; and padding stands between prompt and answer, so that the first token of an answer is predicted from padding.
+Left out: the entropy bonus.
 
 Memory: policy, reference and reward model; with LoRA, three adapters on one frozen base. Logits are held for 1,024
 tokens at a time, and computed again for the gradient.
 Questions a reader asks. Why learn bad answers? Under their own marks they do no harm, and they teach what the marks
-mean. Why are quantiles of the whole pool, not of a round? As answers improve, yesterday's best sink to lower marks. Why
-this direction of the KL? It punishes forgetting what the reference may say, and is computed on tokens of any policy.
+mean. Why are quantiles of the whole pool, not of a round? As answers improve, earlier ones sink to lower quantiles, so
+the best mark always means the best answers so far. Why this direction of the KL? It grows where the policy gives too
+little probability to what the reference would say, and needs no samples of the policy.
 """
 import math
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class Config(config.Config):
     rollout_batch: int = 512            # answers that a round adds to the pool
     updates: int = 10                   # optimizer steps in a round
     batch_size: int = 256               # answers in an optimizer step
-    quantiles: int = 5                  # marks: 1 is the worst
+    quantiles: int = 5                  # how many quantiles, each with its mark; 1 is the worst
     beta: float = .05                   # weight of the KL
     missing_eos_penalty: float = 1.     # taken from the score of an answer that did not end
 
@@ -70,8 +72,8 @@ def nll_and_kl(logits, ref_logits, targets):
 
 
 def quark_losses(model, ref, rows, plain, temperature):
-    """nll_and_kl() of the answers in rows [(marked prompt ids, response ids)]; plain: the same with prompts as the
-    reference knows them."""
+    """nll_and_kl() of the answers in rows [(marked prompt ids, response ids)]; plain: the same rows with prompts
+    without marks, for the reference."""
     h, targets = read(model, rows)                                                       # (N, D), (N,)
     with torch.no_grad():
         ref_h, _ = read(ref, plain)                                                      # (N, D)
@@ -110,7 +112,7 @@ def run(cfg, score_fn=None):
     log = update.Log(cfg, cfg.rounds, ("objective/scores", "loss/nll", "loss/kl"))
     pool, asked_of = Kept(rows=[], scores=torch.empty(0)), schedule(records, cfg.rollout_batch, cfg.rounds, cfg.seed)
     for round, asked in log.resumed(asked_of, model, updater, score_fn, pool):      # pool.rows: (record, response) each
-        # explore: the reward sees the answers without marks
+        # sample under the best mark; the reward gets the prompts without marks
         form = best if round else text
         new = generate(model, [form.prompt(record) for record in asked], text, cfg, cfg.seed * 100_003 + round)
         pool.rows = pool.rows + [(record, response) for record, (_, response) in zip(asked, new)]

@@ -1,15 +1,15 @@
 """[kit] Rewards: what --reward chooses, as a function of rows [(prompt ids, response ids)] -> scores (B,).
 
-model: the reward model of the run. The others need none, so none is trained.
-rule: 1 or 0, by what can be checked exactly (learning from verifiable rewards). In the offline world: number, category,
-facts, steps, words, and that the text is complete. For records of a file: whether the last number of the answer is the
-last number under `answer` in the record, as in GSM8K and in countdown.
+model: the reward model of the run, which is trained only for this choice.
+rule: 1 or 0, by what can be checked exactly (learning from verifiable rewards). In the offline world: how many things
+the answer names, their category, facts, steps and words, and that the text is complete. For records of a file: whether
+the last number of the answer is the last number under `answer` in the record, as in GSM8K and in countdown.
 true: the hidden true reward of the offline world, an upper bound for what feedback about it can teach.
-judge: 1 if the annotators prefer the answer to one of the SFT model, 0 if not, 0.5 if the two are equal.
+judge: 1 if the annotators prefer the answer to the SFT model's, 0 if not, 0.5 if the two are equal.
 FILE.py:function: a function (instruction, output) -> float in a file of your own.
-A reward model that is there already: a folder or a name on the hub, a ...ForSequenceClassification with one label, as
+A reward model that exists already: a folder or a name on the hub, a ...ForSequenceClassification with one label, as
 --merge writes it too; or the stage `reward` of another run. It reads texts with its own tokenizer and chat template, so
-it may be of another family than the policy. Its scores are taken as they are: kl_coef and penalties count in them.
+it may be of another family than the policy. Its scores are not rescaled: choose --kl_coef and penalties to fit them.
 """
 import contextlib
 import math
@@ -39,9 +39,9 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 
 @dataclass
 class Config(config.Config):
-    """What methods with a choice of rewards share."""
+    """The flags that methods with a choice of rewards share."""
     reward: str = "model"               # model, rule, true (barn), judge, FILE.py:function, or a reward model's name
-    flip: float = .25                   # share of its labels flipped (barn: .18; its people, and other pools: 0)
+    flip: float = .25                   # share of labels flipped (barn: .18; its people, and other pools: 0)
 
     @classmethod
     def suits(cls, given):
@@ -74,7 +74,7 @@ class Config(config.Config):
         return super().unneeded() + (() if self.reward == "model" else ("reward",))
 
     def reads(self):
-        """The user's files; InputError if the reward cannot be used, before anything is trained."""
+        """{flag: content or folder} of what the reward reads. InputError if it cannot be used, before any training."""
         if self.ready_made:
             return {"reward": reward.examined(self.reward)}
         if self.reward == "rule":
@@ -159,7 +159,7 @@ def records_of(cfg, text, ref):
 # -- the annotators ------------------------------------------------------------------------------------------------
 
 class Annotators:
-    """The annotators of the run, who are asked about rows. The connection to them ends with this object."""
+    """Asks the annotators of the run which of two rows is better. The connection ends when this object is deleted."""
 
     def __init__(self, cfg, text, records):
         self.cfg, self.text, self.records = cfg, text, records
@@ -179,14 +179,15 @@ class Annotators:
         vars(self).update(state)
 
     def __call__(self, ones, twos):
-        """The preferences between the rows `ones` and the rows `twos`, which have the same prompts: 1, 2, a fraction
-        between them if the judge gives its probabilities, or 1.5 if the texts are equal or no verdict is usable."""
+        """Preferences (B,) between the rows `ones` (1) and the rows `twos` (2) of the same prompts: a fraction if the
+        judge gives its probabilities, 1.5 if the texts are equal or no verdict is usable. JudgeError above
+        --max_unusable."""
         pairs = []
         for (prompt, one), (_, two) in zip(ones, twos):
             record, self.pairs = self.records[tuple(prompt)], self.pairs + 1
             pairs.append({"instruction": record["instruction"], "input": record.get("input", ""),
                           "output_1": self.text.decode(one), "output_2": self.text.decode(two),
-                          "seed": f"/{self.pairs}"})    # so that each pair has an annotator of its own
+                          "seed": f"/{self.pairs}"})    # so that the annotator is drawn anew for each pair
         Progress.close()
         labelled = annotate.annotate(pairs, self.pool, self.judge, self.cfg.seed, self.cfg.flip, costs=True)
         costs = [record["price_per_example"] for record in labelled if record["scored_by"] not in ("coin", "equal")]
@@ -203,7 +204,8 @@ class Annotators:
 
 
 class AgainstSFT:
-    """A reward by comparison with one answer of the SFT model to each prompt, which is sampled when it is needed."""
+    """The reward of an answer: 1 if the annotators prefer it to one of the SFT model, which is sampled once for each
+    prompt, 0 if not, 0.5 for a draw, a fraction if the judge gives its probabilities."""
 
     def __init__(self, annotators, ref, text, cfg):
         self.annotators, self.ref, self.text, self.cfg = annotators, ref, text, cfg
@@ -229,9 +231,9 @@ class AgainstSFT:
 class ReadyMade:
     """The reward model that --reward names, as a reward of rows, rows -> scores (B,), or of texts: scores().
 
-    text: the tokenizer and prompts of the policy. records: {prompt ids: record}. Answers are decoded with the policy's
-    tokenizer and encoded again with that of the reward model, `own`. Neither is needed where texts are scored. warned:
-    whether the warning has been printed.
+    text: the tokenizer and prompts of the policy. records: {prompt ids: record}. Both are needed for rows only: answers
+    are decoded with the policy's tokenizer and encoded again with that of the reward model, `own`. warned: whether the
+    warning has been printed.
     """
 
     def __init__(self, cfg, text=None, records=()):
