@@ -12,8 +12,8 @@ Without difficulties, as for instructions of your own, the term b D_i is dropped
 
 Some annotations do not determine the weights. The small penalty alone would then decide the number, and its error would
 be far too small. In these cases why_unknown() says why the rate cannot be told:
-- every row was won, or every row was lost, so that no finite c is the likeliest; or all verdicts are the same in
-  another way, so that nothing shows what length does;
+- every row was won, or every row was lost, so that the likelihood has no maximum at a finite c; or all verdicts are
+  the same in another way (all draws, say), so that nothing shows the effect of length;
 - the fitted line puts all wins on one side and all losses on the other, so that a steeper line is always likelier
   (complete separation: Albert and Anderson 1984, Biometrika 71). An answer then won if and only if it was longer, say;
 - all answers are longer than the reference's, or all are shorter, so that l = 0 lies outside of the data.
@@ -29,7 +29,7 @@ from stats.winrate import mean_and_error, rate_interval, usable
 
 HARDLY_ANY = 100.0                      # a value of C: this penalty is so small that it only keeps weights finite
 GAMED_WEIGHT = 0.1                      # weight of a row of the gamed baseline: 0.2, shared by its two models
-FEW = 0.05                              # share of resamples that may leave the rate open
+FEW = 0.05                              # share of resamples in which the weights may be undetermined
 C_GRID = np.logspace(-4, 4, 10)         # scikit-learn's grid, from which AlpacaEval chooses C
 
 
@@ -74,11 +74,11 @@ def best_of_all_signs(H, b, penalty):
 def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
     """Weights (B, K) that minimise |w|_1 + C sum_n weight_n log_loss(y_n, w.x_n): B problems at once.
 
-    The first feature is length (B, N) or (1, N); the other K - 1 are the same for all problems, fixed (K - 1, N).
-    y (N,) in [0, 1]; weight (B, N); C (B,) or a number. Newton's method; each of its quadratic problems keeps the
-    penalty: see minimise_quadratic(). start (B, K): the weights to begin with (default: 0). tolerance: how far the last
-    step may go. The passes over rows are done in the precision of `length`, which is that of `weight`, too.
-    scikit-learn's liblinear solves the same problem, to fewer digits.
+    The first feature is length (B, N) or (1, N); the other K - 1 are the same for all problems, fixed (K - 1, N). y
+    (N,) in [0, 1]; weight (B, N); C (B,) or a number. Newton's method: a step minimises the quadratic approximation of
+    the log-loss plus the penalty itself, see minimise_quadratic(). start (B, K): the weights to begin with (default:
+    0). tolerance: the fit ends when a step changes no weight by that much. Sums over rows are computed in the precision
+    of `length`, which is that of `weight`, too. scikit-learn's liblinear solves the same problem, to fewer digits.
     """
     B, K = len(weight), 1 + len(fixed)
     penalty = 1 / np.broadcast_to(C, B).astype(float)[:, None]                                  # (B, 1)
@@ -123,8 +123,9 @@ def fit(length, fixed, y, weight, C, start=None, tolerance=1e-3):
 def choose_C(length, fixed, y, weight):
     """The C of C_GRID with the least mean loss in five-fold cross-validation, as AlpacaEval chooses it.
 
-    The losses lie close together, and the choice moves some models by points. scikit-learn assigns rows to folds in the
-    order of an unstable sort of equal keys, which depends on the processor; here the last row comes first.
+    The losses of different C are nearly the same, but the choice changes the rates of some models by percentage points.
+    scikit-learn assigns rows to folds in the order of an unstable sort of equal keys, which depends on the processor;
+    here row n is in fold (N - 1 - n) mod 5.
     """
     fold = np.arange(len(y))[::-1] % 5
     test = np.tile(fold == np.arange(5)[:, None], (len(C_GRID), 1))                             # (50, N)
@@ -147,8 +148,8 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
     lengths           (N,) characters of the model's answers; reference_lengths of the reference's
     difficulty        (N,) D of the same instructions in the same order
     gamed             from data.alpaca_eval.read_length_control: the reference, told to be brief and told to be long,
-                      against itself. Each such row weighs a tenth and has no c. These rows pull a and b to the
-                      reference's values, so that intervals are those of AlpacaEval's regularised rate
+                      against itself. Each such row has the weight 0.1, and no term c. These rows pull a and b to
+                      the reference's values, so that intervals are those of AlpacaEval's regularised rate
     C                 inverse strength of the L1 penalty; None: chosen by cross-validation
     counts            (B, N) of winrate.resample, for a bootstrap of the whole fit at this C: it gives lc_standard_error
                       and an interval. If the rate cannot be told, lc_unknown says why and replaces all numbers. Without
@@ -218,9 +219,9 @@ def why_unknown(y, z, gap, weight):
     def none(holds):
         return own @ holds.astype(float) == 0           # of the model's rows
 
-    certain = np.select([y == 1, y == 0], [1., -1.])    # 0: a fraction, which no line puts on one side
+    certain = np.select([y == 1, y == 0], [1., -1.])    # 0: a fraction, which rules separation out
     separated = np.ones(len(z), dtype=bool)
-    for part in (slice(64), slice(64, None)):           # the first rows nearly always tell
+    for part in (slice(64), slice(64, None)):           # the first 64 rows nearly always rule it out
         left = separated.nonzero()[0]
         separated[left] = ~((z[left, part] * certain[part] <= 0) & (weight[left, part] > 0)).any(1)
     open_ended = (n == len(y)) | (deviation(gap, own) == 0)     # else the gamed baseline shows what length does

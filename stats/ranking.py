@@ -67,7 +67,7 @@ def bradley_terry(wins, anchor=0, prior=1e-3):
         slope = (wins - played * p).sum(2) - prior * theta
         curve = played * p * (1 - p)
         H = eye * (curve.sum(2) + prior)[:, None, :] - curve
-        step = np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)     # far from the end it overshoots
+        step = np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)     # far from the maximum it overshoots
         theta += step
         if np.abs(step).max() < 1e-8:
             break
@@ -75,12 +75,12 @@ def bradley_terry(wins, anchor=0, prior=1e-3):
 
 
 def star_strengths(won, lost, prior=1e-3):
-    """Strengths (B, M) relative to one model that each of the M others was compared with and nothing else: what
-    bradley_terry() finds, in time and memory that grow with M. won, lost (B, M): against that model, draws as halves.
-    NaN for a model that was never compared.
+    """Strengths (B, M) of M models that were compared with one common model, the hub, and with no other.
 
-    The Hessian has entries on its diagonal and in the row and column of that model only, so a Newton step is solved by
-    elimination.
+    The same numbers as from bradley_terry() with the hub as anchor, in time and memory that grow linearly with M. won,
+    lost (B, M): how often each model won and lost against the hub, draws as halves. NaN for a model that was never
+    compared. The Hessian has entries only on its diagonal and in the hub's row and column, so a Newton step is solved
+    by elimination.
     """
     theta, hub = np.zeros(won.shape), np.zeros((len(won), 1))
     played = won + lost
@@ -91,7 +91,7 @@ def star_strengths(won, lost, prior=1e-3):
         rest = (left.sum(1, keepdims=True) + prior * hub) - (curve / own * slope).sum(1, keepdims=True)
         hub_step = -rest / (prior + (curve * prior / own).sum(1, keepdims=True))                # (B, 1)
         step = (slope + curve * hub_step) / own
-        hub_step, step = np.clip(hub_step, -2, 2), np.clip(step, -2, 2)     # far from the end it overshoots
+        hub_step, step = np.clip(hub_step, -2, 2), np.clip(step, -2, 2)     # far from the maximum it overshoots
         hub, theta = hub + hub_step, theta + step
         if max(np.abs(step).max(), np.abs(hub_step).max()) < 1e-8:
             break
@@ -99,7 +99,7 @@ def star_strengths(won, lost, prior=1e-3):
 
 
 def resampled_strengths(preferences, first, second, size, counts, anchor):
-    """bradley_terry() (B, size) of each resample. Arguments as for `ratings`."""
+    """Strengths (B, size) in each resample, as bradley_terry() finds them. Arguments as for `wins` and `ratings`."""
     if set(first) != {anchor} or len({anchor, *second}) <= len(second):
         return bradley_terry(wins(preferences, first, second, size, counts), anchor)
     strengths = np.zeros((len(counts), size))
@@ -115,8 +115,8 @@ def elo(theta, anchor_rating=1000):
 def strength_errors(preferences, first, second, theta, anchor, prior=1e-3):
     """Standard errors (M,) of the differences between strengths theta (M,) and the anchor's.
 
-    The sandwich estimator of the likelihood, with prompts as clusters. It is better than the spread of resamples where
-    a model hardly ever wins, or loses. Other arguments as for `wins`.
+    The sandwich estimator of the likelihood, with prompts as clusters. For a model that hardly ever wins, or hardly
+    ever loses, it is more accurate than the spread of resamples. Other arguments as for `wins`.
     """
     q = np.array([usable(row) for row in preferences]) - 1                                      # (R, N)
     theta = np.nan_to_num(theta)                                                                # (M,)
@@ -158,10 +158,11 @@ def ratings(names, preferences, first, second, counts, anchor):
 
 
 def tournament(references, players, preferences, counts):
-    """{ratings, matrix} of all that met, references included; of a single model there is nothing to say.
+    """{ratings, matrix} of all models that were compared, references included; [] and None for a single model.
 
-    references, players (M,): the names of the two sides of each row of preferences (M, N). The anchor of the ratings
-    is the reference of most.
+    references, players (M,): the names of the two sides of each row of preferences (M, N). The anchor of the ratings is
+    the model that is the reference in most rows. matrix: how often the model of a row beats that of a column, in %:
+    `win_rate` as observed (NaN if they were never compared), `predicted` from the strengths.
     """
     if len(players) < 2:
         return {"ratings": [], "matrix": None}
@@ -228,8 +229,8 @@ def agreement_of_rankings(x, y, times=10_000, seed=0):
     """Do two leaderboards put the same models (N,) in the same order? {spearman, kendall, r2: {...}}.
 
     Each has its `value`, a percentile interval over resampled models (wide, since models are few), and `p`, the share
-    of the permutations of the models that agree at least as well (for r2: or disagree as well). p is exact for up to
-    eight models.
+    of the permutations of the models whose value is at least as large. A large r2 may also mean the reverse order. p is
+    exact for up to eight models, above that it is from random permutations. ValueError for fewer than three models.
     """
     x, y, n = np.asarray(x, dtype=float), np.asarray(y, dtype=float), len(x)
     if n < 3:

@@ -75,9 +75,9 @@ def interval(samples, level=0.95):
 def rate_interval(rate, samples, n, level=0.95):
     """The interval (low, high) of a rate of n rows in percent, from its bootstrap samples.
 
-    It is symmetric in log-odds and as wide as the samples' error says. The percentile interval is too short near 0 and
-    100: it covers a rate of 3 % on 200 prompts in 83 to 93 % of the cases, this one in 94 %. If the rate is 0 or 100,
-    so is that of every resample; the interval then has the exact binomial bound.
+    It is symmetric in log-odds; its width there is from the samples' standard deviation (delta method). The percentile
+    interval is too narrow near 0 and 100: it covers a rate of 3 % on 200 prompts in 83 to 93 % of the cases, this one
+    in 94 %. If the rate is 0 or 100, so is that of every resample; the interval then has the exact binomial bound.
     """
     alpha, p = (1 - level) / 2, rate / 100
     error = float(np.nanstd(samples, ddof=1)) / 100 if n > 1 else nan
@@ -106,8 +106,8 @@ def resampled_means(x, counts):
 def clustered_error(x, clusters):
     """Standard error of the mean of x (N,) when rows of one cluster (a data set, say) are alike.
 
-    The cluster-robust sandwich with its small-sample factor G / (G - 1) for G clusters. With few clusters, five say, it
-    is uncertain itself.
+    The cluster-robust sandwich with its small-sample factor G / (G - 1) for G clusters. With few clusters, five say,
+    the error itself is inaccurate. NaN for one cluster.
     """
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
     n = len(names)
@@ -130,9 +130,10 @@ def paired_difference(preferences_a, preferences_b):
 
 
 def mcnemar(better, worse):
-    """How likely chance alone makes two equal models differ at least as much as `better` to `worse` prompts.
+    """The exact two-sided p-value of McNemar's test (1947) that two models are equally good.
 
-    McNemar's test (1947): the exact two-sided p-value, a fair coin for each prompt on which one model is better.
+    better, worse: the numbers of prompts on which one model is better than the other, and worse. If the models are
+    equally good, each of these prompts is the toss of a fair coin.
     """
     n, k = better + worse, min(better, worse)
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2 ** n)
@@ -141,12 +142,12 @@ def mcnemar(better, worse):
 def holm(p):
     """p-values (M,) of M comparisons, corrected for their number.
 
-    If no two models differ at all, one of the M comparisons or more has a corrected p below 5 % in at most 5 % of all
-    cases, without correction far more often. If some do differ, this holds for the others. Comparisons may depend on
-    each other.
+    If no two models differ, the probability that any of the M corrected p is below 5 % is at most 5 %; without
+    correction it is larger. If some do differ, this holds for the comparisons of those that do not. The comparisons may
+    depend on each other.
 
     Holm (1979), A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6: the k-th
-    smallest is multiplied by M - k + 1, and is at least as large as the one before it.
+    smallest p is multiplied by M - k + 1, and is at least as large as the one before it.
     """
     p = np.asarray(p, dtype=float)
     order = p.argsort()
@@ -156,7 +157,7 @@ def holm(p):
 
 
 def errors_apart(level, power):
-    """How many standard errors from 0 a difference must lie for a two-sided test to find it so often."""
+    """How many standard errors a difference must be from 0 so that a two-sided test finds it with this power."""
     return NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
 
 
@@ -172,16 +173,16 @@ def prompts_needed(difference, deviation, level=0.95, power=0.8):
 
 
 def detectable_difference(n, deviation, level=0.95, power=0.8):
-    """The smallest difference that n prompts tell from 0: prompts_needed the other way round."""
+    """The smallest difference that n prompts can tell from 0: the inverse of prompts_needed()."""
     return errors_apart(level, power) * deviation / n ** 0.5
 
 
 def compare(preferences_a, preferences_b, counts=None, clusters=None):
     """Is a better than b? Everything that can be said of two models on the same instructions, in the same order.
 
-    `n_better` and `n_worse` count the prompts on which the outcome (won, drawn, lost) is better for a, and worse. The
-    prompts that such a difference needs are for 95 % and a power of 80 %. counts (B, N) of `resample` add an interval,
-    clusters (N,) a clustered standard error.
+    `n_better` and `n_worse` count the prompts on which the outcome (won, drawn, lost) is better for a, and worse.
+    `prompts_needed` and `detectable_difference` are for a confidence of 95 % and a power of 80 %. counts (B, N) of
+    `resample` add an interval, clusters (N,) a clustered standard error.
     """
     a, b = usable(preferences_a), usable(preferences_b)
     x = 100 * (a - b)
@@ -217,10 +218,11 @@ def position_gap(preferences, switched):
 
 
 def position_flips(by_order):
-    """How many verdicts turn with the order, of pairs judged in both: (N, 2), [output_1 first, output_2 first].
+    """How often the verdict on a pair changes with the order of its answers.
 
-    `flip_rate` is the share of pairs whose winner changes with the order. `first` is the share of these in which the
-    answer shown first won both times: 50 would be noise, 100 a judge that prefers what comes first.
+    by_order (N, 2): preferences of pairs that were judged in both orders, output_1 first and output_2 first.
+    `flip_rate` is the share of pairs, in %, whose winner changes with the order. `first` is the share of these in which
+    the answer shown first won both times: 50 would be noise, 100 a judge that prefers what comes first.
     """
     p = usable(by_order).reshape(-1, 2)
     p = p[~np.isnan(p).any(1)]
