@@ -29,7 +29,7 @@ from studies import FOLDER, load
 
 RESULTS = FOLDER / "results"            # what README's numbers come from
 QUICK = {"": {"limit": 16, "max_new_tokens": 16}, "reward": {"scale_answers": 16}}      # flags of stages with --quick
-OWN = {"seed": "--seeds", "name": "", "rerun": "", "merge": "", "merge_dtype": ""}      # what no study passes on
+OWN = {"seed": "--seeds", "name": "", "rerun": "", "merge": "", "merge_dtype": ""}      # not passed to stages
 STAGES = """
 
 Any other flag goes to all stages (--model, --data, --judge, --pool, --preset, --lora_rank, ...), or with a stage's name
@@ -80,7 +80,7 @@ class Result:
 # -- flags ---------------------------------------------------------------------------------------------------------
 
 def parse(name, argv):
-    """The Config of a study from its flags."""
+    """The Config of a study from its flags. InputError if they do not fit the study or the data."""
     module = load(name)
     parser = config.parser_for(f"farm.py --study {name}", f"{module.__doc__}{STAGES}")
     helps = config.helps(module.Config)
@@ -89,7 +89,7 @@ def parse(name, argv):
     given, rest = parser.parse_known_args(config.spelled(argv))
     cfg = module.Config(**vars(given))
     cfg.study, cfg.said, cfg.passed = name, tuple(argv), passed_on(cfg, rest, parser)
-    common, people = shared(cfg), getattr(cfg, "people", None)      # what makes no sense shows here, not after an hour
+    common, people = shared(cfg), getattr(cfg, "people", None)      # errors show here, not after an hour
     if common.judge == "none":
         raise InputError("--judge none gives no verdicts, and this study needs them")
     if people == "none" or people in annotate.CROWDS and common.data != "barn":
@@ -98,14 +98,14 @@ def parse(name, argv):
 
 
 def offline(cfg):
-    """Whether this is the offline world with its own judges, whose win rates are known exactly."""
+    """Whether this is the offline world with its own judges, whose win rates can be computed exactly."""
     common = shared(cfg)
     return common.data == "barn" and {common.judge, getattr(cfg, "people", common.judge)} <= annotate.CROWDS.keys()
 
 
 def passed_on(cfg, rest, parser):
-    """{stage: {flag: value}} of the flags `rest`, which the study itself does not have. If it has a --method, they may
-    be this method's, too."""
+    """{stage: {flag: value}} of the flags `rest`, which the study itself does not have; those for all stages are under
+    "". If the study has a --method, they may be this method's, too."""
     method = getattr(cfg, "method", "")
     common = {f.name for f in fields(config.Config)}
     known = {f.name for f in fields(plan.load(method).Config)} if method else common
@@ -135,8 +135,8 @@ def shared(cfg):
 def configs(cfg, seed, line):
     """{method: its Config} of a method and of all that it needs, in the order in which they run.
 
-    line: as after `farm.py --method`: the method and its flags. Flags that the study's command passes on to the stages
-    count less than those in the line.
+    line: as after `farm.py --method`: the method and its flags. They override the flags that the study's command passes
+    on to the stages.
     """
     method, *flags = shlex.split(line)
     said = plan.route(flags, method)
@@ -171,7 +171,8 @@ def try_judge(cfg, judge):
 
 
 def verdict_cache(cfg, seed):
-    """The file of the judge's answers about finished models; those that are learned from stay in judge.jsonl."""
+    """The file of the judge's replies about finished models: --cache, or verdicts.jsonl, apart from judge.jsonl, which
+    has the replies that methods are trained on."""
     return shared(cfg).cache or cfg.runs(seed) / "verdicts.jsonl"
 
 
@@ -186,7 +187,7 @@ def id_of(folder):
 
 
 def seconds_of(folder):
-    """The seconds that a stage took, with the answers to its eval split: of the CPU, or on a GPU of the clock."""
+    """How long a stage took, the answers to its eval split included: CPU seconds, or wall-clock seconds on a GPU."""
     result = read_json(folder / "result.json")
     return result["cpu_seconds" if uses_cpu(config.stage(folder)["device"]) else "seconds"]
 
@@ -197,8 +198,8 @@ def uses_cpu(device):
 
 
 def on_val(cfg):
-    """The same study in the folder `val`, where the answers to the split val are judged, against its demonstrations.
-    Settings are chosen there, so that eval decides nothing."""
+    """The Config of the same study in the folder `val`: there the answers to the split val are judged, against its
+    demonstrations. Settings are chosen on it, so that the split eval has no part in the choice."""
     other = copy.copy(cfg)
     other.out = str(Path(cfg.out) / "val")
     path = other.folder / "val.json"
@@ -212,8 +213,8 @@ def on_val(cfg):
 # -- measurements --------------------------------------------------------------------------------------------------
 
 def kept(path, made_of, make):
-    """The value of make(), which JSON can hold; from the file `path` if the value there is made of the same. made_of:
-    anything that JSON can hold, as ids of stages and settings."""
+    """The value of make(), which JSON can hold, cached in the file `path`. made_of: all that the value depends on, as
+    ids of stages and settings, in JSON's types; if it has changed, make() is called again."""
     key = stages.digest(made_of)
     before = read_json(path)
     if before.get("made_of") != key:
@@ -226,7 +227,7 @@ def kept(path, made_of, make):
 def verdicts(cfg, seed, folders, judge="", pool=""):
     """{name of a stage: annotations of its answers, in AlpacaEval's form and in the order of the eval split}.
 
-    folders: of stages that answer. judge, pool: who is asked, if not the judge and the pool of the run.
+    folders: of finished stages that have answers. judge, pool: who is asked, if not the judge and the pool of the run.
     """
     common = shared(cfg)
     judge, pool = judge or common.judge, pool or common.pool
@@ -250,8 +251,8 @@ def annotators_of(judge, pool):
 def rates(cfg, seed, folders, judge="", pool=""):
     """{name of a stage: preferences (N,) of its answers over the reference, from 1 to 2}, as stats.winrate takes them.
 
-    In the offline world they are exact: 1 + the probability of a win over all annotators of the pool and both orders.
-    Elsewhere they are verdicts(). Arguments as there.
+    In the offline world they are exact: 1 + the probability of a win, averaged over all annotators of the pool and both
+    orders. Elsewhere they are verdicts(). Arguments as there.
     """
     common = shared(cfg)
     judge, pool = judge or common.judge, pool or common.pool
@@ -295,7 +296,7 @@ def means(rows, *keys):
 
 
 def told(thresholds):
-    """The thresholds of each seed as text: {seed: [{what, value, error, passed}]}. passed: None where there is none."""
+    """The thresholds of each seed as text: {seed: [{what, value, error, passed}]}. passed: None without a threshold."""
     lines = []
     for each in zip(*thresholds.values()):
         lines.append(f"{each[0]['what']}:")
@@ -308,7 +309,7 @@ def told(thresholds):
 # -- the command ---------------------------------------------------------------------------------------------------
 
 def write(cfg, result, seconds):
-    """Write NAME.json, NAME.html, the CSV files and the figures of a study; the names of all files."""
+    """Write NAME.json, NAME.html, the CSV files and the figures of a study. Returns the names of all files."""
     document = {"study": cfg.study, "quick": cfg.quick, "flags": asdict(cfg), "passed": cfg.passed, **seconds,
                 "settings": config.provenance(shared(cfg)), "numbers": result.numbers}
     names = [f"{cfg.study}.json", f"{cfg.study}.html", *(f"{name}.csv" for name in result.rows),
@@ -350,8 +351,8 @@ def write_page(cfg, result, document):
 
 
 def printed(block):
-    """Parts of a page for what stands between two blank lines of a study's text: prose, or a table of stats.tables, in
-    which a line of dashes is below the header and at least two spaces are between columns."""
+    """A block of a study's text, between two blank lines, as parts of a page: prose, code, or a table of stats.tables,
+    with a line of dashes below the header and at least two spaces between columns."""
     head, *lines = block.splitlines() or [""]
     if not lines or set(lines[0].strip()) != {"-"}:
         return [report.code(block) if any(line.startswith(" ") for line in lines) else report.prose(block)]

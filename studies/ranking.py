@@ -1,25 +1,27 @@
 """Ranking: do methods rank alike if they are trained and judged in simulation, and with people?
 
 Claim. AlpacaFarm (arXiv 2305.14387, section 4.2, figure 3) trains methods on simulated labels and has them judged by
-simulated annotators, trains them again on people's labels and has them judged by people: Spearman .98, R2 .87.
+simulated annotators, trains them again on people's labels and has them judged by people. The two rankings agree:
+Spearman .98, R2 .87.
 
 How it is measured. Twelve systems are trained twice: on the labels of --judge, with its usual flips, and on those of
---people, without flips. Nine are the methods that the paper trains, and SimPO. best_of_4 is a twin of best_of_n and
-ppo_8 (8 steps) one of ppo, so these are fewer than twelve independent systems; sft and sft_more are the same on both
-sides, since no label made them. The systems are judged by one verdict for each prompt, as in the paper, and in the
-offline world also by the exact win rate (judge.win_probabilities), which has no noise of verdicts, and by the true
-reward. Intervals are over prompts, for the mean over the seeds; the systems are fixed.
-Roof: the same ranking from trainings with another seed. Anchors: base and clean demonstrations play LLaMA and GPT-4.
-Controls that must fail: labels by coin, five close variants of SimPO (beta .2 to .4), people with tastes twice as far
-(barn-far), who judge and, for seven cheap systems, train, too.
+--people, without flips. Nine are methods of the paper. The others are SimPO, best_of_4 (a twin of best_of_n) and ppo_8
+(ppo with 8 steps), so these are fewer than twelve independent systems. sft and sft_more need no labels: they are the
+same on both sides. The systems are judged by one verdict for each prompt, as in the paper, and in the offline world
+also by the exact win rate (judge.win_probabilities), which has no noise of verdicts, and by the true reward. Intervals
+are over prompts, for the mean over the seeds; the systems are fixed.
+Upper bound: the agreement of two trainings that differ in the seed alone.
+Anchors: base and clean demonstrations are ranked, too, in the place of the paper's LLaMA and GPT-4.
+Controls, whose rankings must not agree: labels by coin; five close variants of SimPO (beta .2 to .4); people whose
+tastes are twice as far from the simulated ones (barn-far), as judges and, for seven cheap systems, also as labellers.
 Sweep: the models that are trained in simulation are judged by people at several distances: their mean tastes are 0 to 2
 times as far from the simulated ones as those of barn-human. For each distance the study tells how often a simulated
 label, with its flips, agrees with the majority of three people on pairs of SFT answers. In the paper this is 65 %, so
-the ranking is also measured at the distance where it is 65 % here, or at the nearest one. Noise decides most of this
-agreement; therefore the study also tells how often the likelier labels of both pools agree.
+the ranking is also measured at the distance where it is 65 % here, or at the nearest one. This agreement depends most
+of all on the noise of single labels; so the study also tells how often the likelier labels of both pools agree.
 
-Cost: about 17 minutes on one core for each seed if `farm.py --method all` has finished in the same --out, 25 from
-nothing. What would refute the claim in this world, fixed before: see HOLDS and FAILS.
+Cost: about 17 minutes on one core for each seed if `farm.py --method all` has finished in the same --out, else 25. What
+would refute the claim in this world: HOLDS and FAILS have the bounds, which were fixed before seeds 2 to 4 were run.
 """
 import json
 import random
@@ -127,8 +129,8 @@ def rows_of(cfg, folder):
 
 
 def judged(cfg, seed, folders, own):
-    """{who: scores (S, N)} of S systems: exact win rates in %, those by verdicts of their own side's judge, and true
-    rewards."""
+    """{who judges: scores (S, N)} of S systems: win rates in %, exact ones and those by verdicts of their own side's
+    judge, and true rewards."""
     judges = {"sim": ("", ""), "people": (cfg.people, "p_eval")}
     if kit.offline(cfg):
         judges["far"] = "barn-far", "p_eval"
@@ -160,8 +162,8 @@ def measured(cfg, seed):
 # -- what is compared ----------------------------------------------------------------------------------------------
 
 def comparisons(cfg):
-    """{name: ((trained, judge), (trained, judge), names of the systems)} of rankings within a seed. S, P, C and F are
-    trained on labels of sim, people, coin and far."""
+    """{name: ((trained, judge), (trained, judge), names of the systems)} of rankings within a seed. In a name S, P, C
+    and F mean: trained on labels of sim, people, coin and far."""
     sim, people, systems = ("sim", "sim"), ("people", "people"), list(SYSTEMS)
     by_verdicts = ("sim", "sim, verdicts"), ("people", "people, verdicts")
     found = {"S sim/P people, verdicts": (*by_verdicts, systems), "S sim/P people": (sim, people, systems),
@@ -182,7 +184,7 @@ def comparisons(cfg):
 
 
 def places(cfg, trained, names):
-    """Where systems stand among those that are trained, anchors included."""
+    """The indices of systems in the order of those that are trained on one side, with the anchors at the end."""
     order = [*sides(cfg)[trained][0], *ANCHORS]
     return [order.index(name) for name in names if name != "clean" or kit.offline(cfg)]
 
@@ -212,7 +214,7 @@ def swept(cfg, boards, counts):
 # -- tables and figures --------------------------------------------------------------------------------------------
 
 def checked(found):
-    """[{comparison, measure, bound, value, holds}] of what was fixed before."""
+    """[{comparison, measure, bound, value, holds}]: whether the bounds hold that were fixed beforehand."""
     rows = []
     for bounds, above in ((HOLDS, True), (FAILS, False)):
         for name, (measure, bound) in bounds.items():

@@ -1,8 +1,8 @@
 """The judge behind HTTP: one client for every server that speaks OpenAI's chat completions.
 
-Replies are told apart by one table (`_outcome`): an answer, worth another try, hopeless for this request, hopeless for
-all, or a request that has to be put in another way for this server. Every answer is counted, paid for and in the cache
-before it is used; an end by error, budget or Ctrl-C keeps what arrived, and the same command goes on from there.
+One table (`_outcome`) sorts the replies: an answer; worth another try; hopeless for this request; hopeless for all; or
+a request that this server wants in another form. Every answer is counted, paid for and in the cache before it is used.
+If an error, the budget or Ctrl-C ends the run, all answers that arrived are kept, and the same command continues.
 """
 import datetime
 import hashlib
@@ -25,29 +25,31 @@ from data.judges.verdicts import content, cut_off, without_thought
 from data.loopback import on_this_machine
 from data.retries import MAX_RETRY_AFTER, delay, retry_after
 
-MAX_BYTES = 4 << 20     # of one reply: what is longer is cut, and no JSON any more
+MAX_BYTES = 4 << 20     # of one reply: a longer one is cut off, and then is no valid JSON
 MAX_GARBAGE = 4         # times in a row that a request is answered, but not by a chat completion
 NO_MESSAGE = "no message in the reply"
-BROKE = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing")     # a 429 no waiting cures
+BROKE = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing")     # no use in waiting
 TOO_LONG = re.compile(r"context_length|context length|too long|too many tokens"
                       r"|max\w*_tokens\W.{0,40}(?:large|high|at most)", re.IGNORECASE)
 FILTERED = re.compile("content_filter|content_policy|content management policy", re.IGNORECASE)
-OPTIONAL = {name: re.compile(spelled, re.IGNORECASE) for name, spelled in {     # what a server may do without
+OPTIONAL = {name: re.compile(spelled, re.IGNORECASE) for name, spelled in {     # what a server may refuse
     "max_tokens": r"max[\s_-]?tokens", "temperature": "temperature", "logprobs": r"log[\s_-]?prob",
     "reasoning_effort": "reasoning|thinking|effort",
     "system": r"\bsystem\b.{0,20}(?:role|messag|prompt)|roles?\b.{0,20}\bsystem\b|roles must alternate"}.items()}
-ROOM, MOST_ROOM, TWENTY = 4000, 16000, 20       # tokens for a thought: twenty times the usual, between these
+ROOM, MOST_ROOM, TWENTY = 4000, 16000, 20       # tokens for a thought: twenty times max_tokens, within these bounds
 
 
 class Judge:
     """An OpenAI-compatible endpoint, and the append-only file of all that it ever answered.
 
     Answers are filed under the sha256 of [endpoint, request body]; `endpoint` names the server where its URL does not
-    (the offline world's port is new in every run). Seconds: tries are `backoff` apart, doubling up to 60; `timeout`
-    bounds one call, and `patience` the time in which no call at all is answered. `headers` carry the key, which is
-    `key`, too, so that it can be kept out of every message. `replay` answers from the file alone. `max_calls` and
-    `max_cost` ($, by `price`: a model's $ per million tokens of prompt and completion) end it before it gets dearer.
-    `extra` goes into every request, `brief` is the reasoning_effort of prompts that want a single letter.
+    (the offline world's port is new in every run). In seconds: the first retry waits `backoff`, each later one twice as
+    long, up to 60; `timeout` bounds one call, and `patience` the time in which no call at all is answered. `headers`
+    contain the API key; `key` is the same key, so that it can be removed from every message. `replay`: answer from the
+    file alone. JudgeError ends the run after `max_calls` calls, or when the answers have cost `max_cost` $;
+    `price(model)` is in $ per million tokens of (prompt, completion). `extra` goes into every request, `brief` is the
+    reasoning_effort of prompts that want a single letter. `ask_again`: ask anew for answers in the file that have no
+    usable verdict.
     """
 
     def __init__(self, base_url, cache, endpoint="", key="", headers=(), workers=8, max_unusable=0.02, timeout=120.0,
@@ -67,12 +69,12 @@ class Judge:
         self.jitter = random.Random()   # the global generator belongs to the training around us
         self.cache = Cache(Path(cache))
         self.gate = threading.Condition()
-        self.limit, self.flying, self.streak = min(workers, 4), 0, 0    # calls allowed at a time, under way, good ones
-        self.slowest, self.crowded = 0, False                   # seconds, of these; were there ever too many at a time?
+        self.limit, self.flying, self.streak = min(workers, 4), 0, 0    # calls allowed, under way, good in a row
+        self.slowest, self.crowded = 0, False                   # seconds of the slowest of these; was it ever too much?
         self.terms = {}                 # {model: {what its server refuses: what is sent instead, or None}}
-        self.thinkers = {line["model"] for line in self.cache.answers.values() if line.get("thinks")}   # need room
-        self.calls, self.cost = 0, 0.0  # that were sent, and $ that the answers came to as far as is known
-        self.tokens, self.unpriced, self.uncounted = [0, 0], 0, 0   # of prompts and answers; answers without
+        self.thinkers = {line["model"] for line in self.cache.answers.values() if line.get("thinks")}   # get more room
+        self.calls, self.cost = 0, 0.0  # calls sent, and $ of the answers whose price is known
+        self.tokens, self.unpriced, self.uncounted = [0, 0], 0, 0   # of prompts, answers; replies without price, usage
         self.answered = 0               # replies of status 200
         self.hits = 0                   # how many of the last complete() came from the cache
         self.contacted = False          # whether any reply ever came, of whatever status
@@ -81,8 +83,8 @@ class Judge:
         self.title, self.effort = "", self.extra.get("reasoning_effort", "")    # for the records
 
     def knock(self):
-        """JudgeError if nothing answers at the address, which costs nothing; else {model: date of its shutdown}, as
-        far as the server lists them."""
+        """Check that a server answers at the address, which costs nothing: JudgeError if none does. Returns {model:
+        date of its shutdown} for models of which the server says one."""
         if self.replay:
             return {}
         try:
@@ -94,7 +96,7 @@ class Judge:
         except requests.ConnectionError as error:
             raise self._absent(type(error).__name__) from None
         except (requests.RequestException, HTTPError, OSError, *GARBAGE):
-            return {}                   # it is there; a busy one, or one that keeps no list
+            return {}                   # there is a server: it is busy, or has no such list
 
     def _absent(self, fault):
         return JudgeError(f"no judge answers at {self.base_url} ({fault}): is it running? "
@@ -111,7 +113,8 @@ class Judge:
     def complete(self, bodies, total=0):
         """For each of `bodies` the line of the cache with its answer, or {"cause": why there is none, "fault": ...}.
 
-        Equal bodies are asked once, stored ones never. `total`: how many questions the whole work has, if that is more.
+        Equal bodies are asked once, those in the cache never. `total`: the number of questions in the whole job, if it
+        is more; max_unusable is the share of them that may stay unanswered.
         """
         keys = [self.name(body) for body in bodies]
         missing = {key: body for key, body in zip(keys, bodies) if not self.cache.get(key)}
@@ -125,7 +128,7 @@ class Judge:
 
     def _ask_all(self, missing, causes, bearable):
         items = list(missing.items())
-        self.jitter.shuffle(items)      # another process on the same cache begins elsewhere
+        self.jitter.shuffle(items)      # so that another process on the same cache does not ask the same
         todo, stop, errors, done = iter(items), threading.Event(), [], [0]
 
         def work():
@@ -134,11 +137,11 @@ class Judge:
                     if not self.cache.get(item[0]):
                         causes[item[0]] = self._ask(*item, stop)
                     done[0] += 1
-            except Exception as error:  # belongs to the caller's thread
+            except Exception as error:  # raised again in the caller's thread
                 errors.append(error)
                 stop.set()
 
-        # Daemons, since the interpreter does not end before an executor's threads do, nor would Ctrl-C then.
+        # Daemon threads: the interpreter would wait for the threads of an executor, even after Ctrl-C.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.workers, len(items)))]
         began = shown = self.heard = time.monotonic()
         try:
@@ -149,7 +152,7 @@ class Judge:
                 now = time.monotonic()
                 if now - self.heard > self.patience:
                     if len(items) - done[0] <= bearable:
-                        break           # some few pairs are beyond this judge: unusable
+                        break           # so few that they may stay unanswered
                     raise JudgeError(f"no answer at {self.base_url} in {self.patience:.0f} s ({self.fault}). "
                                      "Earlier answers are kept: the same command goes on from there")
                 if now - shown > 10:
@@ -167,7 +170,7 @@ class Judge:
             raise errors[0]
 
     def spent(self):
-        """What the new answers took, as text."""
+        """Tokens and cost of the new answers, as text."""
         prompt, answers = self.tokens
         if not (prompt or answers or self.uncounted or self.cost):
             return "free"
@@ -177,10 +180,10 @@ class Judge:
     # ---- one request -----------------------------------------------------------------------------------
 
     def _ask(self, key, body, stop):
-        """Ask until the answer is stored; else (cause, fault), once this request is seen to be hopeless."""
+        """Ask until the answer is stored, and return None; or (cause, fault) as soon as this request is hopeless."""
         garbage, failed, late, began, before, share = 0, 0, 0, math.inf, [], 1
         for tries in itertools.count():
-            # While others are answered the server is well, and this request was unlucky: no reason to wait long.
+            # If others were answered meanwhile, the server works, and there is no reason to wait long.
             failed = min(failed, 2) if self.heard > began else failed
             wait = delay(failed, self.backoff, self.jitter)
             sent = self._adapted(body, share)
@@ -188,7 +191,7 @@ class Judge:
                 return "no answer", self.fault
             failed, began, status, slow, answered = failed + 1, time.monotonic(), 0, False, self.answered
             try:
-                self.cache.probe(self.flying)           # the answers of all that are under way must find room
+                self.cache.probe(self.flying)           # OSError if the disk has no room for the answers under way
                 status, headers, data = self._exchange("POST", self.url(body["model"]), json.dumps(sent).encode(),
                                                        min(self.timeout * 2 ** late, max(self.timeout, self.patience)))
                 self._bill(body["model"], data)
@@ -216,7 +219,7 @@ class Judge:
                 wait, cause = self._outcome(status, headers, data, sent, wait)
                 extra = body["model"] in self.thinkers or body["max_tokens"] == MOST_ROOM
                 if cause == "too long" and extra and limit_of(sent) > ROOM // 8:
-                    share, cause = share / 2, ""            # less room for the thought may fit
+                    share, cause = share / 2, ""            # may fit with less room for the thought
                 if cause:
                     return cause, self.fault
             if stop.wait(wait):
@@ -237,11 +240,12 @@ class Judge:
             return True
 
     def _leave(self, status, slow, seconds):
-        """Half as many calls at a time when that is too much for the server, one more after twenty good ones.
+        """Adapt the number of calls that may be under way: half as many when the server is overloaded (429, 503 or
+        `slow`), one more after twenty good calls in a row.
 
-        Before it was ever too much: after as many good ones as there are calls at a time, twice as many if each took
-        less than a quarter of the time that it may take, one more if less than half, else no more.
-        `slow`: a call timed out, and meanwhile not even as many were answered as may be under way.
+        Before the first overload the limit changes after as many good calls as it allows: it is doubled if each took
+        less than a quarter of `timeout`, one more if less than half, else kept. `slow`: this call timed out, and
+        meanwhile fewer calls were answered than may be under way.
         """
         with self.gate:
             self.flying, self.contacted = self.flying - 1, self.contacted or status > 0
@@ -257,14 +261,14 @@ class Judge:
             self.gate.notify()
 
     def _exchange(self, method, url, payload=None, timeout=None):
-        """One exchange -> (status, headers, body); an error that comes with status 200 has the status it speaks of."""
+        """One exchange -> (status, headers, body). An error in a reply with status 200 counts with its own status."""
         timeout = timeout or self.timeout
         deadline = time.monotonic() + timeout
-        request = requests.Request(method, url, headers=self.headers, data=payload).prepare()    # knows no netrc
+        request = requests.Request(method, url, headers=self.headers, data=payload).prepare()    # ignores netrc
         with self.session.send(request, timeout=(min(10, timeout), timeout), allow_redirects=False,
                                **self.settings) as response:
             data = b""
-            # A socket's timeout starts anew with each byte; read1 returns what there is, so a clock can look.
+            # A socket's timeout starts anew with each byte; read1 returns what there is, so we see the deadline.
             # (It raises urllib3's own HTTPError, which requests wraps only in its slower ways of reading.)
             while len(data) <= MAX_BYTES and (chunk := response.raw.read1(1 << 16, decode_content=True)):
                 data += chunk
@@ -276,7 +280,7 @@ class Judge:
         return complaint(data)[2] or status if status < 300 and b'"error"' in data else status, response.headers, data
 
     def _outcome(self, status, headers, data, sent, wait):
-        """What a reply means: (seconds until the next try, ""), or (_, cause) for this request; JudgeError for all.
+        """(seconds until the next try, ""), or (0, cause) if this request is hopeless; JudgeError if all requests are.
 
         200 with a message         an answer (`_store`); what it says is for verdicts.py
         200, cut off or thinking   filed and paid; again with room for a thought, and so for this model from now on
@@ -285,10 +289,10 @@ class Judge:
         200 with anything else     again, four times in a row at most
         408, 409, 425, 429, 5xx    again, after Retry-After if that is bearable
         no reply in time           again, and fewer calls at a time if the server cannot keep up
-        429 out of quota           the end
+        429 out of quota           JudgeError
         4xx of a parameter         again without it, or by its other name, from now on
-        400 too long, filtered     hopeless, this request; with less room if there was room for a thought
-        3xx, other 4xx             the end: the key is not sent elsewhere, nor anything after a refusal
+        400 too long, filtered     hopeless; but if it had room for a thought, again with less room
+        3xx, other 4xx             JudgeError: no key is sent to another address, nothing after a refusal
         """
         message, code, _ = complaint(data)
         self.fault = f"HTTP {status}: {shorten(message)}"
@@ -315,7 +319,8 @@ class Judge:
         return max(rest or wait, min(wait, 1)), ""
 
     def _adapt(self, complaint, sent):
-        """Do without what the server complains about, for this model from now on; False if it names nothing sent."""
+        """Leave out or replace what the server complains about, in all further requests for this model. False if the
+        complaint names nothing that was sent."""
         there = {*sent, sent["messages"][0]["role"]} - (self.extra.keys() - {"max_tokens"})
         with self.gate:
             terms = self.terms.setdefault(sent["model"], {})
@@ -349,7 +354,7 @@ class Judge:
         return sent
 
     def _bill(self, model, data):
-        """Count what the server counts: every reply with a usage, whatever else is in it."""
+        """Add the cost and tokens that a reply's usage states, even if the reply has no usable answer."""
         try:
             usage = json.loads(data)["usage"]
         except GARBAGE:
@@ -359,20 +364,21 @@ class Judge:
             self.tokens = [n + more for n, more in zip(self.tokens, tokens(usage) or (0, 0))]
 
     def _store(self, key, body, sent, data, seconds, before):
-        """File one reply, and say whether it is to be asked for again; raises one of GARBAGE if it is none.
+        """File one reply, and say whether it is to be asked for again; raises one of GARBAGE if it has no message.
 
-        `before` are the usages of earlier replies to this request, to which this one's is added.
+        `before`: the usages of earlier replies to this request; this one's is added.
         """
         reply = json.loads(data, parse_constant=lambda name: None)          # NaN, Infinity
         choice, usage, model = reply["choices"][0], reply.get("usage"), body["model"]
         said, cut = content(choice["message"]), cut_off(choice, usage)
-        said.encode()           # no string, or half a surrogate pair: out
+        said.encode()           # raises if it is no string, or has half a surrogate pair
         refused = choice["message"].get("refusal") or choice.get("finish_reason") == "content_filter"
         with self.gate:
             self.heard, self.fault = time.monotonic(), ""
             self.uncounted += tokens(usage) is None
             self.unpriced += dollars(usage, self.price(model)) is None
-            short = body["max_tokens"] < ROOM // 4 or not without_thought(said)[0].strip()     # no long answer, but cut
+            # A long answer that was cut is not asked for again: only a verdict, or a thought.
+            short = body["max_tokens"] < ROOM // 4 or not without_thought(said)[0].strip()
             more = cut and short and limit_of(sent) < min(room(body), MOST_ROOM) and not before
             if more and model not in self.thinkers:
                 self.thinkers.add(model)
@@ -384,12 +390,12 @@ class Judge:
 
 
 def room(body):
-    """Tokens that a model gets which thinks before it answers."""
+    """The max_tokens of a request to a model that thinks before it answers."""
     return max(body["max_tokens"], ROOM, min(TWENTY * body["max_tokens"], MOST_ROOM))
 
 
 def limit_of(sent):
-    """The longest answer that a request allows."""
+    """The longest answer, in tokens, that a request allows."""
     return sent.get("max_tokens") or sent["max_completion_tokens"]
 
 

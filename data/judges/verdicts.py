@@ -1,9 +1,10 @@
 """What a judge's reply means: thoughts are taken off, and a verdict is taken only where it can be read in one way.
 
-A verdict is a short sentence that names one letter and says nothing else ("Output (a)", "The better one: [[A]]"), alone
-or with its reason; the same behind the number of a pair, in a list, a line or a table; or JSON. A reply that names both
-letters, takes something back, or numbers pairs that were not asked about has no verdict: a lost label can be asked for
-again, a wrong one is never found.
+A verdict has one of three forms: a short sentence that names one letter and says nothing else ("Output (a)", "The
+better one: [[A]]"), alone or with its reason; such a sentence behind the number of a pair, in a list, a line or a
+table; or JSON. A reply that names both letters, takes something back, or numbers pairs that were not asked about has no
+verdict. So some good replies are lost; but an unusable reply is counted and can be asked for again, while a wrong label
+goes unnoticed.
 """
 import ast
 import itertools
@@ -22,7 +23,7 @@ THOUGHT = re.compile(rf"(?P<opens><{TAGS}>|\[THINK\]|<\|channel\|?>(?:analysis|t
 
 
 def content(message):
-    """The text of a message, "" for null; of a list of parts only the text, since the others think."""
+    """The text of a message, "" for null. Of a list of parts, only the text parts: the others are thoughts."""
     parts = message.get("content")
     if isinstance(parts, list):
         parts = "".join(part["text"] for part in parts if part["type"] in ("text", "output_text"))
@@ -32,7 +33,7 @@ def content(message):
 def without_thought(text):
     """(what a reply says outside of its thoughts, whether it ends within one).
 
-    A thought that only ends here began in the prompt: all before its end is thought.
+    An end tag without a start tag ends a thought that began in the prompt: everything before it is left out.
     """
     kept, inside, at = "", False, 0
     for tag in THOUGHT.finditer(text):
@@ -45,7 +46,7 @@ def without_thought(text):
 
 
 def cut_off(choice, usage=None):
-    """Whether a reply ended before its verdict could come: in a thought, at the limit, or eaten up by reasoning."""
+    """Whether a reply ended before its verdict: within a thought, at the token limit, or after reasoning alone."""
     message = choice["message"]
     said, inside = without_thought(content(message))
     details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
@@ -66,7 +67,7 @@ WORDS = set("""the better best output option answer response choice one is my i 
     ausgabe antwort die der das bessere besser beste ist sortie réponse la le meilleure meilleur est salida respuesta
     el mejor es opción saída resposta melhor é risposta migliore вывод ответ вариант лучше лучший""".split())
 OTHER_SCRIPTS = re.compile("[输出答案回选项择更较好佳最优是的为輸選擇項優為力方良いですがの출력답변더나은것이가좋다]+")
-# A letter in prose: in brackets, behind a noun, as a capital that is no article, or by its place.
+# A letter in prose: in brackets, behind a noun, as a capital that is no article, or as "first" or "second".
 NAMED = re.compile(rf"{OPEN}\s*([ab])\s*{CLOSE}|\b{NOUN}s?\s+([ab])\b(?!\s+(?-i:[a-z]))|\b((?-i:B))\b"
                    r"|\b((?-i:A))\b(?=\W*$|\s*[^\w\s]|\s+(?:\w+s|did|would|can|only|also|and|or)\b)"
                    rf"|\b(first|second)\s+(?:one|is|{NOUN})\b", re.IGNORECASE)
@@ -77,7 +78,7 @@ TAKEN_BACK = re.compile(
 NEGATIVE = re.compile(r"\b(?:not|no|never|wrong|worse|worst|incorrect|bad|poor|fails?|lacks?|loses?|rejected"
                       r"|\w+['’]t)\b", re.IGNORECASE)
 REASON = re.compile(r"\n|[.,;:|(–—]|\s-|\s(?:for|(?P<because>because|since|as))\b", re.IGNORECASE)
-MAX_HEAD = 300                          # characters in which a verdict has to come
+MAX_HEAD = 300                          # characters within which a verdict has to stand
 
 
 def sentence(text):
@@ -91,16 +92,16 @@ def sentence(text):
 
 
 def named(text):
-    """The letters that are meant anywhere in a text of any kind."""
+    """The set of letters, of a and b, that a text names anywhere, in prose, too."""
     found = {match[match.lastindex].lower() for match in NAMED.finditer(text)}
     return {{"first": "a", "second": "b"}.get(name, name) for name in found}
 
 
 def letter_of(text):
-    """The letter of a verdict that stands alone, or first or last with its reason beside it; else None.
+    """The letter of a text that is a verdict, alone or with a reason behind it or in the lines before it; else None.
 
-    The reason must not name the other letter nor take the verdict back, and before the verdict or in its line, where
-    it may turn it round ("Output (a): wrong"), it must not say no.
+    The reason must not name the other letter or take the verdict back. Before the verdict, or in its line, it must also
+    contain no negative word, which may reverse the verdict ("Output (a): wrong"), except after "because".
     """
     text = text.strip()
     if alone := sentence(text):
@@ -118,16 +119,17 @@ def letter_of(text):
 
 # ---- the verdicts of a reply ---------------------------------------------------------------------------
 
-MARKS = re.compile(r"<\|[^|>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")     # of templates
+MARKS = re.compile(r"<\|[^|>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")     # special tokens
 ECHO = re.compile(r"<<<[0-9a-f]{8} |[0-9a-f]{8}>>>")                                    # the fences of our prompts
 NUMBER = re.compile(r"(?:^|(?<=[\s,;|.]))[\s*_`'\"#>|(\[•-]{0,9}(?:pair\s*)?[#№]?(\d{1,4})"
                     r"(?:[*_`'\"\s]{0,9}[:.)\]|=>→–—-]+[*_`\s]{0,9}|\s+(?=[*_`(\[]|output\b|option\b))", re.IGNORECASE)
 PAIR = re.compile(r"(?:pair)?\s*#?(\d{1,4})", re.IGNORECASE)
 MAX_REPLY = 100_000                     # characters that are read at all
-MAX_LITERAL = 2048                      # characters that ast may look at
+MAX_LITERAL = 2048                      # characters that ast.literal_eval may parse
 MAX_STARTS = 100                        # places where JSON may begin
 
-# Each reads {pair's number: the letters it is given, None for one that cannot be read}; two for a pair are none.
+# Each function returns {pair's number: the set of letters that the reply gives it, with None for an unreadable one}.
+# A pair with more than one of these has no verdict.
 
 
 def letters(reply, number=1):
@@ -137,7 +139,7 @@ def letters(reply, number=1):
 
 
 def numbered(reply, number=1):
-    """Lines "3: Output (a)", or several of them in one; the lines between them may say why."""
+    """Lines such as "3: Output (a)", or several verdicts in one line; the lines between them may give reasons."""
     found, behind, alone = {}, "", set()
     for line in reply.splitlines():
         heads = list(NUMBER.finditer(line))
@@ -158,7 +160,7 @@ def numbered(reply, number=1):
 
 
 def objects(reply, number=1):
-    """A JSON list of {"pair", "better"}, or an object that holds it, or single ones; text around it may say why."""
+    """A JSON list of {"pair", "better"}, an object that has such a list, or single objects; text around may say why."""
     items, rest = documents(reply)
     items = [{str(key).strip().lower(): value for key, value in item.items()} for item in items]
     items = [item for item in items if "better" in item]
@@ -173,7 +175,7 @@ def objects(reply, number=1):
 
 
 def documents(reply):
-    """(the JSON objects in a text, in lists or alone, what stands behind the last of them)."""
+    """([the JSON objects in a text, in lists or alone], the text behind the last of them)."""
     found, at, decode = [], 0, json.JSONDecoder().raw_decode
     for _ in range(MAX_STARTS):
         start = re.compile(r"[\[{]").search(reply, at)
@@ -201,7 +203,8 @@ READERS = {"letter": letters, "numbered": numbered, "json": objects}
 
 
 def read(reply, form, number):
-    """{pair's number: letter} of a reply that was asked for in a form; a judge may answer in another one."""
+    """{pair's number: letter} of a reply about `number` pairs. form: the form that was asked for; it is tried first,
+    then the others, since a judge may use another one."""
     if len(reply) > MAX_REPLY or ECHO.search(reply):
         return {}
     reply = MARKS.sub("\n", unicodedata.normalize("NFKC", reply))
@@ -223,9 +226,9 @@ BARE = re.compile(r"\W*([ab])\W*", re.IGNORECASE)
 def verdicts(annotator, choice, number, cause="", usage=None):
     """What a judge said of `number` pairs, from one of the `choices` of its reply: [(preference or None, cause)].
 
-    1: the text shown first, 2: the second; fractions if the choice has log-probabilities of the deciding token, which
-    goes for single letters only. The cause says why there is none: "refusal", "cut off", "empty", "no verdict"; or the
-    one given, if there is no choice at all.
+    A preference is 1 for the text shown first, 2 for the second. It is a fraction if one pair was asked about, the
+    reply is a verdict without a reason, and the choice has log-probabilities of its letter. The cause says why there is
+    no preference: "refusal", "cut off", "empty", "no verdict"; or the argument `cause`, if there is no choice at all.
     """
     if choice is None:
         return number * [(None, cause)]
@@ -244,7 +247,7 @@ def verdicts(annotator, choice, number, cause="", usage=None):
 def letter_preference(choice, letter):
     """2 - P(a) at the token that decides between a and b, from the log-probabilities of a choice; None without them.
 
-    The last token that is nothing but the verdict's letter counts, with all its dresses (" a", "(A") together.
+    This is the last token that is nothing but the verdict's letter. P(a) adds up all spellings of a (" a", "(A").
     """
     try:
         tokens = [token for token in choice["logprobs"]["content"] if BARE.fullmatch(token["token"])]
