@@ -82,8 +82,8 @@ def generate_batch(gpt, prompts, caps, slots, n=1, lora_rank=0, page=32):
             names = [manager.add_request(row, max_new_tokens=cap) for row, cap in zip(rows, caps)]
             done = {}
             while len(done) < len(names):
-                result = manager.get_result(timeout=60)
-                if result.is_finished():
+                result = manager.get_result(timeout=60)             # None if it takes longer
+                if result is not None and result.is_finished():
                     done[result.request_id] = len(result.generated_tokens)
         return [done[name] for name in names]
     return run
