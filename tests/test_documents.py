@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, command
 from documents import NOTEBOOK, README, in_line, in_notebook, in_readme, of_farm, quick, source
+from quick import slowly
 
 from rlhf import methods, plan
 from studies import kit, studies
@@ -72,7 +73,7 @@ def succeeded(line):
 
 
 @pytest.mark.filterwarnings("ignore:'[a-z.]+' found in sys.modules")
-@pytest.mark.parametrize("line", RUN)
+@pytest.mark.parametrize("line", [slowly(line) if "--method all" in line else line for line in RUN])
 def test_a_command_of_readme_runs(workshop, monkeypatch, tmp_path, line):
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")

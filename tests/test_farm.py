@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import child, command, refused, said
+from quick import few, slowly
 
 import annotate
 import farm as farm_py
@@ -317,7 +318,7 @@ def test_learning_may_start_at_the_checkpoint_itself(first, copy, tmp_path):
     refused(farm("--method", "dpo", "--start", "bas"), 2, "--start 'bas' is not known")
 
 
-@pytest.mark.parametrize("method", ["best_of_n", "expert_iteration"])
+@pytest.mark.parametrize("method", ["best_of_n", slowly("expert_iteration")])
 def test_rewards_and_their_users_start_at_the_checkpoint_too(method, tmp_path):
     argv = ("--method", method, *SMALL, "--lora_rank", "4", "--start", "base", "--n", "2", "--out", tmp_path)
     result = farm(*argv, "--reward.scale_answers", "16")
@@ -713,6 +714,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_readme_s_new_method_is_one_new_file(project, copy):
     source, = README_EXAMPLE.findall((ROOT / "README.md").read_text())
     (project / "rlhf" / "hinge.py").write_text(source)
@@ -755,6 +757,7 @@ def run(cfg):
 '''
 
 
+@pytest.mark.slow
 def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
     (project / "rlhf" / "echo.py").write_text(ECHO)
     (project / "rlhf" / "volume.py").write_text("LOUD = 1\n")
@@ -993,7 +996,7 @@ def test_a_sick_judge_is_found_out_before_anything_is_trained(tmp_path, monkeypa
     assert KEY not in result.err + result.out and "stage 1" not in result.out and not (tmp_path / "sft").exists()
 
 
-@pytest.mark.parametrize("rule, said", SICK_JUDGES.values(), ids=SICK_JUDGES)
+@pytest.mark.parametrize("rule, said", few(SICK_JUDGES.values(), SICK_JUDGES["talks"]), ids=SICK_JUDGES)
 def test_a_judge_that_falls_sick_costs_no_finished_stage(tmp_path, monkeypatch, rule, said):
     command = ("--method", "dpo", "--judge", "m", "--limit", "6", "--max_new_tokens", "6", "--out", tmp_path)
     with judging(longer, monkeypatch), monkeypatch.context() as patch:
