@@ -2,13 +2,11 @@
 import gc
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, command, refused
+from commands import command, refused
 from quick import slowly
 
 from benchmarks import bench, measure

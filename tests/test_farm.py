@@ -579,7 +579,8 @@ def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_
 def test_another_seed_makes_another_run(first, tmp_path):
     assert farm("--method", "dpo", *SMALL, "--seed", "1", "--out", tmp_path).code == 0
     theirs, ours = results(tmp_path), results(first.out)
-    assert [name for name in ours if ours[name] == theirs[name] and "samples" not in name] == []
+    same = {name for name in ours if ours[name] == theirs[name] and "samples" not in name}
+    assert same <= {"sft/metrics.jsonl"}                # one batch holds all 16 rows: their order only rounds
 
 
 def test_a_stage_may_have_a_seed_of_its_own(first, copy):
@@ -733,6 +734,7 @@ def test_the_readme_s_new_method_is_one_new_file(project, copy):
     assert result.returncode == 2 and "rlhf/hinge.py has changed" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
     (project / "rlhf" / "echo.py").write_text(ECHO)
     result = in_another_process("--method", "echo", *SMALL, "--out", project / "run", "--loud", cwd=project)
@@ -778,6 +780,7 @@ def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
 
 # ---- is there anything to learn, and from what ---------------------------------------------------------
 
+@pytest.mark.slow
 def test_dpo_learns_from_preferences_and_nothing_from_coins(tmp_path):
     settings = ("--method", "dpo", "--limit", "200", "--max_new_tokens", "40", "--epochs", "2")
     z = {}
@@ -944,6 +947,7 @@ def test_ctrl_c_while_torch_loads_is_a_sentence_too(monkeypatch):
         runpy.run_path(str(ROOT / "farm.py"), run_name="farm")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_stops_the_run_with_a_sentence(tmp_path):
     """farm.py ... | head -1"""
     command = [sys.executable, "farm.py", "--method", "sft", *SMALL, "--out", str(tmp_path)]
