@@ -4,6 +4,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import toy
+from quick import few
 
 from data import InputError
 from rlhf import quark
@@ -100,7 +101,7 @@ def test_settings_that_make_no_sense_are_refused():
 
 # --- whole runs -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", toy.KINDS)
+@pytest.mark.parametrize("kind", few(toy.KINDS, "full"))
 def test_it_learns_what_is_rewarded(kind, folders):
     _, metrics, result = ran(folders, kind, rounds=10)
     scores = [step["objective/scores"] for step in metrics]
