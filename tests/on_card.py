@@ -62,7 +62,7 @@ RUNS = {"sft": (sft, {"epochs": 1, "batch_size": 4}, 1),
         "ppo": (ppo, {"steps": 2, "rollout_batch": 8, "batch_size": 8, "num_ppo_epochs": 1, "val_prompts": 4}, 2)}
 
 
-@pytest.mark.parametrize("name, int8", few([(name, int8) for name in RUNS for int8 in (False, True)], ("ppo", False)))
+@pytest.mark.parametrize("name, int8", few([(name, int8) for name in RUNS for int8 in (False, True)], ("dpo", False)))
 def test_a_run_learns_what_it_learns_on_a_cpu(name, int8, folder, monkeypatch):
     """The same metrics and the same answers; and each step waits for the GPU a few times only."""
     module, how, each = RUNS[name]

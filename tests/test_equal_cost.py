@@ -139,6 +139,7 @@ def test_a_budget_into_which_nothing_fits_is_refused(monkeypatch, tmp_path):
         equal_cost.run(kit.parse("equal_cost", argv.split()))
 
 
+@pytest.mark.slow
 def test_equal_cost_runs_as_a_whole(tmp_path):
     argv = ("--study", "equal_cost", "--quick", "--methods", "online_dpo,best_of_n", "--seeds", "0", "--out", tmp_path)
     result = farm(*argv)

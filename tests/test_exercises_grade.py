@@ -86,6 +86,7 @@ def test_wrong_functions_fail_their_own_tests(tmp_path, which):
         assert row.why and "Error" not in row.why, f"{wrong[:2]}: {row.why}"
 
 
+@pytest.mark.slow
 def test_a_blank_is_told_from_a_wrong_function_and_fails_nothing_else(tmp_path):
     folder, other = copy_of(tmp_path / "copy"), ["data/barn/base/config.json", "rlhf/update.py"]
     for name in ("gae", "length"):

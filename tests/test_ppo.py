@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import toy
-from quick import few, slowly
+from quick import few
 from test_farm import farm, leaderboard, results, reused
 from torch.nn.functional import pad
 
@@ -640,7 +640,8 @@ OWN = {"ppo": ("--steps", "2", "--rollout_batch", "16", "--batch_size", "8"), "b
        "expert_iteration": ("--n", "3")}
 
 
-@pytest.mark.parametrize("rank", [0, slowly(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
 def test_three_methods_share_their_stages_and_one_seed_makes_the_same_bytes(rank, tmp_path):
     for out in "ab":
         printed = ""
