@@ -8,6 +8,7 @@ import tiny
 import torch
 import toy
 from commands import command, refused
+from quick import few
 from test_farm import farm
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -73,8 +74,9 @@ def logits(model, rows, pad=None):
 
 # --- written ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("family, kind", [*((family, "lora") for family in FAMILIES), ("llama", "full"),
-                                          ("gpt2", "full"), ("gpt_neox", "full")])
+@pytest.mark.parametrize("family, kind", few([
+    *((family, "lora") for family in FAMILIES), ("llama", "full"), ("gpt2", "full"), ("gpt_neox", "full")],
+    ("qwen3", "lora"), ("gpt2", "full")))
 def test_transformers_scores_as_the_reward_model_does(family, kind, tmp_path):
     base_of(tmp_path, family, max_shard_size="12KB")
     cfg, model = trained(tmp_path, kind)

@@ -183,6 +183,7 @@ def test_what_took_longer_has_no_row(slowest, flags, said):
     assert said in found and ("No row" in found) == ("|" not in found)
 
 
+@pytest.mark.slow
 def test_a_speedrun_counts_all_but_sft_and_pairs(tmp_path):
     result = farm("--study", "speedrun", "--method", "best_of_n", "--n", "3", "--quick", "--seeds", "0,1", "--out",
                   tmp_path)

@@ -71,6 +71,7 @@ def test_what_is_not_blank_still_runs(everything):
     assert python(everything, "-c", f"import {modules}").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_tests_of_every_blank_are_red_and_say_what_is_to_be_written(everything):
     found = failures(everything, "exercises/tests")
     for one in BLANKS.values():

@@ -14,7 +14,6 @@ import tiny
 import torch
 import toy
 from commands import command, refused
-from quick import few
 
 from exercises import bugs
 from exercises.tree import copy_tree
@@ -110,7 +109,8 @@ def test_without_a_bug_the_number_is_0(number):
     assert abs(NUMBERS[number]()) < NEAR
 
 
-@pytest.mark.parametrize("number", few(NUMBERS, 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_patch_changes_the_number_that_its_symptom_is_about(number, tmp_path):
     """In a copy whose every module can still be imported."""
     ended = command("exercises/bugs/__main__.py", number, "--out", tmp_path / "copy")

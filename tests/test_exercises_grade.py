@@ -160,7 +160,7 @@ def test_values_come_back_as_they_were(hostile):
 
 
 @pytest.mark.parametrize("function, said", [
-    ("exits", "raises SystemExit"), ("dies", "ends the process"), slowly("kills", "ends the process"),
+    ("exits", "raises SystemExit"), slowly("dies", "ends the process"), slowly("kills", "ends the process"),
     ("wrong", "raises KeyError: 'no such key'"), ("thing", "raises TypeError"), ("deep", "raises RecursionError"),
     ("none", "raises AttributeError")])
 def test_a_function_that_gives_nothing_fails_in_a_sentence_and_only_itself(hostile, function, said):
@@ -190,7 +190,7 @@ def test_a_student_gets_no_keys(hostile, monkeypatch):
 
 
 @pytest.mark.parametrize("reply", [
-    slowly("{}"), "nonsense", slowly(""),
+    slowly("{}"), slowly("nonsense"), slowly(""),
     '{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}',
     slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [1], "dtype": "object", "learns": 0}}')])
 def test_a_forged_reply_is_no_result(hostile, reply):

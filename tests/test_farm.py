@@ -478,9 +478,9 @@ def stumble(exception, at=1):
 
 
 @pytest.mark.parametrize("owner, name, exception, code", [
-    (rlhf.sft.update.Updater, "step", KeyboardInterrupt(), 130),
+    slowly(rlhf.sft.update.Updater, "step", KeyboardInterrupt(), 130),
     (annotate, "annotate", annotate.JudgeError("gone"), 3),
-    (rlhf.dpo.policy, "save", OSError(28, "No space left"), 5)], ids=["in sft", "in pairs", "in dpo"])
+    slowly(rlhf.dpo.policy, "save", OSError(28, "No space left"), 5)], ids=["in sft", "in pairs", "in dpo"])
 def test_an_interrupted_run_ends_no_differently(first, tmp_path, monkeypatch, owner, name, exception, code):
     at = 2 if name == "save" else 1                     # the first save is sft's
     monkeypatch.setattr(owner, name, stumble(exception, at)(getattr(owner, name)))
@@ -567,6 +567,7 @@ def in_another_process(*argv, cwd=ROOT, **env):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_path):
     result = in_another_process("--method", "dpo", *SMALL, "--out", tmp_path / "run")
     assert result.returncode == 0 and not result.stderr, result.stderr
@@ -656,6 +657,7 @@ DATA, REFERENCE, STORIES = (SHARED / path for path in (
     "checkpoints/stories260K"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not all(path.exists() for path in (DATA, REFERENCE, STORIES)),
                     reason=f"needs the real model and data in {SHARED}")
 def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):

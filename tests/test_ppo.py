@@ -502,6 +502,7 @@ def test_it_learns_to_say_more_of_what_is_rewarded(kind, train):
     assert cfg.result["val/rlhf_reward"] > 1
 
 
+@pytest.mark.slow
 def test_the_lower_its_price_the_further_the_policy_goes(train):
     free, dear = (train("full", toy.thirties, **TOY | {"kl_coef": kl_coef}).metrics for kl_coef in (0., 1.))
     assert free[0]["objective/kl"] == dear[0]["objective/kl"] == pytest.approx(0, abs=1e-5)

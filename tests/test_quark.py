@@ -148,6 +148,7 @@ def test_the_micro_batch_size_changes_nothing(folders):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_holds_the_policy_back(folders):
     free, held = (ran(folders, "full", rounds=4, beta=beta)[1][-1]["loss/kl"] for beta in (0., 5.))
     assert held < free / 2

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quick import slowly
 
 from data.alpaca_eval import read_column, read_length_control
 from stats import agreement, length, ranking, tables, winrate
@@ -342,7 +341,8 @@ def test_a_taste_for_length_is_taken_out():
     assert row["lc_weights"] == pytest.approx([-1.5, .4], abs=.05)
 
 
-@pytest.mark.parametrize("difficult, skill", [(False, .4), slowly(True, .4), slowly(False, -3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("difficult, skill", [(False, .4), (True, .4), (False, -3)])
 def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(difficult, skill):
     """Instructions are drawn anew each time, the fit sees difficulties as they are."""
     r, low, high = np.random.default_rng(1), [], []
