@@ -169,6 +169,7 @@ def test_a_function_that_gives_nothing_fails_in_a_sentence_and_only_itself(hosti
     assert hostile.call("hostile", "right", 1)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_is_stopped_and_not_asked_again(hostile, monkeypatch):
     monkeypatch.setattr(student, "LIMIT", .5)
     for _ in range(2):
@@ -191,7 +192,7 @@ def test_a_student_gets_no_keys(hostile, monkeypatch):
 
 @pytest.mark.parametrize("reply", [
     slowly("{}"), slowly("nonsense"), slowly(""),
-    '{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}',
+    slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}'),
     slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [1], "dtype": "object", "learns": 0}}')])
 def test_a_forged_reply_is_no_result(hostile, reply):
     assert hostile.call("hostile", "spoils") == 5

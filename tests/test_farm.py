@@ -329,6 +329,7 @@ def test_rewards_and_their_users_start_at_the_checkpoint_too(method, tmp_path):
         assert adapter["base_model_name_or_path"] == str(BASE)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_itself_is_judged_as_any_other(first, tmp_path):
     """Alone, or what another run has trained; greedily, if so asked."""
     greedy = ("--eval_temperature", "0", *SMALL)
@@ -347,6 +348,7 @@ def test_the_checkpoint_itself_is_judged_as_any_other(first, tmp_path):
     refused(farm("--method", "base", "--eval_top_p", "0"), 2, "--eval_top_p 0 makes no sense")
 
 
+@pytest.mark.slow
 def test_how_answers_are_sampled_is_no_part_of_pairs_and_rewards(first, copy):
     """Another temperature of what is judged: pairs are reused by a new sft that learned the same."""
     again = ("--eval_temperature", ".5", "--rerun", "sft,base,dpo")
@@ -430,6 +432,7 @@ def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
     assert not (tmp_path / "seed5").exists()
 
 
+@pytest.mark.slow
 def test_a_needed_stage_may_be_a_variant_too(first, copy):
     coins = ("--pairs.name", "pairs_coin", "--pairs.flip", ".5", "--name", "dpo_coin")
     result = farm("--method", "dpo", *SMALL, "--out", copy, *coins)
@@ -577,6 +580,7 @@ def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
+@pytest.mark.slow
 def test_another_seed_makes_another_run(first, tmp_path):
     assert farm("--method", "dpo", *SMALL, "--seed", "1", "--out", tmp_path).code == 0
     theirs, ours = results(tmp_path), results(first.out)
@@ -584,6 +588,7 @@ def test_another_seed_makes_another_run(first, tmp_path):
     assert same <= {"sft/metrics.jsonl"}                # one batch holds all 16 rows: their order only rounds
 
 
+@pytest.mark.slow
 def test_a_stage_may_have_a_seed_of_its_own(first, copy):
     for stage in ("pairs", "dpo"):
         shutil.rmtree(copy / stage)

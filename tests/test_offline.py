@@ -245,7 +245,7 @@ def test_no_reference_is_computed_while_it_trains(kind, name, folders, monkeypat
     assert metrics[0]["loss"] == pytest.approx(sum(losses).item() / 40, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ipo", "kto"])
+@pytest.mark.parametrize("name", few(["ipo", "kto"], "kto"))
 def test_the_micro_batch_size_changes_nothing(name, folders):
     """KTO's reference point is of the whole step."""
     runs = [ran(folders, "full", METHODS[name], epochs=2, micro_batch_tokens=tokens)[1] for tokens in (1, 60, 10_000)]
