@@ -140,8 +140,8 @@ def test_a_stage_that_is_killed_again_and_again_gets_done(staged, monkeypatch):
     assert kills > 4 and moments.result(one) == expected
 
 
-@pytest.mark.parametrize("kills, methods", [
-    (1, "dpo"), slowly(40, "dpo,ppo,grpo,best_of_n,expert_iteration")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, methods", [(3, "dpo"), (40, "dpo,ppo,grpo,best_of_n,expert_iteration")])
 def test_a_command_that_is_really_killed_leaves_the_same_files_and_repeats_at_most_a_step(kills, methods, tmp_path):
     """The judge's verdicts among them, and no temporary files."""
     command = [sys.executable, ROOT / "tests" / "killing.py", kills, tmp_path / "run", "--method", methods,
