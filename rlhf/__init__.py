@@ -23,6 +23,7 @@ def parse(name):
 parsed = lru_cache(None)(ast.parse)     # of a source text; a study asks many times which methods there are
 
 
+@lru_cache(None)
 def bound(tree):
     """The names that a file binds at its top level: by assignment, def, class or import."""
     names = set()

@@ -273,6 +273,7 @@ class Config:
         return self.checkpoint.name if in_cache(self.checkpoint) else ""
 
 
+@lru_cache(None)
 def helps(cls):
     """{field: the comment behind it}, over a Config and its parents."""
     found = {}

@@ -43,7 +43,7 @@ import importlib
 from pathlib import Path
 
 from data import InputError, one_of
-from rlhf import bound
+from rlhf import bound, parsed
 
 FOLDER = Path(__file__).parent
 PARTS = {"Config", "run"}               # of a study
@@ -51,7 +51,7 @@ PARTS = {"Config", "run"}               # of a study
 
 def parse(path):
     """The syntax tree of a file of this folder."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return parsed(path.read_text(encoding="utf-8"))
 
 
 def studies():

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch._dynamo  # noqa: E402, F401 - what the first step of each fork would load
+
 import farm  # noqa: E402
 from data.judges import cache  # noqa: E402
 from rlhf import sampler, update  # noqa: E402

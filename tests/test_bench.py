@@ -2,13 +2,12 @@
 import gc
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, command, refused
+from commands import command, refused
+from quick import slowly
 
 from benchmarks import bench, measure
 from benchmarks.flags import parse
@@ -68,7 +67,7 @@ def test_real_sizes_of_the_presets():
         assert linear + head * (1 if SHAPES[preset][-1] else 2) == pytest.approx(billions * 1e9, rel=2e-3)
 
 
-@pytest.mark.parametrize("benches, flags", [([], ["--lora_rank", "0"]), (["rollout", "dpo", "ppo", "memory"], [
+@pytest.mark.parametrize("benches, flags", [slowly([], ["--lora_rank", "0"]), (["rollout", "dpo", "ppo", "memory"], [
     "--lora_rank", "4", "--int8", "--checkpointing", "--n", "2", "--no_cached", "--no_shared_prompt"])])
 def test_every_bench_runs_and_the_last_line_is_one_document(benches, flags, tmp_path):
     done = command(MAIN, *benches, *SMALL, *flags, "--out", tmp_path / "new" / "x.json")
@@ -102,6 +101,7 @@ def test_plans_name_what_there_is():
         assert name in bench.BENCHES and changes.keys() <= known.keys() and changes["preset"] in SHAPES
 
 
+@pytest.mark.slow
 def test_the_plan_for_a_gpu_runs_from_end_to_end_in_small(capsys):
     """Its flags and its order, at a shape and in numbers that a CPU can bear."""
     small = {"preset": "s", "rows": 16, "slots": 8, "batch": 8, "new": 8, "micro_batch_tokens": 256, "compile": False}
@@ -154,10 +154,9 @@ def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
 
 def test_help_has_each_flag_once_and_its_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    line = [sys.executable, "-m", "benchmarks", "--help"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
-    said = done.stdout[done.stdout.index("positional"):]
+    done = command(MAIN, "--help")
+    assert done.code == 0 and max(map(len, done.out.splitlines())) <= 80
+    said = done.out[done.out.index("positional"):]
     for name, value in vars(parse([], "", bench.BENCHES)).items():
         if name != "benches":
             (about,) = re.findall(rf"^  --{name}\b(.*?)(?=\n  -|\n\n|\Z)", said, re.MULTILINE | re.DOTALL)
@@ -165,6 +164,7 @@ def test_help_has_each_flag_once_and_its_default(monkeypatch):
             assert re.search(rf"\w.*\[{default}\]\s*$", about, re.DOTALL), (name, about)
 
 
+@pytest.mark.slow
 def test_the_peers_do_the_same_work():
     """Transformers: equal logits, and as many tokens as were asked for. TRL: DPO begins at log 2 as ours does, on the
     ids it was given, and neither a known reference nor smaller parts of the batch change the loss."""

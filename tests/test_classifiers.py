@@ -8,6 +8,7 @@ import tiny
 import torch
 import toy
 from commands import command, refused
+from quick import few
 from test_farm import farm
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -73,8 +74,9 @@ def logits(model, rows, pad=None):
 
 # --- written ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("family, kind", [*((family, "lora") for family in FAMILIES), ("llama", "full"),
-                                          ("gpt2", "full"), ("gpt_neox", "full")])
+@pytest.mark.parametrize("family, kind", few([
+    *((family, "lora") for family in FAMILIES), ("llama", "full"), ("gpt2", "full"), ("gpt_neox", "full")],
+    ("qwen3", "lora"), ("gpt2", "full")))
 def test_transformers_scores_as_the_reward_model_does(family, kind, tmp_path):
     base_of(tmp_path, family, max_shard_size="12KB")
     cfg, model = trained(tmp_path, kind)
@@ -87,6 +89,7 @@ def test_transformers_scores_as_the_reward_model_does(family, kind, tmp_path):
     assert (logits(other, ROWS, pad=0) - mine).abs().max() > 1e-3       # zeros count, as they are no padding
 
 
+@pytest.mark.slow
 def test_trl_goes_on_from_it(tmp_path):
     """Its loss on pairs before the first step is ours."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
@@ -323,6 +326,7 @@ def test_a_name_that_is_nothing_is_refused(monkeypatch, tmp_path):
         ppo.Config(reward="rules")
 
 
+@pytest.mark.slow
 def test_the_command_trains_no_reward_model_where_there_is_one(tmp_path):
     """And other weights under the same name make another stage."""
     folder = other_model(tmp_path / "model")

@@ -61,12 +61,13 @@ def test_help_mentions_every_knob_and_what_the_method_is(name, capsys):
     with pytest.raises(SystemExit) as exit:
         parse(CONFIGS[name], ["--help"], "farm.py", importlib.import_module(f"rlhf.{name}").__doc__)
     shown = capsys.readouterr().out
+    joined = " ".join(shown.split())
     assert exit.value.code == 0
     for field in fields(CONFIGS[name]):
         assert re.search(rf"--(no-)?{field.name}\b", shown), field.name
-        assert " ".join(helps(CONFIGS[name])[field.name].split()) in " ".join(shown.split())
+        assert " ".join(helps(CONFIGS[name])[field.name].split()) in joined
         assert str(field.default) in shown
-    assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in " ".join(shown.split())
+    assert importlib.import_module(f"rlhf.{name}").__doc__.splitlines()[0] in joined
     assert max(map(len, shown.splitlines())) <= 80
     knobs = re.findall(r"^  --(?!no-)(\w+)", shown, re.MULTILINE)
     own = [field.name for field in fields(CONFIGS[name]) if field.name not in {f.name for f in fields(Config)}]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, command
 from documents import NOTEBOOK, README, in_line, in_notebook, in_readme, of_farm, quick, source
+from quick import slowly
 
 from rlhf import methods, plan
 from studies import kit, studies
@@ -46,6 +47,7 @@ def reason(line):
 
 
 OF_README, OF_NOTEBOOK = unique(in_readme()), unique(in_notebook())
+LISTS = ["python farm.py --list"]       # which takes no other flag
 RUN = [line for line in OF_README if not reason(line)]
 
 
@@ -72,7 +74,7 @@ def succeeded(line):
 
 
 @pytest.mark.filterwarnings("ignore:'[a-z.]+' found in sys.modules")
-@pytest.mark.parametrize("line", RUN)
+@pytest.mark.parametrize("line", [slowly(line) if "--method all" in line else line for line in RUN])
 def test_a_command_of_readme_runs(workshop, monkeypatch, tmp_path, line):
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
@@ -105,8 +107,9 @@ def flags_are_known(line, monkeypatch):
     assert not stopped.value.unknown
 
 
-@pytest.mark.parametrize("line", [line for line in dict.fromkeys([*OF_README, *OF_NOTEBOOK]) if reason(line)])
-def test_the_flags_of_a_command_that_is_not_run_are_known(monkeypatch, line):
+@pytest.mark.parametrize("line", [
+    *filter(reason, OF_README), *(line for line in OF_NOTEBOOK if line not in OF_README + LISTS)])
+def test_the_flags_of_a_command_that_is_not_run_here_are_known(monkeypatch, line):
     flags_are_known(line, monkeypatch)
 
 

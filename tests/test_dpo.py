@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 
 import model
 from rlhf import dpo, logprobs, pairs, policy
@@ -195,7 +196,7 @@ def test_the_first_log_probs_are_means_over_the_batch(kind, folders, monkeypatch
         assert metrics[0][name] == pytest.approx(sum(alone) / 16, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
+@pytest.mark.parametrize("kind", few(toy.KINDS, "full"))
 def test_the_micro_batch_size_changes_nothing(kind, folders):
     runs = []
     for tokens in (1, 60, 10_000):
@@ -203,7 +204,7 @@ def test_the_micro_batch_size_changes_nothing(kind, folders):
         runs.append((metrics, torch.cat([w.flatten() for w in toy.saved(cfg).values()])))
     for metrics, weights in runs[1:]:
         for a, b in zip(metrics, runs[0][0], strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+            assert toy.known(a) == pytest.approx(toy.known(b), rel=1e-3, abs=1e-5)
         torch.testing.assert_close(weights, runs[0][1], atol=1e-4, rtol=1e-4)
 
 

@@ -139,6 +139,7 @@ def test_a_budget_into_which_nothing_fits_is_refused(monkeypatch, tmp_path):
         equal_cost.run(kit.parse("equal_cost", argv.split()))
 
 
+@pytest.mark.slow
 def test_equal_cost_runs_as_a_whole(tmp_path):
     argv = ("--study", "equal_cost", "--quick", "--methods", "online_dpo,best_of_n", "--seeds", "0", "--out", tmp_path)
     result = farm(*argv)
@@ -182,6 +183,7 @@ def test_what_took_longer_has_no_row(slowest, flags, said):
     assert said in found and ("No row" in found) == ("|" not in found)
 
 
+@pytest.mark.slow
 def test_a_speedrun_counts_all_but_sft_and_pairs(tmp_path):
     result = farm("--study", "speedrun", "--method", "best_of_n", "--n", "3", "--quick", "--seeds", "0,1", "--out",
                   tmp_path)

@@ -63,6 +63,7 @@ def test_a_copy_has_all_files_and_lacks_only_the_bodies(everything):
         assert now == was, "another line of the file has changed"
 
 
+@pytest.mark.slow
 def test_what_is_not_blank_still_runs(everything):
     front = python(everything, "farm.py")
     assert front.returncode == 0 and "Methods (" in front.stdout, front.stderr
@@ -70,6 +71,7 @@ def test_what_is_not_blank_still_runs(everything):
     assert python(everything, "-c", f"import {modules}").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_tests_of_every_blank_are_red_and_say_what_is_to_be_written(everything):
     found = failures(everything, "exercises/tests")
     for one in BLANKS.values():
@@ -79,6 +81,7 @@ def test_the_tests_of_every_blank_are_red_and_say_what_is_to_be_written(everythi
         assert any(f"{one.function}() in {one.file} is yours to write" in message for message in said)
 
 
+@pytest.mark.slow
 def test_one_blank_leaves_the_other_tests_green(tmp_path):
     result = command("exercises/blank.py", "gae", "--out", tmp_path / "copy")
     assert result.code == 0 and "python -m pytest exercises/tests/test_gae.py" in result.out

@@ -109,6 +109,7 @@ def test_without_a_bug_the_number_is_0(number):
     assert abs(NUMBERS[number]()) < NEAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_patch_changes_the_number_that_its_symptom_is_about(number, tmp_path):
     """In a copy whose every module can still be imported."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, command, refused
+from quick import slowly
 
 from exercises import BLANKS, blank, grade, student, trained, tree
 from rlhf import plan
@@ -62,12 +63,14 @@ def own():
     return command("exercises/grade.py", ROOT, "--quick", "--seed", 3)
 
 
+@pytest.mark.slow
 def test_the_project_s_own_functions_get_full_marks(own):
     assert own.code == 0, own.out
     assert "60 / 60" in own.out and own.out.count("\n\n") == 1, "something is said beside the table"
     assert max(map(len, own.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_wrong_functions_fail_their_own_tests(tmp_path, which):
     """One wrong solution for every function in one tree: each fails by itself."""
@@ -83,6 +86,7 @@ def test_wrong_functions_fail_their_own_tests(tmp_path, which):
         assert row.why and "Error" not in row.why, f"{wrong[:2]}: {row.why}"
 
 
+@pytest.mark.slow
 def test_a_blank_is_told_from_a_wrong_function_and_fails_nothing_else(tmp_path):
     folder, other = copy_of(tmp_path / "copy"), ["data/barn/base/config.json", "rlhf/update.py"]
     for name in ("gae", "length"):
@@ -135,10 +139,11 @@ def told(): return sorted(os.environ)
 '''
 
 
-@pytest.fixture
-def hostile(tmp_path):
-    (tmp_path / "hostile.py").write_text(HOSTILE)
-    with student.Student(tmp_path) as one:
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "hostile.py").write_text(HOSTILE)
+    with student.Student(folder) as one:
         yield one
 
 
@@ -155,7 +160,7 @@ def test_values_come_back_as_they_were(hostile):
 
 
 @pytest.mark.parametrize("function, said", [
-    ("exits", "raises SystemExit"), ("dies", "ends the process"), ("kills", "ends the process"),
+    ("exits", "raises SystemExit"), slowly("dies", "ends the process"), slowly("kills", "ends the process"),
     ("wrong", "raises KeyError: 'no such key'"), ("thing", "raises TypeError"), ("deep", "raises RecursionError"),
     ("none", "raises AttributeError")])
 def test_a_function_that_gives_nothing_fails_in_a_sentence_and_only_itself(hostile, function, said):
@@ -164,6 +169,7 @@ def test_a_function_that_gives_nothing_fails_in_a_sentence_and_only_itself(hosti
     assert hostile.call("hostile", "right", 1)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_is_stopped_and_not_asked_again(hostile, monkeypatch):
     monkeypatch.setattr(student, "LIMIT", .5)
     for _ in range(2):
@@ -180,12 +186,14 @@ def test_a_blank_is_told(hostile):
 def test_a_student_gets_no_keys(hostile, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("HF_TOKEN", "secret")
+    hostile.end()                                       # the next process begins with these
     assert not {"OPENAI_API_KEY", "HF_TOKEN"} & set(hostile.call("hostile", "told"))
 
 
 @pytest.mark.parametrize("reply", [
-    "{}", "nonsense", "", '{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}',
-    '{"error": "", "blank": false, "value": {"tensor": [1], "shape": [1], "dtype": "object", "learns": false}}'])
+    slowly("{}"), slowly("nonsense"), slowly(""),
+    slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}'),
+    slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [1], "dtype": "object", "learns": 0}}')])
 def test_a_forged_reply_is_no_result(hostile, reply):
     assert hostile.call("hostile", "spoils") == 5
     hostile.stream = SimpleNamespace(write=len, flush=list, readline=lambda most: reply)
@@ -231,6 +239,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(trained.SMALL, "ppo", {"steps": 1, "rollout_batch": 16, "val_prompts": 8})
 
 
+@pytest.mark.slow
 def test_all_results_of_a_whole_grading_are_numbers(tiny, tmp_path):
     rows = grade.results(ROOT, 1, tmp_path, 300)
     assert [row.what.partition(":")[0] for row in rows] == ["reward model", "dpo", "ppo", "dpo on coins"]

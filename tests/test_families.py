@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from quick import few
 
 import model
 from data import InputError, adapters, families
@@ -285,8 +286,9 @@ NOT_APART = {"mistral, long window", "qwen2, a window not used", "qwen2, a windo
              "gemma, hidden_act gelu, hidden_activation null", "smollm3, every second layer",
              "gemma3, with eyes, newer names"}
 PLAIN = {kind: name for name, (kind, *_) in reversed(VARIANTS.items())}     # the first variant of each kind
-every = pytest.mark.parametrize("name", VARIANTS)
-every_kind = pytest.mark.parametrize("name", PLAIN.values())
+QUICK = ("llama", "qwen3", "gpt2", "gemma3", "qwen3_moe")       # as different from each other as can be
+every = pytest.mark.parametrize("name", few(VARIANTS, *QUICK))
+every_kind = pytest.mark.parametrize("name", few(PLAIN.values(), *QUICK))
 OTHER_NUMBERS = re.compile("yarn|theta|linear|llama3|longrope|window|sliding|layer_types|normalised")   # same tensors
 ROPES = {name for name, (kind, changes, *_) in VARIANTS.items()
          if "factor" in str({**FAMILIES[kind], **changes}.get("rope_parameters"))}
@@ -295,6 +297,8 @@ NEW_ONLY = {"olmo3, two thetas"}            # one rope_theta was for both kinds 
 SPELLINGS = [(name, key) for name, (kind, *_) in VARIANTS.items() for key in (None, "type", "rope_type")
              if key is None or "defaults" not in name and name not in NEW_ONLY and (
                  (key == "rope_type") == (name in ROPES) or name in ROPES and kind not in families.TWO_ROPES)]
+
+OLD = [("llama, yarn", "type"), ("gemma3", "type"), ("gemma3, linear", "rope_type")]     # spelled as some years ago
 
 
 # --- making and comparing ----------------------------------------------------------------------------------
@@ -462,7 +466,7 @@ def far(pairs, tolerance):
 
 # --- that these tests can fail -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not OTHER_NUMBERS.search(name)])
+@pytest.mark.parametrize("name", few([name for name in VARIANTS if not OTHER_NUMBERS.search(name)], *QUICK))
 @torch.no_grad()
 def test_every_tensor_shows_in_the_logits(name, made):
     theirs = made(name).theirs
@@ -476,7 +480,7 @@ def test_every_tensor_shows_in_the_logits(name, made):
         p.copy_(before)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in PLAIN.values()])
+@pytest.mark.parametrize("name", few([name for name in VARIANTS if name not in PLAIN.values()], "llama, yarn"))
 @torch.no_grad()
 def test_the_same_tensors_mean_something_else_in_another_variant(name, made):
     """Whoever overlooks what is special about a variant either finds tensors that do not fit, or other logits."""
@@ -493,7 +497,7 @@ def test_the_same_tensors_mean_something_else_in_another_variant(name, made):
 
 # --- the model ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, key", SPELLINGS)
+@pytest.mark.parametrize("name, key", few(SPELLINGS, *((name, None) for name in PLAIN.values()), *OLD))
 @torch.no_grad()
 def test_logits_of_padded_rows(name, key, made):
     gpt = model.load(made(name, key).folder)

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import child, command, refused, said
+from quick import few, slowly
 
 import annotate
 import farm as farm_py
@@ -317,7 +318,7 @@ def test_learning_may_start_at_the_checkpoint_itself(first, copy, tmp_path):
     refused(farm("--method", "dpo", "--start", "bas"), 2, "--start 'bas' is not known")
 
 
-@pytest.mark.parametrize("method", ["best_of_n", "expert_iteration"])
+@pytest.mark.parametrize("method", ["best_of_n", slowly("expert_iteration")])
 def test_rewards_and_their_users_start_at_the_checkpoint_too(method, tmp_path):
     argv = ("--method", method, *SMALL, "--lora_rank", "4", "--start", "base", "--n", "2", "--out", tmp_path)
     result = farm(*argv, "--reward.scale_answers", "16")
@@ -328,6 +329,7 @@ def test_rewards_and_their_users_start_at_the_checkpoint_too(method, tmp_path):
         assert adapter["base_model_name_or_path"] == str(BASE)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_itself_is_judged_as_any_other(first, tmp_path):
     """Alone, or what another run has trained; greedily, if so asked."""
     greedy = ("--eval_temperature", "0", *SMALL)
@@ -346,6 +348,7 @@ def test_the_checkpoint_itself_is_judged_as_any_other(first, tmp_path):
     refused(farm("--method", "base", "--eval_top_p", "0"), 2, "--eval_top_p 0 makes no sense")
 
 
+@pytest.mark.slow
 def test_how_answers_are_sampled_is_no_part_of_pairs_and_rewards(first, copy):
     """Another temperature of what is judged: pairs are reused by a new sft that learned the same."""
     again = ("--eval_temperature", ".5", "--rerun", "sft,base,dpo")
@@ -429,6 +432,7 @@ def test_seeds_are_runs_of_their_own_and_are_averaged(first, tmp_path):
     assert not (tmp_path / "seed5").exists()
 
 
+@pytest.mark.slow
 def test_a_needed_stage_may_be_a_variant_too(first, copy):
     coins = ("--pairs.name", "pairs_coin", "--pairs.flip", ".5", "--name", "dpo_coin")
     result = farm("--method", "dpo", *SMALL, "--out", copy, *coins)
@@ -477,9 +481,9 @@ def stumble(exception, at=1):
 
 
 @pytest.mark.parametrize("owner, name, exception, code", [
-    (rlhf.sft.update.Updater, "step", KeyboardInterrupt(), 130),
+    slowly(rlhf.sft.update.Updater, "step", KeyboardInterrupt(), 130),
     (annotate, "annotate", annotate.JudgeError("gone"), 3),
-    (rlhf.dpo.policy, "save", OSError(28, "No space left"), 5)], ids=["in sft", "in pairs", "in dpo"])
+    slowly(rlhf.dpo.policy, "save", OSError(28, "No space left"), 5)], ids=["in sft", "in pairs", "in dpo"])
 def test_an_interrupted_run_ends_no_differently(first, tmp_path, monkeypatch, owner, name, exception, code):
     at = 2 if name == "save" else 1                     # the first save is sft's
     monkeypatch.setattr(owner, name, stumble(exception, at)(getattr(owner, name)))
@@ -566,6 +570,7 @@ def in_another_process(*argv, cwd=ROOT, **env):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_path):
     result = in_another_process("--method", "dpo", *SMALL, "--out", tmp_path / "run")
     assert result.returncode == 0 and not result.stderr, result.stderr
@@ -575,12 +580,15 @@ def test_one_seed_makes_the_same_bytes_in_another_folder_and_process(first, tmp_
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
+@pytest.mark.slow
 def test_another_seed_makes_another_run(first, tmp_path):
     assert farm("--method", "dpo", *SMALL, "--seed", "1", "--out", tmp_path).code == 0
     theirs, ours = results(tmp_path), results(first.out)
-    assert [name for name in ours if ours[name] == theirs[name] and "samples" not in name] == []
+    same = {name for name in ours if ours[name] == theirs[name] and "samples" not in name}
+    assert same <= {"sft/metrics.jsonl"}                # one batch holds all 16 rows: their order only rounds
 
 
+@pytest.mark.slow
 def test_a_stage_may_have_a_seed_of_its_own(first, copy):
     for stage in ("pairs", "dpo"):
         shutil.rmtree(copy / stage)
@@ -654,6 +662,7 @@ DATA, REFERENCE, STORIES = (SHARED / path for path in (
     "checkpoints/stories260K"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not all(path.exists() for path in (DATA, REFERENCE, STORIES)),
                     reason=f"needs the real model and data in {SHARED}")
 def test_real_weights_real_data_and_a_judge_behind_http(tmp_path, monkeypatch):
@@ -713,6 +722,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_readme_s_new_method_is_one_new_file(project, copy):
     source, = README_EXAMPLE.findall((ROOT / "README.md").read_text())
     (project / "rlhf" / "hinge.py").write_text(source)
@@ -731,6 +741,7 @@ def test_the_readme_s_new_method_is_one_new_file(project, copy):
     assert result.returncode == 2 and "rlhf/hinge.py has changed" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_a_method_that_needs_nothing_has_a_leaderboard_of_its_own(project):
     (project / "rlhf" / "echo.py").write_text(ECHO)
     result = in_another_process("--method", "echo", *SMALL, "--out", project / "run", "--loud", cwd=project)
@@ -755,6 +766,7 @@ def run(cfg):
 '''
 
 
+@pytest.mark.slow
 def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
     (project / "rlhf" / "echo.py").write_text(ECHO)
     (project / "rlhf" / "volume.py").write_text("LOUD = 1\n")
@@ -775,6 +787,7 @@ def test_a_method_may_borrow_from_another_and_have_a_helper_file(project):
 
 # ---- is there anything to learn, and from what ---------------------------------------------------------
 
+@pytest.mark.slow
 def test_dpo_learns_from_preferences_and_nothing_from_coins(tmp_path):
     settings = ("--method", "dpo", "--limit", "200", "--max_new_tokens", "40", "--epochs", "2")
     z = {}
@@ -941,6 +954,7 @@ def test_ctrl_c_while_torch_loads_is_a_sentence_too(monkeypatch):
         runpy.run_path(str(ROOT / "farm.py"), run_name="farm")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_stops_the_run_with_a_sentence(tmp_path):
     """farm.py ... | head -1"""
     command = [sys.executable, "farm.py", "--method", "sft", *SMALL, "--out", str(tmp_path)]
@@ -993,7 +1007,7 @@ def test_a_sick_judge_is_found_out_before_anything_is_trained(tmp_path, monkeypa
     assert KEY not in result.err + result.out and "stage 1" not in result.out and not (tmp_path / "sft").exists()
 
 
-@pytest.mark.parametrize("rule, said", SICK_JUDGES.values(), ids=SICK_JUDGES)
+@pytest.mark.parametrize("rule, said", few(SICK_JUDGES.values(), SICK_JUDGES["talks"]), ids=SICK_JUDGES)
 def test_a_judge_that_falls_sick_costs_no_finished_stage(tmp_path, monkeypatch, rule, said):
     command = ("--method", "dpo", "--judge", "m", "--limit", "6", "--max_new_tokens", "6", "--out", tmp_path)
     with judging(longer, monkeypatch), monkeypatch.context() as patch:

@@ -8,11 +8,11 @@ import sys
 import pytest
 from commands import ROOT
 from judged import make_pairs
+from quick import slowly
 from test_eval import annotations
 
 resource = pytest.importorskip("resource")
 KB = 1 << 10
-slowly = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def limited(size, script, *argv, **environment):

@@ -164,6 +164,7 @@ for name in ours:
 """
 
 
+@pytest.mark.slow
 def test_everything_is_imported_where_there_is_no_posix():
     theirs = {name for path in SOURCES for name, at_the_top in imports(path) if at_the_top}
     theirs -= {name for name in theirs if name.partition(".")[0] in OURS}

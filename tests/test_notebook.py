@@ -114,6 +114,7 @@ def ran(tmp_path_factory):
             yield run.all()
 
 
+@pytest.mark.slow
 def test_all_cells_run_in_their_quickest_form(ran):
     refused = {id: shown(cell) for id, cell in ran.cells.items() if REFUSED.search(shown(cell))}
     assert not refused
@@ -126,6 +127,7 @@ def test_all_cells_run_in_their_quickest_form(ran):
     assert page.data["text/html"].startswith("<iframe srcdoc=") and page.data["text/plain"].endswith("report.html")
 
 
+@pytest.mark.slow
 def test_a_person_can_take_the_place_of_the_judge(ran):
     ran.one('get_ipython().kernel.raw_input = lambda asks: "b" * (" of " in asks)')
     assert ran.judged_by("me").count("Answer b:") == 20
@@ -136,6 +138,7 @@ def test_a_person_can_take_the_place_of_the_judge(ran):
     assert "annotate.py: --judge me: nobody can type an answer here" in ran.judged_by("me:anna")
 
 
+@pytest.mark.slow
 def test_what_was_copied_to_drive_goes_on_in_another_session(ran, tmp_path, monkeypatch):
     shutil.unpack_archive(ran.drive / "farm-runs.tgz", tmp_path)
     monkeypatch.chdir(tmp_path)

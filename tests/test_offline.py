@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 
 from data import InputError
 from rlhf import cdpo, dpo, ipo, kto, logprobs, orpo, policy, simpo
@@ -206,8 +207,8 @@ def ran(folders, kind, method, **changes):
     return cfg, toy.lines(cfg), result
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, kind", few([(name, kind) for name in METHODS for kind in toy.KINDS],
+                                           *((name, "full") for name in METHODS)))
 def test_it_learns_what_the_preferred_answers_have_in_common(name, kind, folders):
     cfg, metrics, result = ran(folders, kind, METHODS[name])
     assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + .02
@@ -244,13 +245,13 @@ def test_no_reference_is_computed_while_it_trains(kind, name, folders, monkeypat
     assert metrics[0]["loss"] == pytest.approx(sum(losses).item() / 40, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ipo", "kto"])
+@pytest.mark.parametrize("name", few(["ipo", "kto"], "kto"))
 def test_the_micro_batch_size_changes_nothing(name, folders):
     """KTO's reference point is of the whole step."""
     runs = [ran(folders, "full", METHODS[name], epochs=2, micro_batch_tokens=tokens)[1] for tokens in (1, 60, 10_000)]
     for other in runs[1:]:
         for a, b in zip(other, runs[0], strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+            assert toy.known(a) == pytest.approx(toy.known(b), rel=1e-3, abs=1e-5)
 
 
 def test_the_reference_point_is_the_kl_on_mismatched_answers():

@@ -10,6 +10,7 @@ import tiny
 import torch
 import toy
 from commands import command, refused
+from quick import few
 
 from data import InputError, hub, sets
 from data.adapters import load_adapter
@@ -31,7 +32,7 @@ TRAIN = ("--data", "{}/data.json", "--max_prompt_tokens", 12, "--max_new_tokens"
          "--judge", "none", "--method", "sft", "--epochs", 1, "--lr", .05)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=few(FAMILIES, "qwen3"))
 def world(request, tmp_path):
     """A folder with data and the base of a family, in bf16, as transformers writes it."""
     transformers = pytest.importorskip("transformers")

@@ -402,6 +402,7 @@ def test_judging_outputs_and_labels_from_eval(tmp_path):
     assert re.search(rf"^Variance +{100 * (1 - sum(same) / 8):.2f}$", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_farm_run_asks_for_labels_and_for_win_rates_and_flips_nothing(tmp_path):
     process = start("farm.py", "--method", "dpo", "--judge", "me", "--limit", 6, "--max_new_tokens", 6,
                     "--out", tmp_path)

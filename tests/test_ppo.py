@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 from test_farm import farm, leaderboard, results, reused
 from torch.nn.functional import pad
 
@@ -215,6 +216,7 @@ def test_log_probs_far_apart_outside_the_mask_make_no_nan():
 # --- the loop, on a tiny model ---------------------------------------------------------------------------
 
 kinds = pytest.mark.parametrize("kind", toy.KINDS)
+full_quickly = pytest.mark.parametrize("kind", few(toy.KINDS, "full"))
 USUAL = {"steps": 3, "rollout_batch": 20, "batch_size": 10, "lr": 1e-3}
 
 
@@ -340,7 +342,7 @@ def test_the_first_ratio_is_1_and_nothing_is_clipped(kind, temperature, train, m
     assert first["val/ratio"] == pytest.approx(1, abs=1e-6) and first["policy/approxkl_avg"] < 1e-10
 
 
-@kinds
+@full_quickly
 def test_padding_to_twice_the_length_changes_no_metric_of_a_run(kind, train, monkeypatch):
     plain, real = train(kind), experience.pack
 
@@ -354,7 +356,7 @@ def test_padding_to_twice_the_length_changes_no_metric_of_a_run(kind, train, mon
     close(weights(padded), weights(plain), 1e-4)
 
 
-@kinds
+@full_quickly
 def test_neither_micro_batches_nor_checkpointing_change_a_metric_of_a_run(kind, train):
     all_at_once = train(kind, micro_batch_tokens=10_000)
     one = train(kind, micro_batch_tokens=1, checkpointing=True)
@@ -492,7 +494,7 @@ TOY = {"lr": 1e-2, "steps": 10, "rollout_batch": 40, "batch_size": 20, "init_val
        "missing_eos_penalty": 0., "eval_every": 10}
 
 
-@kinds
+@full_quickly
 def test_it_learns_to_say_more_of_what_is_rewarded(kind, train):
     cfg = train(kind, toy.thirties, **TOY)
     scores = [step["objective/scores"] for step in cfg.metrics]
@@ -500,6 +502,7 @@ def test_it_learns_to_say_more_of_what_is_rewarded(kind, train):
     assert cfg.result["val/rlhf_reward"] > 1
 
 
+@pytest.mark.slow
 def test_the_lower_its_price_the_further_the_policy_goes(train):
     free, dear = (train("full", toy.thirties, **TOY | {"kl_coef": kl_coef}).metrics for kl_coef in (0., 1.))
     assert free[0]["objective/kl"] == dear[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -531,8 +534,8 @@ def test_max_kl_stops_and_saves(train):
     assert cfg.result["chosen_step"] == len(kls) - 1 and weights(cfg).isfinite().all()
 
 
-@kinds
-@pytest.mark.parametrize("best", [0, 1, 3])
+@pytest.mark.parametrize("best, kind", few([(best, kind) for best in (0, 1, 3) for kind in toy.KINDS],
+                                           (0, "full"), (1, "full"), (3, "full")))
 def test_the_policy_that_did_best_on_val_is_saved(kind, best, train, monkeypatch):
     """The score at one look is made the highest; what is saved is the policy of that look alone."""
     looks, real = [], ppo.collect
@@ -610,17 +613,18 @@ OPTIONS = {"kl_estimator": ["k2", "k3", "clamped"], "whiten_rewards": [True], "a
            "init_value": ["sft"], "gamma": [.9], "lam": [.5], "cliprange": [.001], "cliprange_value": [.001],
            "vf_coef": [1.], "missing_eos_penalty": [0.], "num_ppo_epochs": [1], "kl_coef": [.5],
            "batch_size": [20]}
+SHORT = {"steps": 2, "eval_every": 2}
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in OPTIONS for value in OPTIONS[name]])
 def test_every_option_changes_the_policy(name, value, train, plain):
-    other = train("full", eval_every=3, **{name: value})
+    other = train("full", **SHORT | {name: value})
     assert (weights(other) - plain).abs().max() > 1e-6
 
 
 @pytest.fixture(scope="module")
 def plain(folders):
-    cfg = toy.settings(folders["full"], "full", ppo.Config, **USUAL)
+    cfg = toy.settings(folders["full"], "full", ppo.Config, **USUAL | SHORT)
     ppo.run(cfg)
     return weights(cfg)
 
@@ -638,6 +642,7 @@ OWN = {"ppo": ("--steps", "2", "--rollout_batch", "16", "--batch_size", "8"), "b
        "expert_iteration": ("--n", "3")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_three_methods_share_their_stages_and_one_seed_makes_the_same_bytes(rank, tmp_path):
     for out in "ab":

@@ -4,6 +4,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import toy
+from quick import few
 
 from data import InputError
 from rlhf import quark
@@ -100,7 +101,7 @@ def test_settings_that_make_no_sense_are_refused():
 
 # --- whole runs -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", toy.KINDS)
+@pytest.mark.parametrize("kind", few(toy.KINDS, "full"))
 def test_it_learns_what_is_rewarded(kind, folders):
     _, metrics, result = ran(folders, kind, rounds=10)
     scores = [step["objective/scores"] for step in metrics]
@@ -147,6 +148,7 @@ def test_the_micro_batch_size_changes_nothing(folders):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_holds_the_policy_back(folders):
     free, held = (ran(folders, "full", rounds=4, beta=beta)[1][-1]["loss/kl"] for beta in (0., 5.))
     assert held < free / 2

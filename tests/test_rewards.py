@@ -9,6 +9,7 @@ import torch
 import toy
 from commands import refused
 from judged import JUDGE, shown
+from quick import slowly
 from test_farm import farm, reused
 
 import annotate
@@ -212,7 +213,7 @@ OWN = {"ppo": ("--steps", "1", "--rollout_batch", "16"), "grpo": ("--steps", "1"
        "iterated_dpo": ("--rounds", "1", "--prompts", "16")}
 
 
-@pytest.mark.parametrize("reward", ["true", "judge"])
+@pytest.mark.parametrize("reward", ["true", slowly("judge")])
 def test_every_method_learns_from_every_reward_without_a_reward_model(reward, tmp_path):
     for name, own in OWN.items():
         result = farm("--method", name, *SMALL, *own, "--reward", reward, "--out", tmp_path)

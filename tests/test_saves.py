@@ -19,6 +19,7 @@ import torch
 import toy
 from commands import child
 from judged import JUDGE
+from quick import few, slowly
 
 import annotate
 from data import InputError, Refusal, attempt, interrupts
@@ -84,7 +85,7 @@ def resumes(one, copies, steps, expected):
         assert moments.result(one) == expected, copy
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few(METHODS, "dpo", "ppo"))
 def test_a_kill_at_any_change_of_a_file_changes_nothing(method, staged, monkeypatch, tmp_path):
     """At every moment each save that is there is whole, and none is older than the step before. From some moments the
     stage is really run to its end."""
@@ -97,8 +98,9 @@ def test_a_kill_at_any_change_of_a_file_changes_nothing(method, staged, monkeypa
     resumes(one, some, steps, expected)
 
 
-@pytest.mark.parametrize("method, settings", [("online_dpo", {}), ("iterated_dpo", {"batch_size": 4}), ("grpo", {})],
-                         ids=["online_dpo", "iterated_dpo", "grpo"])
+@pytest.mark.parametrize("method, settings", [
+    ("online_dpo", {}), slowly("iterated_dpo", {"batch_size": 4}), slowly("grpo", {})],
+    ids=["online_dpo", "iterated_dpo", "grpo"])
 def test_annotators_go_on_counting_and_drawing_where_they_were(method, settings, staged, server, monkeypatch, tmp_path):
     """Who is drawn for a pair, and which labels are flipped, depends on how many pairs there were before."""
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -138,8 +140,8 @@ def test_a_stage_that_is_killed_again_and_again_gets_done(staged, monkeypatch):
     assert kills > 4 and moments.result(one) == expected
 
 
-@pytest.mark.parametrize("kills, methods", [
-    (3, "dpo"), pytest.param(40, "dpo,ppo,grpo,best_of_n,expert_iteration", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, methods", [(3, "dpo"), (40, "dpo,ppo,grpo,best_of_n,expert_iteration")])
 def test_a_command_that_is_really_killed_leaves_the_same_files_and_repeats_at_most_a_step(kills, methods, tmp_path):
     """The judge's verdicts among them, and no temporary files."""
     command = [sys.executable, ROOT / "tests" / "killing.py", kills, tmp_path / "run", "--method", methods,

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,8 +173,9 @@ def engine(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("look", [2, 8])
-@pytest.mark.parametrize("kind, slots", [("alpaca", 32), ("alpaca", 256), ("rlhf", 32), ("rlhf", 64)])
+@pytest.mark.parametrize("look, kind, slots", few(
+    [(look, *of) for look in (2, 8) for of in (("alpaca", 32), ("alpaca", 256), ("rlhf", 32), ("rlhf", 64))],
+    (2, "alpaca", 256), (8, "rlhf", 64)))
 def test_few_steps_are_wasted_on_rows_that_have_ended(kind, slots, look, engine, monkeypatch):
     """AlpacaFarm's lengths: at most 1.35 row-steps for a useful token, where batches that wait for their longest row
     take 2 to 5; with the looks of a GPU too."""
@@ -356,8 +358,8 @@ def test_int8_rounds_by_half_a_step_and_its_gradient_is_that_of_the_rounded_weig
         torch.testing.assert_close(low, high, atol=1e-4, rtol=1e-4)
 
 
-@KINDS
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind, checkpointing", few([(kind, how) for kind in toy.KINDS for how in (False, True)],
+                                                    ("lora", True)))
 def test_compiled_blocks_compute_the_same_and_one_graph_serves_them_all(kind, checkpointing, monkeypatch):
     """Without a compiler's code, only its graphs: a break in one would be an error, and blocks share them."""
     graphs, results = [], []

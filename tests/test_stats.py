@@ -341,6 +341,7 @@ def test_a_taste_for_length_is_taken_out():
     assert row["lc_weights"] == pytest.approx([-1.5, .4], abs=.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difficult, skill", [(False, .4), (True, .4), (False, -3)])
 def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(difficult, skill):
     """Instructions are drawn anew each time, the fit sees difficulties as they are."""

@@ -65,6 +65,7 @@ def test_more_prompts_rank_better_and_all_of_them_as_well_as_can_be():
     assert all(row["to_other"]["ci_low"] <= row["to_other"]["value"] <= row["to_other"]["ci_high"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_small_study_runs_with_sets_that_no_split_has(out):
     result = farm("--study", "evaluation", "--quick", "--seeds", "9", "--out", out)
     assert result.code == 0 and not result.err, result.err

@@ -57,6 +57,7 @@ def test_tables_have_means_over_seeds_and_leave_out_what_was_not_tried():
         ["500", "all"], ["-" * 22], ["25", "%", "wrong", "55.0", "70.0"], ["40", "%", "wrong"]]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "WITH_PPO", ((0., 0), (.25, 0)))
     cfg = kit.parse("labels", ["--quick", "--seeds", "3", "--flips", "0", "--sizes", "500", "--out", str(tmp_path)])

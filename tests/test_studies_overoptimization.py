@@ -97,6 +97,7 @@ def test_flags_that_make_no_sense_are_refused(flags):
 
 # ---- the command ---------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_it_runs_and_its_ends_are_the_mean_of_the_samples_and_the_winners(tmp_path, monkeypatch):
     few = {labels: overoptimization.LABELS[labels] for labels in (NOISY, MANY, JUDGE)}
     monkeypatch.setattr(overoptimization, "LABELS", few)

@@ -163,6 +163,7 @@ def test_people_at_a_distance_judge_exactly_and_by_verdicts(labels):
 
 # ---- all of it -----------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_small_study_runs_and_goes_on_where_it_was(monkeypatch, tmp_path):
     few = ("sft", "feedme", "simpo", "best_of_4")
     for table in ("SYSTEMS", "VARIANTS"):

@@ -131,6 +131,11 @@ def lines(cfg, name="metrics.jsonl"):
     return [json.loads(line) for line in (cfg.dir() / name).read_text().splitlines()]
 
 
+def known(metrics):
+    """The metrics of a step without those that were None, for pytest.approx."""
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
 def samples(cfg):
     """The answers that a stage has logged, without the rows of tokens."""
     return [line for line in lines(cfg, "samples.jsonl") if "output" in line]
