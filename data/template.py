@@ -7,6 +7,7 @@ limits on both first renders a few test chats, once for each template: what brea
 """
 import json
 import re
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -18,7 +19,9 @@ from data import InputError
 
 LONGEST = 1 << 16                       # characters of a template; most have a few thousand
 OUTPUT = 1_000_000                      # characters that a template may add to the messages of a chat
-SECONDS, MEMORY = 10, 1 << 30           # limits of the child process, in seconds and bytes; most templates need 0.1 s
+SECONDS, MEMORY = 10, 1 << 30           # limits of the child process, in CPU seconds and bytes; most need 0.1 s
+PATIENCE = 12 * SECONDS                 # seconds until it is given up: a busy machine may leave it little of the CPU
+OUT_OF_TIME = -getattr(signal, "SIGXCPU", 1 << 30)      # the exit status of a child that used up its CPU seconds
 
 USER = {"role": "user", "content": "List two trees."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -151,9 +154,11 @@ def trial(template):
     try:
         child = subprocess.run(                         # -I and -S: the child imports nothing from its environment
             [sys.executable, "-IS", "-X", "utf8", "-c", CHILD, str(Path(__file__).parents[1]), *sys.path], input=job,
-            capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
+            capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return f"it needs more than {SECONDS} seconds for a short chat"
+        return f"it needs more than {PATIENCE} seconds for a short chat"
+    if child.returncode == OUT_OF_TIME:
+        return f"it needs more than {SECONDS} seconds of the CPU for a short chat"
     if child.returncode:
         last = child.stderr.strip().rpartition("\n")[2]
         return f"it ends the process that tries it out, exit code {child.returncode} {one_line(last)}".rstrip()
@@ -169,9 +174,9 @@ def render_test_chats():
     template, seconds, memory = json.load(sys.stdin)
     with suppress(ImportError):                         # on Windows only the timeout of the parent process holds
         import resource
-        for kind, most in (("CPU", seconds), ("AS", memory), ("CORE", 0)):
+        for kind, most, hard in (("CPU", seconds, seconds + 1), ("AS", memory, memory), ("CORE", 0, 0)):
             with suppress(ValueError):                  # a stricter limit is set already, or it cannot be set here
-                resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
+                resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, hard))
     try:
         program, lost = compiled(template), False
         for messages in TEST_CHATS:
