@@ -30,6 +30,7 @@ from stats.winrate import mean_and_error, rate_interval, usable
 HARDLY_ANY = 100.0                      # a value of C: this penalty is so small that it only keeps weights finite
 GAMED_WEIGHT = 0.1                      # weight of a row of the gamed baseline: 0.2, shared by its two models
 FEW = 0.05                              # share of resamples in which the weights may be undetermined
+MANY = 100                              # so many rows determine the weights well enough for single precision
 C_GRID = np.logspace(-4, 4, 10)         # scikit-learn's grid, from which AlpacaEval chooses C
 
 
@@ -193,8 +194,9 @@ def length_controlled(preferences, lengths, reference_lengths, difficulty=None, 
         return unknown | {"lc_unknown": str(why)}
 
     counts, samples, left_open = counts[counts[:, fitted].sum(1) > 1], [], 0
+    dtype = np.float32 if fitted.sum() >= MANY else float       # twice as quick, and exact enough for an error
     for some in np.array_split(counts, max(1, len(counts) * len(y) // 200_000)):                 # parts fit the cache
-        length, weight = rows(some, np.float32)         # twice as quick, and exact enough for an error
+        length, weight = rows(some, dtype)
         each = fit(length, fixed, y, weight, C, start=np.repeat(w, len(some), 0), tolerance=1e-2)
         rates = predicted(each, difficulty)                                                     # (b, N or 1)
         samples.append(100 * (rates[:, 0] if difficulty is None else (rates * some).sum(1) / some.sum(1)))

@@ -357,11 +357,23 @@ def test_bootstrap_intervals_of_the_length_controlled_win_rate_cover_the_truth(d
     assert 92.5 <= covered(np.array(low), np.array(high), truth) <= 97.5      # 95 +- 2.5: 500 data sets are +- 1 each
 
 
-def test_the_bootstrap_refits_everything():
-    p, ours, theirs = judged_by_length(60, 3)
+def test_few_rows_are_fitted_in_few_passes(monkeypatch):
+    """Resamples of five soft labels leave a direction of the weights open, where single precision finds no end."""
+    passes, real = [], length.minimise_quadratic
+    monkeypatch.setattr(length, "minimise_quadratic", lambda *args: passes.append(0) or real(*args))
+    ours, theirs = [1667, 206, 2448, 1748, 1246], [1003, 2675, 617, 1866, 205]
+    difficulty = np.array([2.70051962, 1.61689711, .51595323, 1.85794343, -4.26616697])
+    p = 1 + np.array([1, 0, 1, 0, 0]) * .9998 + 1e-4
+    length_controlled(p, ours, theirs, difficulty, counts=winrate.resample(5, 200))
+    assert 5 < len(passes) < 100
+
+
+@pytest.mark.parametrize("n", [60, 160])                # in double and in single precision
+def test_the_bootstrap_refits_everything(n):
+    p, ours, theirs = judged_by_length(n, 3)
     p[5] = np.nan
-    row = length_controlled(p, ours, theirs, counts=winrate.resample(60, 80, seed=2))
-    drawn = [np.repeat(np.arange(60), counts.astype(int)) for counts in winrate.resample(60, 80, seed=2)]
+    row = length_controlled(p, ours, theirs, counts=winrate.resample(n, 80, seed=2))
+    drawn = [np.repeat(np.arange(n), counts.astype(int)) for counts in winrate.resample(n, 80, seed=2)]
     each = [length_controlled(p[i], ours[i], theirs[i])["length_controlled_winrate"] for i in drawn]
     assert row["lc_standard_error"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
     q = row["length_controlled_winrate"] / 100
