@@ -2,13 +2,13 @@
 
 A save is a folder in <stage>/.saves/: the tensors as safetensors, everything else as JSON, and a manifest of their
 hashes. It is written under a hidden name, synced to the disk and renamed. The last two are kept, and the newest
-undamaged one is used. The same folder has the answers of long samplings, in files that are only appended to, and
+undamaged one is used. The same folder has the answers of samplings, in files that are only appended to, and
 time.json, the seconds that the stage has taken.
 
 A learner lists the objects that its loop changes: for step, batch in log.resumed(batches, model, updater). A save has
 the index of the current iteration, and the state of these objects at its start. Loops may be nested: after a kill the
 body of the outer loop runs again up to the inner loop. Until then nothing is logged, and answers that were sampled
-before are read from their file.
+before are read from their file: the save no longer has the policy that gave them.
 """
 import hashlib
 import json
@@ -43,6 +43,15 @@ def whole(folder):
     return state if all(hash_of(folder.parent / name, size) == said for name, (size, said) in answers) else None
 
 
+def needed_by(path):
+    """The number of the save with the weights of the answers in a file; 0 if its first line is incomplete."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.loads(file.readline())[1]
+    except (ValueError, TypeError, LookupError):
+        return 0
+
+
 def seconds_saved(folder):
     """[wall-clock seconds, CPU seconds] of a stage up to its last save; zeros if no readable file has them."""
     try:
@@ -56,11 +65,12 @@ class Saves:
 
     minutes: between two saves. pending: the loops of the loaded save that have not been entered again yet. moved:
     whether anything has changed since the last save. number: the number of the newest save, loaded or written.
+    unwritten: {file: its Answers}, if some of them are not in the file.
     """
 
     def __init__(self, folder=None, minutes=5.):
         self.folder, self.minutes = folder, minutes
-        self.loops, self.logs, self.answered, self.moved = [], {}, {}, False
+        self.loops, self.logs, self.answered, self.unwritten, self.moved = [], {}, {}, {}, False
         self.last = self.start = time.monotonic()
         self.work, self.before = time.process_time(), [0., 0.]
         self.state, self.number = {"loops": [], "logs": {}, "answers": {}}, 0
@@ -73,16 +83,15 @@ class Saves:
         self.folder.mkdir(exist_ok=True)
         for stale in self.folder.glob(".*"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        self.before, damaged = seconds_saved(self.folder), []
+        self.before = seconds_saved(self.folder)
         for path in reversed(saved(self.folder)):
             if state := whole(path):
                 self.state, self.number = state, int(path.name)
                 break
-            damaged.append(path)
             print(f"{path} is damaged and left out", flush=True)
             shutil.rmtree(path)
         for path in self.folder.glob("*.jsonl"):
-            if damaged and path.name not in self.state["answers"]:
+            if needed_by(path) > self.number:
                 path.unlink()
 
     @property
@@ -114,19 +123,19 @@ class Saves:
         loop = SimpleNamespace(at=0, kept=[each for each in kept if hasattr(each, "load_state_dict")], states=[])
         self.loops.append(loop)
         depth, first = len(self.loops), self.enter(loop, len(items))
-        try:
-            for at in range(first, len(items)):
-                self.begin(loop, at, depth)
-                if at > first:
-                    self.moved = True
-                    self.pause()
-                with interrupts.finishing():
+        with interrupts.finishing():    # also while a save is written
+            try:
+                for at in range(first, len(items)):
+                    self.begin(loop, at, depth)
+                    if at > first:
+                        self.moved = True
+                        self.pause()
                     yield at, items[at]
-        finally:                        # a break ends a loop, too
-            loop.kept = [None if getattr(each, "only_in_loop", False) else each for each in loop.kept]
-            self.begin(loop, len(items), depth)
-            self.moved = True
-        self.pause(AT_END)
+            finally:                    # a break ends a loop, too
+                loop.kept = [None if getattr(each, "only_in_loop", False) else each for each in loop.kept]
+                self.begin(loop, len(items), depth)
+                self.moved = True
+            self.pause(AT_END)
 
     def begin(self, loop, at, depth):
         """Record that the loop at this depth is at index `at`, and the state of its objects. Deeper loops are over."""
@@ -154,7 +163,8 @@ class Saves:
         interrupts.stop()
 
     def save(self):
-        """Write a save. An object that several loops name is saved with the innermost."""
+        """Write a save, and before it the answers on which it builds. An object that several loops name is saved with
+        the innermost."""
         loops, seen = [], set()
         for loop in reversed(self.loops):
             states = [None if id(each) in seen else state for each, state in zip(loop.kept, loop.states)]
@@ -164,6 +174,8 @@ class Saves:
             os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.logs.items()}
         self.number += 1
+        for answers in list(self.unwritten.values()):
+            answers.append()
         write(self.folder / f"{self.number:06}", {"loops": loops, "random": randomness(), "logs": sizes,
                                                   "answers": self.answered})
         for old in saved(self.folder)[:-KEPT]:
@@ -180,8 +192,8 @@ class Saves:
 class Answers(dict):
     """The finished answers of one sampling, {row: [token ids, log-probs or None]}, in a file that is only appended to.
 
-    asked: everything that determines the answers except the weights, as JSON. Before the first answers are written, the
-    weights that they come from are saved. So the file never has answers of weights that are lost.
+    asked: everything that determines the answers except the weights, as JSON. The first line of the file has its hash,
+    and the number of the save that has the weights. If that save is lost, the file is removed.
     """
 
     def __init__(self, saves, name, asked):
@@ -201,12 +213,12 @@ class Answers(dict):
 
     def read(self):
         """Read the file up to the first incomplete line. Returns the number of bytes up to there: 0 if `asked` was
-        different, or if the save with the weights is lost."""
+        different."""
         size = 0
         with suppress(ValueError, TypeError):
             for n, line in enumerate(self.path.read_bytes().splitlines(True)):
                 first, *rest = json.loads(line)
-                if not line.endswith(b"\n") or n == 0 and (first != self.of or rest[0] > self.saves.number):
+                if not line.endswith(b"\n") or n == 0 and first != self.of:
                     break
                 if n:
                     self[first] = rest
@@ -222,6 +234,8 @@ class Answers(dict):
         """Add answers; some may be known already. Write the new ones if a save is due; stop if a signal waits."""
         self.new += [(row, *answer) for row, answer in answers.items() if row not in self]
         self.update(answers)
+        if self.new and self.saves.folder:
+            self.saves.unwritten[self.name] = self
         if self.saves.due():
             self.write()
         interrupts.stop()
@@ -233,11 +247,15 @@ class Answers(dict):
         return (rows, None if None in found else list(map(torch.tensor, found))) if logps else rows
 
     def write(self):
-        """Append the new answers to the file; before that, save the weights that they come from."""
+        """Append the new answers to the file; if weights have changed since the last save, save them, too."""
         if self.saves.moved:
             self.saves.save()
-        if not self.new:
-            return
+        elif self.new:
+            self.append()
+            self.saves.tick()
+
+    def append(self):
+        """Append the new answers to the file."""
         with open(self.path, "ab") as file:
             head = [] if file.tell() else [[self.of, self.saves.number]]
             data = "".join(json.dumps(line) + "\n" for line in [*head, *self.new]).encode()
@@ -247,7 +265,7 @@ class Answers(dict):
         self.hash.update(data)
         self.note(self.path.stat().st_size)
         self.new = []
-        self.saves.tick()
+        del self.saves.unwritten[self.name]
 
 
 def parts(gpt, prompts, longest, n, slots, done):

@@ -23,7 +23,7 @@ from quick import few, slowly
 
 import annotate
 from data import InputError, Refusal, attempt, interrupts
-from rlhf import dpo, experience, online_dpo, policy, ppo, sampler, saves, state, stages, update
+from rlhf import dpo, experience, online_dpo, ppo, sampler, saves, state, stages, update
 from rlhf.saves import Saves
 from rlhf.state import Kept
 
@@ -274,28 +274,57 @@ def test_answers_of_finished_parts_are_not_sampled_again(kind, folders, tmp_path
 
 
 def test_answers_to_something_else_or_of_lost_weights_are_not_taken(tmp_path):
-    def answers(asked, number=0):
+    def answers(asked):
+        return saves.Answers(Saves(tmp_path, 0.), "x", asked)
+    for lose in (lambda: answers("other"), lambda: shutil.rmtree(tmp_path / "000001")):
         found = Saves(tmp_path, 0.)
-        found.number = number
-        return saves.Answers(found, "x", asked)
-    answers("one", number=2).add({0: [[1, 2], None]})
-    assert answers("one", number=2) == {0: [[1, 2], None]} == answers("one", number=3)
-    assert answers("other", number=2) == {} == answers("one", number=2)
-    answers("one", number=2).add({0: [[1, 2], None]})
-    assert answers("one", number=1) == {}
+        found.moved = True              # so the weights of these answers are saved with them
+        saves.Answers(found, "x", "one").add({0: [[1, 2], None]})
+        assert answers("one") == {0: [[1, 2], None]} and len(saves.saved(tmp_path)) == 1
+        lose()
+        assert answers("one") == {}
 
 
-def test_the_weights_are_saved_before_the_first_of_their_answers(staged, monkeypatch):
-    """Even if no save was due during training."""
-    one, order, save = staged("dpo", save_minutes=5.), [], policy.save
-    monkeypatch.setattr(dpo.policy, "save", lambda *args: order.append("trained") or save(*args))
-    monkeypatch.setattr(saves.Saves, "due", lambda self, share=1.: "trained" in order)
-    moments.watch(one, monkeypatch, lambda: order.extend(
-        path.name for path in one.folder.glob(".saves/0*") if path.name not in order))
-    watched = saves.Answers.note
-    monkeypatch.setattr(saves.Answers, "note", lambda *args: order.append("answers") or watched(*args))
+def test_a_kill_between_answers_and_the_save_of_their_weights_loses_both(staged, monkeypatch):
+    """No save was due during training; the first is when the trained policy has answered."""
+    def killed(*args):
+        raise moments.Killed
+    one = staged("dpo", save_minutes=5.)
+    with monkeypatch.context() as patch, pytest.raises(moments.Killed):
+        patch.setattr(Saves, "due", lambda self, share=1.: bool(self.unwritten))
+        patch.setattr(saves, "write", killed)
+        moments.make(one)
+    folder = one.folder / ".saves"
+    assert (folder / "answers.jsonl").exists() and not saves.saved(folder)
+    Saves(folder)
+    assert not (folder / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("method, first", [("iterated_dpo", 3), ("expert_iteration", 6)])
+def test_answers_of_a_round_are_in_its_saves_although_none_was_due_while_they_were_sampled(
+        method, first, staged, monkeypatch):
+    """The policy that gave them is in no save: in its place the round would begin with the SFT model. The kill comes
+    in the step after the only save, which is in round 2, after so many steps."""
+    one = staged(method, save_minutes=5., batch_size=8 if method == "iterated_dpo" else 2)
     moments.make(one)
-    assert order == ["trained", "000001", "answers"]
+    expected = moments.result(one)
+    shutil.rmtree(one.folder)
+    with monkeypatch.context() as patch:
+        taken, step = [], update.Updater.step
+
+        def killed(self):
+            if len(taken) == first:
+                raise moments.Killed
+            taken.append(0)
+            return step(self)
+        patch.setattr(update.Updater, "step", killed)
+        patch.setattr(Saves, "due", lambda self, share=1.: len(taken) == first)
+        with pytest.raises(moments.Killed):
+            stages.run(one, stages.Again(one.cfg.out, {}), "stage 1 of 1")
+    state = saves.whole(saves.saved(one.folder / ".saves")[-1])
+    assert [loop["at"] for loop in state["loops"]] == [1, 1]
+    moments.make(one)
+    assert moments.result(one) == expected
 
 
 # ---- signals -------------------------------------------------------------------------------------------
@@ -317,6 +346,15 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(name, code, sta
     assert len(taken) == moments.steps_saved(one.folder) == 2
     assert "farm.py: interrupted; all is kept" in capsys.readouterr().err
     assert moments.make(one) == 1 and moments.result(one) == expected
+
+
+def test_a_signal_while_a_save_is_written_waits_until_it_is(tmp_path, monkeypatch):
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        state.write(*args)
+    monkeypatch.setattr(saves, "write", interrupted)
+    assert attempt(lambda argv: list(Saves(tmp_path, 0.).resumed(range(3), Kept(x=0))), [], "farm.py", "") == 143
+    assert len(saves.saved(tmp_path)) == 1
 
 
 def test_a_second_signal_ends_it_now(staged, monkeypatch):
