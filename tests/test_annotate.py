@@ -236,6 +236,16 @@ def test_torn_and_damaged_lines_are_asked_again_and_nothing_else(server, judge, 
     assert len(server.requests) == 30 + 4
 
 
+def test_a_line_that_another_process_tore_loses_no_line_of_ours(server, judge, tmp_path):
+    """A process that shares the file is killed in the middle of a line while this one goes on."""
+    pairs, path, ours = make_pairs(9), tmp_path / "cache" / "judge.jsonl", judge()
+    first = ask(pairs[:3], ours)
+    with open(path, "ab") as file:
+        file.write(path.read_bytes()[:50])
+    first += ask(pairs[3:], ours)
+    assert ask(pairs, judge()) == first and len(server.requests) == 9
+
+
 CHILD = """
 import sys
 import annotate

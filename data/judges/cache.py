@@ -40,9 +40,6 @@ class Cache:
         self.file = open(path, "a+b", buffering=0)      # one line is one write, at the end whoever else has written
         with self.alone():
             self._read()
-            if self.end < os.fstat(self.file.fileno()).st_size:     # a line torn by a kill: the next one would be
-                os.truncate(path, self.end)                         # glued to the stump
-                self.damaged += 1
         if self.damaged:
             print(f"judge: {self.damaged} damaged lines of {path} are left out", flush=True)
 
@@ -59,7 +56,8 @@ class Cache:
                     fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _read(self):
-        """Take in the whole lines after self.end."""
+        """Take in the whole lines after self.end, and cut off one that a kill has torn: the next one would be glued to
+        it. Only within alone(), where nobody is writing a line."""
         self.file.seek(self.end)
         data = self.file.read()
         data = data[:data.rfind(b"\n") + 1]
@@ -73,6 +71,9 @@ class Cache:
                 self.answers[entry["key"]] = entry
             except GARBAGE:
                 self.damaged += 1
+        if self.end < os.fstat(self.file.fileno()).st_size:
+            os.ftruncate(self.file.fileno(), self.end)
+            self.damaged += 1
 
     def get(self, key):
         """The line of a key, None if nobody has it. Looks at what others have written since."""
