@@ -183,6 +183,7 @@ def test_a_blank_is_told(hostile):
         hostile.call("hostile", "blank")
 
 
+@pytest.mark.slow
 def test_a_student_gets_no_keys(hostile, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("HF_TOKEN", "secret")

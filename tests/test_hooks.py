@@ -28,6 +28,7 @@ def test_a_method_is_short(name, most):
 
 # --- a reward of its own ---------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_ppo_against_a_rule_needs_no_reward_model(folders, tmp_path):
     folder = tmp_path / "rule"
     shutil.copytree(folders["full"], folder)

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 
 from data.text import Text
 from rlhf import answers, feedme, logprobs, policy, reward_conditioning, sft, sft_more
@@ -78,7 +79,7 @@ def test_chosen_answers_are_marked_good_and_rejected_ones_bad(folders):
         ([mark, *prompt], response) for mark, side in ((GOOD, chosen), (BAD, rejected)) for prompt, response in side]
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
+@pytest.mark.parametrize("kind", few(toy.KINDS, "full"))
 def test_the_mark_decides_what_is_answered(kind, folders, monkeypatch):
     """Whether an answer is of the good kind: asked under the mark "good" it is likelier than under "bad"."""
     asked, real = [], answers.generate

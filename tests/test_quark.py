@@ -141,6 +141,7 @@ def test_an_answer_without_an_end_pays_for_it(folders):
     assert 0 < ended < 40 and metrics[0]["objective/scores"] == pytest.approx(-2 * (40 - ended) / 40)
 
 
+@pytest.mark.slow
 def test_the_micro_batch_size_changes_nothing(folders):
     runs = [ran(folders, "full", rounds=2, lr=1e-3, micro_batch_tokens=tokens)[1] for tokens in (1, 60, 10_000)]
     for other in runs[1:]:

@@ -328,6 +328,7 @@ def troubles(page):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_in_a_browser(made, tmp_path):
     records = json.loads((made / "dpo" / "annotations.json").read_text())

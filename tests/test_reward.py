@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import toy
+from quick import few
 from test_farm import farm
 from torch.nn.functional import pad
 
@@ -151,7 +152,7 @@ def pairs(n=60, better=9):
     return out
 
 
-@pytest.fixture(scope="module", params=toy.KINDS)
+@pytest.fixture(scope="module", params=few(toy.KINDS, "full"))
 def folder(request, tmp_path_factory):
     """A run folder whose sft stage is done."""
     made = toy.run_folder(tmp_path_factory.mktemp("run"), request.param)

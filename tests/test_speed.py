@@ -359,7 +359,7 @@ def test_int8_rounds_by_half_a_step_and_its_gradient_is_that_of_the_rounded_weig
 
 
 @pytest.mark.parametrize("kind, checkpointing", few([(kind, how) for kind in toy.KINDS for how in (False, True)],
-                                                    ("lora", True)))
+                                                    ("full", True)))
 def test_compiled_blocks_compute_the_same_and_one_graph_serves_them_all(kind, checkpointing, monkeypatch):
     """Without a compiler's code, only its graphs: a break in one would be an error, and blocks share them."""
     graphs, results = [], []
