@@ -46,7 +46,8 @@ def twin(gpt, lora_rank=0, attention="sdpa"):
 
 
 def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, attention="sdpa"):
-    """Sampling with `generate`: n answers to each prompt, caps[i] tokens in row i; run() returns the lengths.
+    """Sampling with `generate`: n answers to each prompt, caps[i] tokens in row i; run() returns how many tokens each
+    batch has decoded.
 
     The rows are decoded in batches of `slots`, in the given order and padded on the left, each batch until its longest
     answer ends. A row that has all its tokens is done, by a stopping criterion: to force an EOS takes longer.
@@ -69,7 +70,7 @@ def generate(gpt, prompts, caps, slots, n=1, lora_rank=0, attention="sdpa"):
 
 def generate_batch(gpt, prompts, caps, slots, n=1, lora_rank=0, page=32):
     """Sampling with the continuous batching of `generate_batch`, whose cache has pages of `page` tokens and as many
-    tokens as `slots` rows need; other arguments and the result as in generate()."""
+    tokens as `slots` rows need; other arguments as in generate(). run() returns the tokens of each answer."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     llama = twin(gpt, lora_rank).eval()
     how = GenerationConfig(do_sample=True, temperature=1., top_k=0, top_p=1., eos_token_id=-1, pad_token_id=EOS)

@@ -131,12 +131,14 @@ DOCUMENTS, ROWS = (
 def check_value(value, halves=True):
     """ValueError if a value that was read from JSON is nested too deeply or has half of a surrogate pair, which is no
     text. halves: whether there may be one."""
-    level, depth = [value], 0
-    while level:
-        if depth == DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-        level, depth = [each for one in level if isinstance(one, (dict, list))
-                        for each in (one.values() if isinstance(one, dict) else one)], depth + 1
+    level = [value]
+    for _ in range(DEEPEST):
+        if not level:
+            break
+        level = [each for one in level if isinstance(one, (dict, list))
+                 for each in (one.values() if isinstance(one, dict) else one)]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     if halves:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -160,14 +160,16 @@ class Frame:
 
     def across(self):
         """Ticks of the x axis, as many as have room."""
-        found = []
-        for x in log_ticks(self.log_x) if self.log_x else ():
-            if not found or self.fit(found[-1], x):
-                found.append(x)
-        for most in range(10, 1, -1) if not found else ():
-            found = ticks(*self.x_range, most)
-            if all(self.fit(*neighbours) for neighbours in pairwise(found)):
-                break
+        if self.log_x:
+            found = []
+            for x in log_ticks(self.log_x):
+                if not found or self.fit(found[-1], x):
+                    found.append(x)
+        else:
+            for most in range(10, 1, -1):
+                found = ticks(*self.x_range, most)
+                if all(self.fit(*neighbours) for neighbours in pairwise(found)):
+                    break
         return [x for x in found if x == round(x) or not self.whole]
 
     def fit(self, one, other):

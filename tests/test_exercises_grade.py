@@ -194,7 +194,8 @@ def test_a_student_gets_no_keys(hostile, monkeypatch):
 @pytest.mark.parametrize("reply", [
     slowly("{}"), slowly("nonsense"), slowly(""),
     slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [7], "dtype": "float32"}}'),
-    slowly('{"error": "", "blank": false, "value": {"tensor": [1], "shape": [1], "dtype": "object", "learns": 0}}')])
+    slowly('{"error": "", "blank": false, "value": '
+           '{"tensor": [1], "shape": [1], "dtype": "object", "learns": false}}')])
 def test_a_forged_reply_is_no_result(hostile, reply):
     assert hostile.call("hostile", "spoils") == 5
     hostile.stream = SimpleNamespace(write=len, flush=list, readline=lambda most: reply)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data import InputError, sets
+from data import InputError, from_json, sets
 from data.barn.world import demo
 from data.sets import SHARES, demonstrations, load, preferences, read_records
 from data.text import Text
@@ -40,6 +40,13 @@ def write(path, rows):
 def test_every_kind_of_file_holds_the_same_records(tmp_path, name):
     assert read_records(write(tmp_path / name, records(30))) == records(30)
     assert read_records(str(tmp_path / name)) == records(30)
+
+
+def test_a_value_may_have_fifty_levels():
+    deepest = "[" * 50 + "]" * 50
+    assert from_json("x", deepest) == json.loads(deepest) and from_json("x", '{"a": 1}') == {"a": 1}
+    with pytest.raises(InputError, match="^x: not JSON .it is nested more than 50 levels deep.$"):
+        from_json("x", f"[{deepest}]")
 
 
 def test_empty_lines_between_records_are_no_records(tmp_path):
