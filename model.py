@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families, read_json
 from data.weights import WeightsError, assign, check, load_weights
 from mixture import Mixture
+from products import exact_product, linear, packed, packs
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -34,10 +35,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # On CUDA only FlashAttention (compute capability 8.0 or later, 16 bits, no mask) reads grouped keys and values without
 # repeating them. Otherwise torch would choose a fallback that holds B x H x T x T numbers, so causal() repeats them.
 FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-# Whether torch can multiply 16-bit tensors with an fp32 result (on CUDA, since torch 2.8). If not, exact_product()
-# converts the head to fp32, VOCABULARY_PART of its rows at a time.
-FP32_PRODUCTS = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-VOCABULARY_PART = 16384
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                "relu2": lambda x: F.relu(x).square()}
 
@@ -157,31 +154,6 @@ def rotate(x, cos, sin):
 
 # -- linear layers with LoRA ---------------------------------------------------------------------------------------
 
-class Int8Product(torch.autograd.Function):
-    """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
-
-    The outputs are scaled, not W: that moves half the memory, and rounds less, because bf16 holds every int8 exactly.
-    The backward pass converts W a second time. Autograd would keep the converted copy of every layer in memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, scale):
-        ctx.save_for_backward(W, scale)
-        W, scale = Int8Product.factors(W, scale, x.dtype)
-        return (x @ W.T) * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        W, scale = Int8Product.factors(*ctx.saved_tensors, grad.dtype)
-        return (grad * scale) @ W, None, None
-
-    @staticmethod
-    def factors(W, scale, dtype):
-        """W in this dtype, and the scale (out,) of the outputs. fp16 has no room for sums that are not scaled yet."""
-        W = W.to(dtype)
-        return (W * scale, 1) if dtype == torch.float16 else (W, scale.T)
-
-
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / r) B A x (Hu et al. 2021, eq. 3). All roles share W; each role has its own A and B."""
 
@@ -228,14 +200,6 @@ def adapted(y, x, A, B, scale):
     return add_product(y, F.linear(x, A), B, scale)
 
 
-def linear(x, W, bias, int8_scale):
-    """W x + bias, of a W in int8 if there are scales for it."""
-    if int8_scale is None:
-        return F.linear(x, W, bias)
-    y = Int8Product.apply(x.flatten(0, -2), W, int8_scale).view(*x.shape[:-1], len(W))
-    return y if bias is None else y + bias
-
-
 def add_product(y, x, W, scale):
     """y + scale W x, in one kernel."""
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), W.T, alpha=scale).view(y.shape)
@@ -270,9 +234,9 @@ class FusedLinears:
         for layer, W in zip(self.layers, rows.split(self.sizes)):
             layer.weight.data = W
 
-    def fuse(self, role):
+    def fuse(self, role, pack=False):
         """Join the layers' weights, and add the adapter to them if they are fp32. In lower precision rounding would
-        lose most of it: it stays a separate product, and its A and B are joined, too."""
+        lose most of it: it stays a separate product, and its A and B are joined, too. pack: see products.packed()."""
         weights = [layer.weight.detach() for layer in self.layers]
         if all(is_adjacent(*neighbours) for neighbours in pairwise(weights)):
             W = weights[0].as_strided((sum(self.sizes), weights[0].shape[1]), weights[0].stride())
@@ -289,7 +253,7 @@ class FusedLinears:
             dtype = W.dtype if scale is None else scale.dtype
             A = torch.cat([layer.lora_A[role] for layer in self.layers]).to(dtype)       # (r + r + ..., in)
             B = torch.block_diag(*(layer.scale[role] * layer.lora_B[role] for layer in self.layers)).to(dtype)
-        self.fused = W, bias, scale, A, B
+        self.fused = packed(W) if pack else W, bias, scale, A, B
 
 
 # -- the decoder ---------------------------------------------------------------------------------------------------
@@ -454,16 +418,6 @@ class Block(nn.Module):
         return torch.add(x, normed(self.post_feedforward_layernorm, y), alpha=self.multiplier)
 
 
-def exact_product(h, W):
-    """h W' (..., V) in fp32, for h (..., D) and W (V, D) in any precision. A product in bf16 would round a log-prob by
-    0.03 nats, which is much beside PPO's cliprange of 0.2."""
-    if W.dtype == torch.float32:
-        return F.linear(h, W)
-    if FP32_PRODUCTS and not torch.is_grad_enabled():   # it has no gradient
-        return torch.mm(h.flatten(0, -2), W.T, out_dtype=torch.float32).view(*h.shape[:-1], len(W))
-    return torch.cat([F.linear(h.float(), part.float()) for part in W.split(VOCABULARY_PART)], -1)
-
-
 def logits(h, W, divisor=1., cap=0.):
     """Logits (..., V) in fp32, a new tensor, from final hidden states h (..., D) and a head W (V, D): h W' / divisor.
     With a cap, tanh squeezes them into (-cap, cap)."""
@@ -499,6 +453,7 @@ class GPT(nn.Module):
         self.checkpointing = False              # recompute each block's activations in the backward pass
         self.train_block = run_block            # calls a block when gradients are on; perhaps compiled
         self.ropes = None                       # frequencies of each kind of RoPE, made when first needed
+        self.fused_head = None                  # on CPUs while sampling: the head in fp32, perhaps packed
 
     @property
     def head(self):
@@ -521,12 +476,17 @@ class GPT(nn.Module):
     @contextmanager
     def fused(self, role):
         """using(role), for sampling: weights and adapter are fused inside the with block, and apart again after it."""
+        pack = packs([*(layer.weight for _, layer in self.linears()), self.head])
         for layers in self.fused_linears():
-            layers.fuse(role)
+            layers.fuse(role, pack)
+        if self.device.type == "cpu":                   # converted to fp32 once, and not in every step
+            head = self.head if self.head.dtype == torch.float32 else self.head.float()
+            self.fused_head = packed(head) if pack else head
         try:
             with self.using(role):
                 yield self
         finally:
+            self.fused_head = None
             for layers in self.fused_linears():
                 layers.fused = None
 
@@ -547,8 +507,8 @@ class GPT(nn.Module):
 
     def quantise(self):
         """Store the frozen linear layers in int8. Embedding and head stay as they are."""
-        for _, linear in self.linears():
-            linear.quantise()
+        for _, layer in self.linears():
+            layer.quantise()
 
     def name(self, path):
         """The checkpoint's name of one of our parameters or modules."""
@@ -578,11 +538,11 @@ class GPT(nn.Module):
     def add_role(self, role, rank, alpha, start=None):
         """Give every LoRALinear an adapter for `role`: a fresh one, or a copy of that of role `start`."""
         assert role not in self.linears()[0][1].scale, f"there is a role {role!r} already"
-        for _, linear in self.linears():
-            linear.add_role(role, rank, alpha)
+        for _, layer in self.linears():
+            layer.add_role(role, rank, alpha)
             if start is not None:
-                linear.lora_A[role].data.copy_(linear.lora_A[start].data)
-                linear.lora_B[role].data.copy_(linear.lora_B[start].data)
+                layer.lora_A[role].data.copy_(layer.lora_A[start].data)
+                layer.lora_B[role].data.copy_(layer.lora_B[start].data)
 
     def adapter(self, role):
         """{the checkpoint's name + ".lora_A" (r, in) or ".lora_B" (out, r): parameter} of one role."""
@@ -590,8 +550,8 @@ class GPT(nn.Module):
 
     def merge(self, role):
         """Add the adapter of `role` to the base weights and remove it."""
-        for _, linear in self.linears():
-            linear.merge(role)
+        for _, layer in self.linears():
+            layer.merge(role)
 
     def embed(self, ids, pos=None):
         """ids (...) at positions pos (...) -> embeddings (..., D), and a list with (cos, sin) of each kind of RoPE.
@@ -644,7 +604,8 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """Logits (..., V) in fp32 of final hidden states h (..., D)."""
-        return logits(h, self.head, self.config.logits_scaling, self.config.final_logit_softcapping)
+        head = self.head if self.fused_head is None else self.fused_head
+        return logits(h, head, self.config.logits_scaling, self.config.final_logit_softcapping)
 
     def forward(self, ids):
         """Logits (B, T, V) in fp32."""

@@ -39,9 +39,10 @@ import model
 from benchmarks import flags, peers
 from benchmarks.measure import (backward, ceilings, clock, decode_floor, memory_in_use, pass_flops, processor,
                                 reset, seconds_for, timed)
-from benchmarks.plans import CPU, H200, LENGTHS, SHAPES
+from benchmarks.plans import BF16, CPU, H200, LENGTHS, SHAPES
 from data import Refusal, families
 from data.weights import write_safetensors
+from products import bf16_pays
 from rlhf import dpo, policy, ppo, reward, sampler, sft, update
 from rlhf.experience import collect
 from rlhf.logprobs import ChunkedLogProb, token_logps
@@ -113,7 +114,8 @@ def line(args, name, tokens, floor, took):
     """
     median, least, peak = took["ours"]
     result = {"bench": name, "preset": args.preset, "lengths": args.lengths, "lora_rank": args.lora_rank,
-              "int8": args.int8, "compile": args.compile, "tokens": tokens, "seconds": median, "seconds_min": least,
+              "dtype": str(args.dtype), "int8": args.int8, "compile": args.compile, "tokens": tokens,
+              "seconds": median, "seconds_min": least,
               "tokens_per_s": tokens / median, "floor_s": floor, "percent_of_floor": 100 * floor / median,
               "peak_gb": peak / 1e9, "others": {
                   other: {"seconds": s, "seconds_min": low, "ratio": s / median, "ratio_min": low / least,
@@ -355,6 +357,9 @@ def measure(args, plan):
         if time.perf_counter() - began > args.seconds:
             args.results.append({"bench": name, **changes, "error": NO_TIME})
             continue
+        if str(one.dtype) not in args.ceilings:
+            args.ceilings[str(one.dtype)] = ceilings(one)
+        one.ceilings = args.ceilings[str(one.dtype)]
         try:
             with plainly("try a smaller --preset, fewer --rows, a lower --micro_batch_tokens"):
                 BENCHES[name](one)
@@ -385,19 +390,18 @@ def main(argv):
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).open("a").close()                # fail now, not after the benches, if it cannot be written
-    args.dtype, args.results = getattr(torch, args.dtype), []
+    args.dtype, args.ceilings, args.results = getattr(torch, args.dtype), {}, []
     cuda = args.device == "cuda"
     if not cuda:
         torch.set_num_threads(1)
     document = {"machine": torch.cuda.get_device_name() if cuda else processor(), "device": args.device,
-                "dtype": str(args.dtype), "python": platform.python_version(), "torch": torch.__version__,
+                "ceilings": args.ceilings, "python": platform.python_version(), "torch": torch.__version__,
                 "against": {name: version(name) for name in ("transformers", "trl") if find_spec(name)}}
     if "h200" in args.benches:
         document["tests"] = cuda_tests()
     try:
-        args.ceilings = document["ceilings"] = ceilings(args)
         for name in args.benches:
-            plans = {"h200": H200, "cpu": CPU, "all": [(bench, {}) for bench in BENCHES]}
+            plans = {"h200": H200, "cpu": CPU + BF16 * bf16_pays(), "all": [(bench, {}) for bench in BENCHES]}
             measure(args, plans.get(name, [(name, {})]))
     finally:                                            # after Ctrl-C too, the results so far are written
         text = json.dumps({**document, "results": args.results})

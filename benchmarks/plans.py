@@ -1,4 +1,5 @@
 """What bench.py measures: shapes of models, lengths of answers, and the benches that `h200` and `cpu` run in turn."""
+import torch
 
 # {--preset: (vocabulary, width, width of the MLP, layers, heads, KV heads, whether the head is tied)}
 SHAPES = {
@@ -46,8 +47,9 @@ CPU = [(bench, {"preset": preset, **changes}) for preset in ("s", "m") for bench
     ("sft", {**ALPACA, "rows": 32}), ("dpo", {**PAIRS, "cached": False}), ("dpo", PAIRS),
     ("ppo", {**EQUAL, "rows": 32}), ("ppo", {**ALPACA, "rows": 32}))]
 REAL = {"preset": "135m", "repeat": 3}
-CPU += [("rollout", {**REAL, "prompt": 128, "prompt_lengths": "rlhf", "new": 96, "lengths": "rlhf", "rows": 32}),
+REAL = [("rollout", {**REAL, "prompt": 128, "prompt_lengths": "rlhf", "new": 96, "lengths": "rlhf", "rows": 32}),
         ("dpo", {**REAL, **PAIRS, "prompt": 64, "new": 64, "rows": 2, "lora_rank": 16}),
-        ("sft", {**REAL, "prompt": 64, "new": 64, "lengths": "fixed", "rows": 4, "lora_rank": 16}),
-        ("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
-        ("logprob", {"preset": "32k"}), ("load", {"preset": "0.5b", "repeat": 2})]
+        ("sft", {**REAL, "prompt": 64, "new": 64, "lengths": "fixed", "rows": 4, "lora_rank": 16})]
+CPU += REAL + [("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
+               ("logprob", {"preset": "32k"}), ("load", {"preset": "0.5b", "repeat": 2})]
+BF16 = [(bench, {**changes, "dtype": torch.bfloat16}) for bench, changes in REAL]       # where it is quicker

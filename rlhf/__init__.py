@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+DECODER = "model.py", "mixture.py", "products.py"
 PARTS = ("NEEDS", "Config", "run")      # of a method
 
 

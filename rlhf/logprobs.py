@@ -9,6 +9,7 @@ from itertools import repeat
 import torch
 
 from model import PackedRows, logits
+from products import product
 
 HELD = 1 << 28                          # bytes of logits in fp32 that are held at a time
 
@@ -65,7 +66,7 @@ class ChunkedLogProb(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logp[rows], d, factor = logp_and_gradient(h[rows], W, targets[rows], *settings)
             if learns:
-                dh[rows] = factor * (d.to(W.dtype) @ W)                                  # (chunk, D)
+                dh[rows] = factor * product(d.to(W.dtype), W.T)                           # (chunk, D)
                 kept = (d, factor) if len(h) <= chunk and not frozen else kept
         ctx.save_for_backward(dh, *(() if frozen else (h, W, targets, *kept)))
         ctx.chunk, ctx.settings = chunk, settings
@@ -83,7 +84,7 @@ class ChunkedLogProb(torch.autograd.Function):
                 d, factor = kept
                 if d is None:
                     _, d, factor = logp_and_gradient(h[rows], W, targets[rows], *ctx.settings)
-                dW += d.T @ (grad[rows, None] * factor * h[rows])
+                dW += product(d.T, (grad[rows, None] * factor * h[rows]).T)
             dW = dW.to(W.dtype)
         return dh * grad[:, None].to(dh.dtype), dW, None, None, None, None, None
 

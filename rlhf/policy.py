@@ -2,15 +2,14 @@
 import copy
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 import model
 from data import InputError, adapters, classifiers, families, read_json, weights
+from products import bf16_pays
 from rlhf.config import Config, resolve, stage
 from rlhf.sampler import longest_answer
 
@@ -110,22 +109,6 @@ def usual_dtype(device, checkpoint):
     size = read_json(checkpoint / "config.json").get("hidden_size")
     wide = isinstance(size, int) and size >= WIDE
     return "bfloat16" if wide and bf16_pays() else "float32"
-
-
-@lru_cache
-def bf16_pays():
-    """Whether this CPU is quicker in bf16 than in fp32. Some are twice as quick, and those that have to emulate it take
-    ten times as long: a short trial tells, with a bound between the two that its noise does not reach."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(WIDE, WIDE, dtype=dtype)
-        x @ x                                           # the first product also chooses a kernel
-        start = time.perf_counter()
-        x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < 2 * seconds[torch.float32]
 
 
 def fresh(cfg, role):

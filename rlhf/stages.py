@@ -26,7 +26,7 @@ from data import InputError, read_json, run_folders
 from data.files import alone, hash_of, remove_temporary, sync_folder, write_json
 from data.progress import Progress, cut, fitted, width
 from data.text import TODAY
-from rlhf import FOLDER, config, memory
+from rlhf import DECODER, FOLDER, config, memory
 from rlhf.saves import SAVES, Saves, seconds_saved
 from rlhf.update import NotFinite
 
@@ -107,12 +107,12 @@ def imported(tree):
 
 
 def sources(method):
-    """{file: hash} of a method's source and of all it imports from rlhf/, model.py and mixture.py, directly or not."""
+    """{file: hash} of a method's source and of all it imports from rlhf/ and DECODER, directly or not."""
     left, found = [f"rlhf.{method}"], {}
     while left:
         file = f"{left.pop().replace('.', '/')}.py"
         path = FOLDER.parent / file
-        if file in found or not (file in ("model.py", "mixture.py") or file.startswith("rlhf/")) or not path.exists():
+        if file in found or not file.startswith(("rlhf/", *DECODER)) or not path.exists():
             continue
         found[file], further = hash_and_imports(path.read_text(encoding="utf-8"))
         if SEEN.setdefault(path, found[file]) != found[file]:

@@ -32,13 +32,13 @@ import studies
 from data import InputError, adapters, weights
 from data.barn.world import splits
 from data.judges import JudgeError
-from rlhf import config, methods, plan, rewards
+from rlhf import DECODER, config, methods, plan, rewards
 from rlhf.config import BASE
 
 torch.set_num_threads(1)
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 SMALL = ("--limit", "16", "--max_new_tokens", "16")
-PROJECT = ("farm.py", "model.py", "mixture.py", "annotate.py", "eval.py", "stats", "data", "rlhf", "studies")
+PROJECT = "farm.py", *DECODER, "annotate.py", "eval.py", "stats", "data", "rlhf", "studies"
 
 
 @pytest.fixture(scope="module", autouse=True)

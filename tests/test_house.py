@@ -17,8 +17,8 @@ from studies import studies
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "pairs", "reward", "rewards")          # what methods start from; rewards may be the reward model
-OURS = {"farm", "model", "mixture", "annotate", "eval", "stats", "serve", "benchmarks", "rlhf", "studies", "data",
-        "exercises", "tests"}
+OURS = {"farm", "model", "mixture", "products", "annotate", "eval", "stats", "serve", "benchmarks", "rlhf", "studies",
+        "data", "exercises", "tests"}
 PACKAGES = {"torch", "tokenizers", "requests", "numpy"}
 PEERS = {"transformers", "peft", "trl", "datasets"}     # what benchmarks measures beside, if installed
 NO_TORCH = ("annotate", "eval", "data.judges", "data.judges.prompts", "data.judges.client", "data.judges.cache",
@@ -80,11 +80,11 @@ def part(module):
     return "study" if top == "studies" and rest in studies() else top
 
 
-FLOORS = ({"data", "stats"}, {"model", "mixture", "annotate"}, {"kit", "stage", "method", "eval"},
+FLOORS = ({"data", "stats"}, {"model", "mixture", "products", "annotate"}, {"kit", "stage", "method", "eval"},
           {"command", "benchmarks", "study", "studies", "exercises"})
 MAY_IMPORT = {                          # on one floor; whatever is on a lower one may be imported, too
     "data": {"data"}, "stats": {"stats", "data"},
-    "model": {"mixture"}, "mixture": set(), "annotate": set(),
+    "model": {"mixture", "products"}, "mixture": set(), "products": set(), "annotate": set(),
     "kit": {"kit"}, "stage": {"kit", "stage"}, "method": {"kit", "stage", "method", "eval"}, "eval": set(),
     "benchmarks": {"benchmarks"}, "study": {"studies"}, "studies": {"studies"}, "exercises": {"exercises"},
     "command": {"benchmarks", "studies", "exercises"},

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+import products
 from data.text import Text
 from data.weights import WeightsError, load_weights, write_safetensors
 from model import GPTConfig, frequencies
@@ -242,7 +243,7 @@ def test_adapters_stay_fp32_on_a_low_precision_base_and_logits_too(tmp_path):
 @pytest.mark.parametrize("part", [7, 1000])
 def test_logits_of_16_bits_are_rounded_to_fp32_only(dtype, part, monkeypatch):
     """Against a product in fp64, values and gradients; and in the log-probs that learners see."""
-    monkeypatch.setattr(model, "VOCABULARY_PART", part)
+    monkeypatch.setattr(products, "VOCABULARY_PART", part)
     r = torch.Generator().manual_seed(0)
     h, W = (torch.randn(n, 64, generator=r).to(dtype).requires_grad_() for n in (5, 61))
     exact = h.double() @ W.double().T

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import lengths
 from benchmarks.plans import LENGTHS
-from model import Int8Product
+from products import Int8Product
 from rlhf import dpo, experience, logprobs, ppo, reward, sampler
 from rlhf.logprobs import pack, token_logps
 from rlhf.update import Updater, micro_batches

@@ -1,0 +1,147 @@
+"""Matrix products of the decoder: by oneDNN where it is quicker, with int8 weights, with an fp32 result of 16 bits.
+
+On CPUs torch multiplies fp32 matrices with MKL, whose kernels for AMD's processors do without AVX-512. oneDNN, which is
+in torch as well, takes half the time there. It also multiplies by packed weights: a copy in the order in which it
+reads them, which pays where few rows are multiplied, as in sampling.
+Letters: N rows; a weight W is (out, in).
+"""
+import os
+import time
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+# Whether torch can multiply 16-bit tensors with an fp32 result (on CUDA, since torch 2.8). If not, exact_product()
+# converts the head to fp32, VOCABULARY_PART of its rows at a time.
+FP32_PRODUCTS = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+VOCABULARY_PART = 16384
+WIDE = 512                              # rows and columns of the products that are tried
+# oneDNN makes a kernel for every new shape, in a third of a millisecond, and nearly every batch has its own shape. Only
+# large products regain that. (Packed weights do: while sampling, a shape stays for some steps of all layers.)
+LEAST_SIDE = 256                        # of a weight
+LARGE = 1 << 26                         # multiplications in a product
+MOST_PACKED = 2 << 30                   # bytes of all weights of a model that samples with packed ones
+# A kernel takes a megabyte, and torch and oneDNN would keep a thousand of them, each.
+for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "64")
+
+
+# -- oneDNN --------------------------------------------------------------------------------------------------------
+
+def least_seconds(product, dtype):
+    """The least time of three that a product of two matrices takes on this CPU."""
+    x, seconds = torch.ones(WIDE, WIDE, dtype=dtype), []
+    for _ in range(4):                                  # the first product also chooses a kernel
+        start = time.perf_counter()
+        product(x, x)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@lru_cache
+def onednn_pays():
+    """Whether oneDNN is quicker in fp32 than what torch uses on this CPU. It is either about as quick or twice as
+    quick: a short trial tells, with a bound between the two."""
+    return torch.backends.mkldnn.is_available() and (
+        1.4 * least_seconds(onednn, torch.float32) < least_seconds(F.linear, torch.float32))
+
+
+@lru_cache
+def bf16_pays():
+    """Whether this CPU is quicker in bf16 than in fp32. Some are twice as quick, and those that have to emulate it take
+    ten times as long: the bound is between the two."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+        least_seconds(F.linear, torch.bfloat16) < 2 * least_seconds(F.linear, torch.float32))
+
+
+def onednn(x, W):
+    """x W' (N, out) of x (N, in) and W (out, in), perhaps packed; without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
+
+
+def product(x, W):
+    """x W' (N, out) of x (N, in) and W (out, in), by what is quickest; without a gradient."""
+    return onednn(x, W) if to_onednn(x, W) else x @ W.T
+
+
+def to_onednn(x, W):
+    """Whether oneDNN should multiply x (..., in) by W (out, in)."""
+    return W.is_mkldnn or (W.device.type == "cpu" and W.dtype == torch.float32 and min(W.shape) >= LEAST_SIDE
+                           and x.numel() * W.shape[0] >= LARGE and onednn_pays())
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """x W' with its gradients: x (N, in), W (out, in) -> (N, out)."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return onednn(x, W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        dx, dW = ctx.needs_input_grad
+        return product(grad, W.T) if dx else None, product(grad.T, x.T) if dW else None
+
+
+def packs(weights):
+    """Whether a model with these weights samples with packed ones on this CPU. A large model has no room for them."""
+    pays = {torch.float32: onednn_pays, torch.bfloat16: bf16_pays}.get(weights[-1].dtype)
+    return (weights[-1].device.type == "cpu" and pays is not None and sum(W.nbytes for W in weights) <= MOST_PACKED
+            and pays())
+
+
+def packed(W):
+    """W as oneDNN reads it; W itself if it is small or not of a floating type."""
+    if W.is_floating_point() and min(W.shape) >= LEAST_SIDE:
+        return torch.ops.mkldnn._reorder_linear_weight(W.detach())
+    return W
+
+
+# -- linear layers and the head ------------------------------------------------------------------------------------
+
+def linear(x, W, bias=None, int8_scale=None):
+    """W x + bias (..., out) for x (..., in), of a W in int8 if there are scales for it."""
+    if int8_scale is None and not to_onednn(x, W):
+        return F.linear(x, W, bias)
+    rows = x.flatten(0, -2)                                                              # (N, in)
+    y = OneDNNProduct.apply(rows, W) if int8_scale is None else Int8Product.apply(rows, W, int8_scale)
+    y = y.view(*x.shape[:-1], W.shape[0])
+    return y if bias is None else y + bias
+
+
+class Int8Product(torch.autograd.Function):
+    """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
+
+    The outputs are scaled, not W: that moves half the memory, and rounds less, because bf16 holds every int8 exactly.
+    The backward pass converts W a second time. Autograd would keep the converted copy of every layer in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, scale):
+        ctx.save_for_backward(W, scale)
+        W, scale = Int8Product.factors(W, scale, x.dtype)
+        return product(x, W) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        W, scale = Int8Product.factors(*ctx.saved_tensors, grad.dtype)
+        return product(grad * scale, W.T), None, None
+
+    @staticmethod
+    def factors(W, scale, dtype):
+        """W in this dtype, and the scale (out,) of the outputs. fp16 has no room for sums that are not scaled yet."""
+        W = W.to(dtype)
+        return (W * scale, 1) if dtype == torch.float16 else (W, scale.T)
+
+
+def exact_product(h, W):
+    """h W' (..., V) in fp32, for h (..., D) and W (V, D) in any precision. A product in bf16 would round a log-prob by
+    0.03 nats, which is much beside PPO's cliprange of 0.2."""
+    if W.dtype == torch.float32:
+        return linear(h.float(), W)
+    if FP32_PRODUCTS and not torch.is_grad_enabled():   # it has no gradient
+        return torch.mm(h.flatten(0, -2), W.T, out_dtype=torch.float32).view(*h.shape[:-1], len(W))
+    return torch.cat([linear(h.float(), part.float()) for part in W.split(VOCABULARY_PART)], -1)
