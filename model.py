@@ -35,6 +35,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # On CUDA only FlashAttention (compute capability 8.0 or later, 16 bits, no mask) reads grouped keys and values without
 # repeating them. Otherwise torch would choose a fallback that holds B x H x T x T numbers, so causal() repeats them.
 FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+# On CPUs torch's kernel takes four times as long in bf16 as the parts of attention do for rows of up to so many tokens.
+SHORT = 256
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                "relu2": lambda x: F.relu(x).square()}
 
@@ -288,23 +290,27 @@ def causal(q, k, v, window=0, cap=0.):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, heads, T, hd)
     mask, T, groups = None, q.shape[2], q.shape[1] // k.shape[1]
-    if 0 < window < T or cap:
+    in_parts = cap or q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT
+    if 0 < window < T or in_parts:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - (window or T))
-    if cap:
+    if in_parts:
         bias = torch.zeros(T, T, device=q.device).masked_fill(~mask, -torch.inf)
         q = q.unflatten(1, (-1, groups))                                                 # (B, K, H/K, T, hd)
-        return capped_attention(q, k[:, :, None], v[:, :, None], bias, cap).flatten(1, 2).transpose(1, 2)
+        return attention_in_parts(q, k[:, :, None], v[:, :, None], bias, cap).flatten(1, 2).transpose(1, 2)
     if groups > 1 and q.is_cuda and not (FLASH and mask is None and q.dtype != torch.float32):
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     grouped = {"enable_gqa": True} if groups > 1 else {}    # a literal: torch 2.5 compiles no other
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **grouped).transpose(1, 2)
 
 
-def capped_attention(q, k, v, bias, cap):
-    """Attention whose scores tanh squeezes into (-cap, cap), which no kernel of torch does: q (..., n, hd), k and v
-    (..., S, hd), and a bias (..., n, S), 0 where a query attends and -inf elsewhere -> (..., n, hd)."""
+def attention_in_parts(q, k, v, bias, cap):
+    """Attention as it is written: q (..., n, hd), k and v (..., S, hd), and a bias (..., n, S), 0 where a query attends
+    and -inf elsewhere -> (..., n, hd). With a cap, tanh squeezes the scores into (-cap, cap), which no kernel of torch
+    does."""
     scores = (q @ k.mT).float() * q.shape[-1] ** -.5                                     # (..., n, S)
-    return (cap * (scores / cap).tanh() + bias).softmax(-1).to(v.dtype) @ v
+    if cap:
+        scores = cap * (scores / cap).tanh()
+    return (scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 class PackedRows:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 # Whether torch can multiply 16-bit tensors with an fp32 result (on CUDA, since torch 2.8). If not, exact_product()
 # converts the head to fp32, VOCABULARY_PART of its rows at a time.
 FP32_PRODUCTS = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-VOCABULARY_PART = 16384
+VOCABULARY_PART = 8192
 WIDE = 512                              # rows and columns of the products that are tried
 # oneDNN makes a kernel for every new shape, in a third of a millisecond, and nearly every batch has its own shape. Only
 # large products regain that. (Packed weights do: while sampling, a shape stays for some steps of all layers.)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import capped_attention, causal
+from model import attention_in_parts, causal
 
 
 class KVCache:
@@ -66,7 +66,7 @@ class KVCache:
         """Attention of q (B, K, H/K, hd) to the columns of their slots that the bias (B, 1, 1, span) reaches."""
         k, v = (x[layer][slots, :, :bias.shape[-1]] for x in (self.k, self.v))           # (B, K, span, hd)
         if cap:
-            return capped_attention(q, k, v, bias, cap)
+            return attention_in_parts(q, k, v, bias, cap)
         if self.sdpa:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1))
         return (q @ k.mT).mul_(q.shape[-1] ** -.5).add_(bias).softmax(-1) @ v
