@@ -482,7 +482,8 @@ class GPT(nn.Module):
     @contextmanager
     def fused(self, role):
         """using(role), for sampling: weights and adapter are fused inside the with block, and apart again after it."""
-        pack = packs([*(layer.weight for _, layer in self.linears()), self.head])
+        size = sum(layer.weight.nbytes for _, layer in self.linears()) + self.head.nbytes
+        pack = self.device.type == "cpu" and packs(self.head.dtype, size)
         for layers in self.fused_linears():
             layers.fuse(role, pack)
         if self.device.type == "cpu":                   # converted to fp32 once, and not in every step

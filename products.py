@@ -67,8 +67,8 @@ def product(x, W):
 
 def to_onednn(x, W):
     """Whether oneDNN should multiply x (..., in) by W (out, in)."""
-    return W.is_mkldnn or (W.device.type == "cpu" and W.dtype == torch.float32 and min(W.shape) >= LEAST_SIDE
-                           and x.numel() * W.shape[0] >= LARGE and onednn_pays())
+    return W.is_mkldnn or (x.numel() * W.size(0) >= LARGE and W.dtype == torch.float32 and W.device.type == "cpu"
+                           and min(W.shape) >= LEAST_SIDE and onednn_pays())
 
 
 class OneDNNProduct(torch.autograd.Function):
@@ -86,11 +86,11 @@ class OneDNNProduct(torch.autograd.Function):
         return product(grad, W.T) if dx else None, product(grad.T, x.T) if dW else None
 
 
-def packs(weights):
-    """Whether a model with these weights samples with packed ones on this CPU. A large model has no room for them."""
-    pays = {torch.float32: onednn_pays, torch.bfloat16: bf16_pays}.get(weights[-1].dtype)
-    return (weights[-1].device.type == "cpu" and pays is not None and sum(W.nbytes for W in weights) <= MOST_PACKED
-            and pays())
+def packs(dtype, size):
+    """Whether a model with weights of `size` bytes samples with packed ones on this CPU. For those of a large model
+    there may be no room."""
+    pays = {torch.float32: onednn_pays, torch.bfloat16: bf16_pays}.get(dtype)
+    return pays is not None and size <= MOST_PACKED and pays()
 
 
 def packed(W):

@@ -13,6 +13,7 @@ import torch
 from data import read_json
 from data.progress import width
 from model import GPT, GPTConfig
+from products import LEAST_SIDE, packs
 from rlhf import policy
 from rlhf.logprobs import HELD
 from rlhf.sampler import MAX_SLOTS, cache_length
@@ -50,6 +51,9 @@ def held(cfg, needs):
     layer = c.hidden_size if cfg.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size + 2 * heads
     found["activations"] = tokens * c.num_hidden_layers * layer * bytes
     found["logits"] = 2 * min(HELD, tokens * c.vocab_size * 4)
+    wide, size = c.hidden_size >= LEAST_SIDE and not cfg.int8, numbers * bytes
+    if samples and device == "cpu" and wide and packs(getattr(torch, precision), size):
+        found["packed weights"] = size
     if samples and (slots := cfg.slots or MAX_SLOTS["cpu"] * (device == "cpu")):        # on a GPU as many as fit
         longest = cache_length(torch.device(device), cfg.max_prompt_tokens + cfg.max_new_tokens)
         found["cache"] = slots * longest * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes

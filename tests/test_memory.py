@@ -49,6 +49,18 @@ def test_what_is_counted_is_what_the_tensors_take(folder, kind):
     assert found["optimizer"] == size(moments) + size(p.grad for p in model.trainable())
 
 
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_a_second_copy_of_the_weights_counts_where_one_is_sampled_with(folder, kind, monkeypatch):
+    cfg = settings(folder, "sft", kind)
+    assert "packed weights" not in memory.held(cfg, {})                     # the model is narrow
+    monkeypatch.setattr(memory, "LEAST_SIDE", 16)
+    for pays in (True, False):
+        monkeypatch.setattr(memory, "packs", lambda dtype, size, pays=pays: pays)
+        gpt = policy.load_base(cfg)
+        expected = size(gpt.parameters()) if pays else None
+        assert memory.held(cfg, {}).get("packed weights") == expected
+
+
 def test_the_cache_is_that_of_all_slots(folder):
     cfg = settings(folder, "sft", slots=7, max_prompt_tokens=9, max_new_tokens=6)
     gpt = policy.fresh(cfg, "sft").gpt

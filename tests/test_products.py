@@ -99,10 +99,9 @@ def test_narrow_weights_small_products_and_other_devices_are_left_to_torch(monke
 
 def test_a_model_without_room_for_a_second_copy_is_not_packed(monkeypatch):
     monkeypatch.setattr(products, "onednn_pays", lambda: True)
-    weights = [torch.ones(300, 256), torch.ones(400, 256)]
-    assert products.packs(weights) and not products.packs([W.to("meta") for W in weights])
-    monkeypatch.setattr(products, "MOST_PACKED", 700 * 256 * 4 - 1)
-    assert not products.packs(weights)
+    monkeypatch.setattr(products, "MOST_PACKED", 1000)
+    assert products.packs(torch.float32, 1000) and not products.packs(torch.float32, 1001)
+    assert not products.packs(torch.float16, 1000)
 
 
 @pytest.mark.parametrize(("seconds", "onednn", "bf16"), [
