@@ -21,7 +21,7 @@ WIDE = 512                              # rows and columns of the products that 
 # large products regain that. (Packed weights do: while sampling, a shape stays for some steps of all layers.)
 LEAST_SIDE = 256                        # of a weight
 LARGE = 1 << 26                         # multiplications in a product
-MOST_PACKED = 2 << 30                   # bytes of all weights of a model that samples with packed ones
+MOST_PACKED = 1 << 30                   # bytes of all weights of a model that samples with packed ones
 # A kernel takes a megabyte, and torch and oneDNN would keep a thousand of them, each.
 for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
