@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families, read_json
 from data.weights import WeightsError, assign, check, load_weights
 from mixture import Mixture
-from products import exact_product, linear, packed, packs
+from products import MOST_PACKED, exact_product, linear, packed, packs
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -36,7 +36,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # repeating them. Otherwise torch would choose a fallback that holds B x H x T x T numbers, so causal() repeats them.
 FLASH = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 # On CPUs torch's kernel takes four times as long in bf16 as the parts of attention do for rows of up to so many tokens.
-SHORT = 256
+SHORT = 128
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
                "relu2": lambda x: F.relu(x).square()}
 
@@ -482,20 +482,27 @@ class GPT(nn.Module):
     @contextmanager
     def fused(self, role):
         """using(role), for sampling: weights and adapter are fused inside the with block, and apart again after it."""
-        size = sum(layer.weight.nbytes for _, layer in self.linears()) + self.head.nbytes
-        pack = self.device.type == "cpu" and packs(self.head.dtype, size)
-        for layers in self.fused_linears():
-            layers.fuse(role, pack)
-        if self.device.type == "cpu":                   # converted to fp32 once, and not in every step
-            head = self.head if self.head.dtype == torch.float32 else self.head.float()
-            self.fused_head = packed(head) if pack else head
+        on_cpu = self.device.type == "cpu"
+        pack, convert = self.copies(self.head.dtype) if on_cpu else (False, False)
         try:
+            for layers in self.fused_linears():
+                layers.fuse(role, pack)
+            if pack or convert:                         # to fp32 once, and not in every step
+                head = self.head.float() if convert else self.head
+                self.fused_head = packed(head) if pack else head
             with self.using(role):
                 yield self
         finally:
             self.fused_head = None
             for layers in self.fused_linears():
                 layers.fused = None
+
+    def copies(self, dtype):
+        """On a CPU, with weights in this dtype: whether fused() packs them, and whether it makes an fp32 copy of the
+        head."""
+        exact = 4 * self.head.numel()                                                    # bytes of the head in fp32
+        layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in self.linears())
+        return packs(dtype, layers + exact), dtype != torch.float32 and exact <= MOST_PACKED
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""

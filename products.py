@@ -21,7 +21,7 @@ WIDE = 512                              # rows and columns of the products that 
 # large products regain that. (Packed weights do: while sampling, a shape stays for some steps of all layers.)
 LEAST_SIDE = 256                        # of a weight
 LARGE = 1 << 26                         # multiplications in a product
-MOST_PACKED = 1 << 30                   # bytes of all weights of a model that samples with packed ones
+MOST_PACKED = 3 << 29                   # bytes of the weights that are packed for sampling, or of a head in fp32
 # A kernel takes a megabyte, and torch and oneDNN would keep a thousand of them, each.
 for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
@@ -31,7 +31,7 @@ for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 
 def least_seconds(product, dtype):
     """The least time of three that a product of two matrices takes on this CPU."""
-    x, seconds = torch.ones(WIDE, WIDE, dtype=dtype), []
+    x, seconds = torch.ones(WIDE, WIDE, dtype=dtype, device="cpu"), []
     for _ in range(4):                                  # the first product also chooses a kernel
         start = time.perf_counter()
         product(x, x)
@@ -55,9 +55,9 @@ def bf16_pays():
         least_seconds(F.linear, torch.bfloat16) < 2 * least_seconds(F.linear, torch.float32))
 
 
-def onednn(x, W):
-    """x W' (N, out) of x (N, in) and W (out, in), perhaps packed; without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
+def onednn(x, W, bias=None):
+    """x W' + bias (N, out) of x (N, in) and W (out, in), perhaps packed; without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
 def product(x, W):
@@ -66,9 +66,10 @@ def product(x, W):
 
 
 def to_onednn(x, W):
-    """Whether oneDNN should multiply x (..., in) by W (out, in)."""
-    return W.is_mkldnn or (x.numel() * W.size(0) >= LARGE and W.dtype == torch.float32 and W.device.type == "cpu"
-                           and min(W.shape) >= LEAST_SIDE and onednn_pays())
+    """Whether oneDNN should multiply x (..., in) by W (out, in). A compiler would make a graph for each side of the
+    question how large x is."""
+    return W.is_mkldnn or (W.dtype == torch.float32 and W.device.type == "cpu" and not torch.compiler.is_compiling()
+                           and x.numel() * W.size(0) >= LARGE and min(W.shape) >= LEAST_SIDE and onednn_pays())
 
 
 class OneDNNProduct(torch.autograd.Function):
@@ -80,6 +81,7 @@ class OneDNNProduct(torch.autograd.Function):
         return onednn(x, W)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, W = ctx.saved_tensors
         dx, dW = ctx.needs_input_grad
@@ -87,8 +89,8 @@ class OneDNNProduct(torch.autograd.Function):
 
 
 def packs(dtype, size):
-    """Whether a model with weights of `size` bytes samples with packed ones on this CPU. For those of a large model
-    there may be no room."""
+    """Whether weights in this dtype, of `size` bytes in all, are packed for sampling on this CPU. For those of a large
+    model there may be no room."""
     pays = {torch.float32: onednn_pays, torch.bfloat16: bf16_pays}.get(dtype)
     return pays is not None and size <= MOST_PACKED and pays()
 
@@ -106,10 +108,11 @@ def linear(x, W, bias=None, int8_scale=None):
     """W x + bias (..., out) for x (..., in), of a W in int8 if there are scales for it."""
     if int8_scale is None and not to_onednn(x, W):
         return F.linear(x, W, bias)
-    rows = x.flatten(0, -2)                                                              # (N, in)
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], W.shape[0])                # (N, in)
+    if W.is_mkldnn:
+        return onednn(rows, W, bias).view(shape)
     y = OneDNNProduct.apply(rows, W) if int8_scale is None else Int8Product.apply(rows, W, int8_scale)
-    y = y.view(*x.shape[:-1], W.shape[0])
-    return y if bias is None else y + bias
+    return y.view(shape) if bias is None else y.view(shape) + bias
 
 
 class Int8Product(torch.autograd.Function):

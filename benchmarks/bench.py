@@ -404,7 +404,7 @@ def main(argv):
             plans = {"h200": H200, "cpu": CPU + BF16 * bf16_pays(), "all": [(bench, {}) for bench in BENCHES]}
             measure(args, plans.get(name, [(name, {})]))
     finally:                                            # after Ctrl-C too, the results so far are written
-        text = json.dumps({**document, "results": args.results})
+        text = json.dumps({**document, "results": args.results}, default=str)      # str: of a dtype in a plan
         if args.out:
             Path(args.out).write_text(json.dumps(json.loads(text), indent=1) + "\n")
         print(text)

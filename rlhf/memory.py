@@ -12,8 +12,8 @@ import torch
 
 from data import read_json
 from data.progress import width
-from model import GPT, GPTConfig
-from products import LEAST_SIDE, packs
+from model import SHORT, GPT, GPTConfig
+from products import LEAST_SIDE
 from rlhf import policy
 from rlhf.logprobs import HELD
 from rlhf.sampler import MAX_SLOTS, cache_length
@@ -49,15 +49,27 @@ def held(cfg, needs):
     c, tokens = gpt.config, cfg.micro_batch_tokens * trains
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     layer = c.hidden_size if cfg.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size + 2 * heads
+    if (device, precision) == ("cpu", "bfloat16"):      # attention in its parts keeps its scores, in fp32 and in bf16
+        layer += 3 * c.num_attention_heads * SHORT
     found["activations"] = tokens * c.num_hidden_layers * layer * bytes
     found["logits"] = 2 * min(HELD, tokens * c.vocab_size * 4)
-    wide, size = c.hidden_size >= LEAST_SIDE and not cfg.int8, numbers * bytes
-    if samples and device == "cpu" and wide and packs(getattr(torch, precision), size):
-        found["packed weights"] = size
+    if samples and device == "cpu":
+        found["copies for sampling"] = sampling_copies(gpt, getattr(torch, precision), cfg)
     if samples and (slots := cfg.slots or MAX_SLOTS["cpu"] * (device == "cpu")):        # on a GPU as many as fit
         longest = cache_length(torch.device(device), cfg.max_prompt_tokens + cfg.max_new_tokens)
         found["cache"] = slots * longest * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes
     return {what: size for what, size in found.items() if size}
+
+
+def sampling_copies(gpt, dtype, cfg):
+    """Bytes that GPT.fused() holds beside weights in this dtype on a CPU: linear layers that are packed, or to which an
+    adapter was added; a head that is packed, or in fp32."""
+    pack, convert = gpt.copies(dtype)
+    layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in gpt.linears()) * (not cfg.int8)
+    head = 4 * gpt.head.numel()
+    if min(gpt.head.shape) < LEAST_SIDE:                # narrow weights are not packed
+        pack = False
+    return layers * (pack or dtype == torch.float32 and cfg.lora_rank > 0) + head * (pack or convert)
 
 
 def room(cfg):

@@ -124,6 +124,10 @@ def fails(error):
 def test_a_bench_that_fails_shows_in_the_exit_code_and_memory_is_said_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ceilings", lambda args: {"tflops": 1., "gbps": 1.})
     monkeypatch.setitem(bench.BENCHES, "sft", fails(MemoryError()))
+    monkeypatch.setattr(bench, "CPU", [])
+    monkeypatch.setattr(bench, "BF16", [("sft", {"dtype": torch.bfloat16})])
+    monkeypatch.setattr(bench, "bf16_pays", lambda: True)
+    assert json.loads(command(MAIN, "cpu", *SMALL).out.splitlines()[-1])["results"][0]["dtype"] == "torch.bfloat16"
     done = command(MAIN, "sft", "logprob", *SMALL)
     assert done.code == 1 and "Traceback" not in done.err
     assert re.search(r"^sft: out of memory.*fewer --rows", done.err, re.MULTILINE)

@@ -1,11 +1,14 @@
 """What a stage is said to hold, counted in another way: in the tensors themselves."""
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import toy
 
+import products
 from rlhf import memory, policy
 from rlhf.kv_cache import KVCache
 from rlhf.sampler import cache_length
@@ -49,16 +52,26 @@ def test_what_is_counted_is_what_the_tensors_take(folder, kind):
     assert found["optimizer"] == size(moments) + size(p.grad for p in model.trainable())
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
-def test_a_second_copy_of_the_weights_counts_where_one_is_sampled_with(folder, kind, monkeypatch):
-    cfg = settings(folder, "sft", kind)
-    assert "packed weights" not in memory.held(cfg, {})                     # the model is narrow
-    monkeypatch.setattr(memory, "LEAST_SIDE", 16)
-    for pays in (True, False):
-        monkeypatch.setattr(memory, "packs", lambda dtype, size, pays=pays: pays)
-        gpt = policy.load_base(cfg)
-        expected = size(gpt.parameters()) if pays else None
-        assert memory.held(cfg, {}).get("packed weights") == expected
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "dtype", "int8"), [
+    ("lora", "float32", False), ("full", "float32", False), ("lora", "bfloat16", False), ("lora", "bfloat16", True)])
+def test_copies_for_sampling_are_the_tensors_that_sampling_makes(kind, dtype, int8, tied, pays, monkeypatch):
+    for name in ("onednn_pays", "bf16_pays"):
+        monkeypatch.setattr(products, name, lambda: pays)
+    model = tiny.policy(kind, hidden_size=256, intermediate_size=256, num_key_value_heads=4, vocab_size=300,
+                        tie_word_embeddings=tied)
+    cfg = SimpleNamespace(int8=int8, lora_rank=4 * (kind == "lora"))
+    said = memory.sampling_copies(model.gpt, getattr(torch, dtype), cfg)
+    model.gpt.to(getattr(torch, dtype))
+    if int8:
+        model.gpt.quantise()
+    model.gpt.make_contiguous()
+    own = {p.untyped_storage().data_ptr() for p in model.gpt.parameters()}
+    with torch.inference_mode(), model.gpt.fused(model.role):
+        there = [layers.fused[0] for layers in model.gpt.fused_linears()] + [model.gpt.fused_head]
+        made = [t for t in there if t is not None and (t.is_mkldnn or t.untyped_storage().data_ptr() not in own)]
+    assert said == size(made)
 
 
 def test_the_cache_is_that_of_all_slots(folder):
@@ -72,7 +85,7 @@ def test_the_cache_is_that_of_all_slots(folder):
 
 def test_who_trains_nothing_holds_no_optimizer(folder):
     found = memory.held(settings(folder, "pairs"), {"sft": ""})
-    assert found.keys() == {"weights", "adapters", "cache"}
+    assert found.keys() == {"weights", "adapters", "cache", "copies for sampling"}
 
 
 def test_more_models_more_memory_and_what_is_advised_takes_less(folder):

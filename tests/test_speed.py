@@ -9,6 +9,7 @@ from quick import few
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import products
 from benchmarks.bench import lengths
 from benchmarks.plans import LENGTHS
 from products import Int8Product
@@ -363,6 +364,9 @@ def test_int8_rounds_by_half_a_step_and_its_gradient_is_that_of_the_rounded_weig
 def test_compiled_blocks_compute_the_same_and_one_graph_serves_them_all(kind, checkpointing, monkeypatch):
     """Without a compiler's code, only its graphs: a break in one would be an error, and blocks share them."""
     graphs, results = [], []
+    monkeypatch.setattr(products, "onednn_pays", lambda: True)
+    monkeypatch.setattr(products, "LARGE", 40 * 32)                         # would ask how many rows there are
+    monkeypatch.setattr(products, "LEAST_SIDE", 16)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(
         f, dynamic=dynamic, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward))
