@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families, read_json
 from data.weights import WeightsError, assign, check, load_weights
 from mixture import Mixture
-from products import MOST_PACKED, exact_product, linear, packed, packs
+from products import LEAST_SIDE, MOST_PACKED, exact_product, linear, packed, packs
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -502,7 +502,8 @@ class GPT(nn.Module):
         head."""
         exact = 4 * self.head.numel()                                                    # bytes of the head in fp32
         layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in self.linears())
-        return packs(dtype, layers + exact), dtype != torch.float32 and exact <= MOST_PACKED
+        pack = min(self.head.shape) >= LEAST_SIDE and packs(dtype, layers + exact)
+        return pack, dtype != torch.float32 and exact <= MOST_PACKED
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""

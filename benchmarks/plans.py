@@ -46,10 +46,10 @@ CPU = [(bench, {"preset": preset, **changes}) for preset in ("s", "m") for bench
     ("rollout", {"lengths": "fixed", "prompt": 128, "new": 64, "rows": 64, "n": 16}),
     ("sft", {**ALPACA, "rows": 32}), ("dpo", {**PAIRS, "cached": False}), ("dpo", PAIRS),
     ("ppo", {**EQUAL, "rows": 32}), ("ppo", {**ALPACA, "rows": 32}))]
-REAL = {"preset": "135m", "repeat": 3}
-REAL = [("rollout", {**REAL, "prompt": 128, "prompt_lengths": "rlhf", "new": 96, "lengths": "rlhf", "rows": 32}),
-        ("dpo", {**REAL, **PAIRS, "prompt": 64, "new": 64, "rows": 2, "lora_rank": 16}),
-        ("sft", {**REAL, "prompt": 64, "new": 64, "lengths": "fixed", "rows": 4, "lora_rank": 16})]
+SMOLLM2 = {"preset": "135m", "repeat": 3}
+REAL = [("rollout", {**SMOLLM2, "prompt": 128, "prompt_lengths": "rlhf", "new": 96, "lengths": "rlhf", "rows": 32}),
+        ("dpo", {**SMOLLM2, **PAIRS, "prompt": 64, "new": 64, "rows": 2, "lora_rank": 16}),
+        ("sft", {**SMOLLM2, "prompt": 64, "new": 64, "lengths": "fixed", "rows": 4, "lora_rank": 16})]
 CPU += REAL + [("dpo", {"preset": "32k", "lengths": "fixed", "prompt": 128, "new": 128, "rows": 4}),
                ("logprob", {"preset": "32k"}), ("load", {"preset": "0.5b", "repeat": 2})]
 BF16 = [(bench, {**changes, "dtype": torch.bfloat16}) for bench, changes in REAL]       # where it is quicker

@@ -66,7 +66,7 @@ class ChunkedLogProb(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logp[rows], d, factor = logp_and_gradient(h[rows], W, targets[rows], *settings)
             if learns:
-                dh[rows] = factor * product(d.to(W.dtype), W.T)                           # (chunk, D)
+                dh[rows] = factor * product(d.to(W.dtype), W.T)                          # (chunk, D)
                 kept = (d, factor) if len(h) <= chunk and not frozen else kept
         ctx.save_for_backward(dh, *(() if frozen else (h, W, targets, *kept)))
         ctx.chunk, ctx.settings = chunk, settings

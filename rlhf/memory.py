@@ -13,7 +13,6 @@ import torch
 from data import read_json
 from data.progress import width
 from model import SHORT, GPT, GPTConfig
-from products import LEAST_SIDE
 from rlhf import policy
 from rlhf.logprobs import HELD
 from rlhf.sampler import MAX_SLOTS, cache_length
@@ -67,8 +66,6 @@ def sampling_copies(gpt, dtype, cfg):
     pack, convert = gpt.copies(dtype)
     layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in gpt.linears()) * (not cfg.int8)
     head = 4 * gpt.head.numel()
-    if min(gpt.head.shape) < LEAST_SIDE:                # narrow weights are not packed
-        pack = False
     return layers * (pack or dtype == torch.float32 and cfg.lora_rank > 0) + head * (pack or convert)
 
 
