@@ -226,8 +226,9 @@ class FusedLinears:
             return [layer(x, role) for layer in self.layers]
         W, bias, int8_scale, A, B = self.fused
         y = linear(x, W, bias, int8_scale)                                               # (..., out + out + ...)
-        if A is not None:
-            y = add_product(y, F.linear(x, A), B, 1.)
+        if B is not None:                               # A None: y ends with A x
+            y, z = (y, F.linear(x, A)) if A is not None else (y[..., :len(B)], y[..., len(B):])
+            y.view(-1, len(B)).addmm_(z.flatten(0, -2), B.T)
         return y.split_with_sizes(self.sizes, -1)
 
     def make_contiguous(self):
@@ -236,9 +237,10 @@ class FusedLinears:
         for layer, W in zip(self.layers, rows.split(self.sizes)):
             layer.weight.data = W
 
-    def fuse(self, role, pack=False):
+    def fuse(self, role, pack=False, stack=False):
         """Join the layers' weights, and add the adapter to them if they are fp32. In lower precision rounding would
-        lose most of it: it stays a separate product, and its A and B are joined, too. pack: see products.packed()."""
+        lose most of it: it stays a separate product, and its A and B are joined, too. pack: see products.packed().
+        stack: copy W with A below it, so that W x and A x are one product."""
         weights = [layer.weight.detach() for layer in self.layers]
         if all(is_adjacent(*neighbours) for neighbours in pairwise(weights)):
             W = weights[0].as_strided((sum(self.sizes), weights[0].shape[1]), weights[0].stride())
@@ -255,6 +257,8 @@ class FusedLinears:
             dtype = W.dtype if scale is None else scale.dtype
             A = torch.cat([layer.lora_A[role] for layer in self.layers]).to(dtype)       # (r + r + ..., in)
             B = torch.block_diag(*(layer.scale[role] * layer.lora_B[role] for layer in self.layers)).to(dtype)
+            if stack and scale is None and len(A) % 8 == 0:         # kernels want rows of multiples of 16 bytes
+                W, bias, A = torch.cat((W, A)), None if bias is None else F.pad(bias, (0, len(A))), None
         self.fused = packed(W) if pack else W, bias, scale, A, B
 
 
@@ -482,11 +486,10 @@ class GPT(nn.Module):
     @contextmanager
     def fused(self, role):
         """using(role), for sampling: weights and adapter are fused inside the with block, and apart again after it."""
-        on_cpu = self.device.type == "cpu"
-        pack, convert = self.copies(self.head.dtype) if on_cpu else (False, False)
+        pack, stack, convert = self.copies(self.head.dtype, self.device.type)
         try:
             for layers in self.fused_linears():
-                layers.fuse(role, pack)
+                layers.fuse(role, pack, stack)
             if pack or convert:                         # to fp32 once, and not in every step
                 head = self.head.float() if convert else self.head
                 self.fused_head = packed(head) if pack else head
@@ -497,13 +500,14 @@ class GPT(nn.Module):
             for layers in self.fused_linears():
                 layers.fused = None
 
-    def copies(self, dtype):
-        """On a CPU, with weights in this dtype: whether fused() packs them, and whether it makes an fp32 copy of the
-        head."""
-        exact = 4 * self.head.numel()                                                    # bytes of the head in fp32
-        layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in self.linears())
-        pack = min(self.head.shape) >= LEAST_SIDE and packs(dtype, layers + exact)
-        return pack, dtype != torch.float32 and exact <= MOST_PACKED
+    def copies(self, dtype, device):
+        """What fused() copies if the weights are in this dtype: (pack, stack, convert). pack: the linear layers and the
+        head, for oneDNN. stack: the layers, to put adapters below them; on GPUs. convert: the head, to fp32."""
+        layers, head = dtype.itemsize * sum(x.weight.numel() for _, x in self.linears()), 4 * self.head.numel()
+        if device != "cpu":
+            return False, layers <= MOST_PACKED, False
+        pack = min(self.head.shape) >= LEAST_SIDE and packs(dtype, layers + head)
+        return pack, False, dtype != torch.float32 and head <= MOST_PACKED
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""

@@ -2,12 +2,12 @@
 
 Letters: B rows, S columns of the cache, H heads, K kv heads, hd head size, P prompts, T tokens.
 """
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 
-from model import attention_in_parts, causal
+from model import FLASH, attention_in_parts, causal
 
 
 class KVCache:
@@ -17,10 +17,17 @@ class KVCache:
         shape = (slots, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
-        self.first_cell = torch.arange(slots * shape[1], device=device).view(slots, -1) * length         # (slots, K)
+        # Each kv head of a slot is a row of its own to flash(): the numbers of these rows, and their first cells.
+        self.numbers = torch.arange(slots * shape[1] + 1, device=device, dtype=torch.int32)
+        self.begin = self.numbers * length                                               # (slots * K + 1,)
+        self.first_cell = self.begin[:-1].long().view(slots, -1)                         # (slots, K)
         self.columns = torch.arange(length, device=device)                                               # (S,)
         self.windows = set(config.windows)
         self.sdpa = self.k[0].is_cuda           # on CPUs two products are a third faster for so few queries
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self.by_length = FLASH and not config.attn_logit_softcapping and all(
+            flash_reads_lengths(self.begin.device, dtype, groups, config.head_dim, window > 0)
+            for window in self.windows)
 
     def prefill(self, slots, source):
         """Attention functions, one for each layer, for prompts (P, T) from column 0 on: row source[i] of the prompts is
@@ -36,11 +43,26 @@ class KVCache:
 
     def decode(self, pos, span, long=()):
         """Attention functions, one for each layer, for one more token of the rows in the first B slots, at columns pos
-        (B,). Only the first `span` columns are read, and all pos are below it, except those of a few long rows: these
-        are read once more by themselves, up to a span of their own. long: [(their slots, their span)] or []."""
+        (B,). span, long: how far the cache is read, from extent()."""
         cells = (self.first_cell[:len(pos)] + pos[:, None]).flatten()                    # (B * K,)
-        parts = [(slots, self.biases(pos[slots], n)) for slots, n in [(slice(len(pos)), span), *long]]
-        return [partial(self.attend_to_cache, layer, cells, parts) for layer in range(len(self.k))]
+        if self.by_length:
+            lengths = (pos + 1)[:, None].expand(-1, self.first_cell.shape[1]).flatten().int()            # (B * K,)
+            read = partial(self.read_lengths, lengths)
+        else:
+            parts = [(slots, self.biases(pos[slots], n)) for slots, n in [(slice(len(pos)), span), *long]]
+            read = partial(self.read_spans, parts)
+        return [partial(self.attend_to_cache, layer, cells, read) for layer in range(len(self.k))]
+
+    def extent(self, needed):
+        """How far decode() is to read: (span, long). Of all rows the first `span` columns are read. A few long rows are
+        read once more by themselves, up to a span of their own; long: [(their slots, their span)] or []. needed: {slot:
+        columns that its row has}."""
+        if self.by_length:
+            return len(self.columns), []
+        if self.columns.device.type != "cpu":
+            longest = max(needed.values())
+            return longest + -longest % 128, []         # few graphs, and columns aligned for the kernel
+        return apart(needed)
 
     def biases(self, pos, span):
         """{window: (B, 1, 1, span), 0 where a row at its column pos (B,) attends to a column, else -inf}."""
@@ -51,16 +73,25 @@ class KVCache:
             found[window] = bias.masked_fill_(hidden, -torch.inf)
         return found
 
-    def attend_to_cache(self, layer, cells, parts, q, k, v, window, cap):
+    def attend_to_cache(self, layer, cells, read, q, k, v, window, cap):
         """q (B, H, hd), k and v (B, K, hd) of one token a row -> (B, H, hd). The H / K query heads that share a kv head
         become the rows of one product, so that the cache is read once and never repeated."""
         self.update(layer, cells, k, v)
-        q_rows = q.reshape(*k.shape[:2], -1, k.shape[2])                                 # (B, K, H/K, hd)
+        return read(layer, q.reshape(*k.shape[:2], -1, k.shape[2]), window, cap).reshape(q.shape)
+
+    def read_lengths(self, lengths, layer, q, window, cap):
+        """Attention of q (B, K, H/K, hd) to the first lengths (B * K,) columns of each kv head."""
+        k, v = (x[layer].view(-1, 1, q.shape[-1]) for x in (self.k, self.v))             # (slots * K * S, 1, hd)
+        numbers, begin = (x[:len(lengths) + 1] for x in (self.numbers, self.begin))
+        return flash(q.flatten(0, 1), k, v, numbers, begin, lengths, len(self.columns), window)
+
+    def read_spans(self, parts, layer, q, window, cap):
+        """Attention of q (B, K, H/K, hd) in parts [(slots, biases)], of which the first has all slots."""
         (slots, biases), *apart = parts
-        y = self.read(layer, slots, q_rows, biases[window], cap)
+        y = self.read(layer, slots, q, biases[window], cap)
         for slots, biases in apart:
-            y[slots] = self.read(layer, slots, q_rows[slots], biases[window], cap)
-        return y.reshape(q.shape)
+            y[slots] = self.read(layer, slots, q[slots], biases[window], cap)
+        return y
 
     def read(self, layer, slots, q, bias, cap):
         """Attention of q (B, K, H/K, hd) to the columns of their slots that the bias (B, 1, 1, span) reaches."""
@@ -84,11 +115,47 @@ class KVCache:
 
 
 def apart(spans):
-    """(span, long) for KVCache.decode(), so that few columns are read: a long row is read twice and copied once, and
-    all others are read only as far as the longest of them. spans: {slot: columns that its row needs}."""
+    """What KVCache.extent() returns, so that few columns are read: a long row is read twice and copied once, and all
+    others are read only as far as the longest of them. spans: {slot: columns that its row needs}."""
     slots = sorted(spans, key=spans.get)
     longest, n = spans[slots[-1]], len(slots)
     cost, first = min((n * spans[slots[i - 1]] + 3 * (n - i) * longest, i) for i in range(1, n + 1))
     if cost > .9 * n * longest:         # hardly any gain
         return longest, []
     return spans[slots[first - 1]], [(slots[first:], longest)]
+
+
+# -- torch's FlashAttention kernel ---------------------------------------------------------------------------------
+
+def flash(q, k, v, numbers, begin, lengths, longest, window):
+    """Attention of one query to as many keys as its row has: q (N, heads, hd) -> (N, heads, hd).
+
+    k, v (cells, 1, hd): row i begins at cell begin[i] and has lengths[i] keys, of at most `longest`. begin (N + 1,),
+    lengths (N,) and numbers (N + 1,), which is 0, 1, 2, ..., are int32. With a window, only the last keys of a row are
+    read. Several parts of the GPU share a long row; those kernels of torch that take a mask cannot do this.
+    """
+    left = window - 1 if window else None
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, numbers, begin, 1, longest, 0., False, False, window_size_left=left, seqused_k=lengths)[0]
+
+
+@lru_cache
+def flash_reads_lengths(device, dtype, heads, hd, windowed):
+    """Whether flash() gives here what masked attention gives. torch does not promise that this kernel takes lengths, so
+    it is tried, with rows that are as short as their first blocks and longer, and keys of other rows behind them."""
+    if device.type == "cpu" or dtype == torch.float32 or hd % 8 or hd > 256:
+        return False
+    longest, window, generator = 256, 3 if windowed else 0, torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 2, 5, 130], device=device, dtype=torch.int32)
+    numbers = torch.arange(5, device=device, dtype=torch.int32)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in (
+        (4, heads, hd), (4 * longest, 1, hd), (4 * longest, 1, hd)))
+    try:
+        y = flash(q, k, v, numbers, numbers * longest, lengths, longest, window)
+    except (AttributeError, RuntimeError, TypeError):   # torch has no such kernel, or none for this GPU
+        return False
+    ahead = torch.arange(longest, device=device) - lengths[:, None]                      # (4, longest)
+    hidden = (ahead >= 0) | (ahead < -window) if window else ahead >= 0
+    bias = torch.zeros(ahead.shape, device=device).masked_fill_(hidden, -torch.inf)
+    k, v = (x.view(4, longest, hd) for x in (k, v))
+    return torch.allclose(y, attention_in_parts(q, k, v, bias[:, None], 0), atol=.05, rtol=.05)

@@ -52,21 +52,21 @@ def held(cfg, needs):
         layer += 3 * c.num_attention_heads * SHORT
     found["activations"] = tokens * c.num_hidden_layers * layer * bytes
     found["logits"] = 2 * min(HELD, tokens * c.vocab_size * 4)
-    if samples and device == "cpu":
-        found["copies for sampling"] = sampling_copies(gpt, getattr(torch, precision), cfg)
+    if samples:
+        found["copies for sampling"] = sampling_copies(gpt, getattr(torch, precision), device, cfg)
     if samples and (slots := cfg.slots or MAX_SLOTS["cpu"] * (device == "cpu")):        # on a GPU as many as fit
         longest = cache_length(torch.device(device), cfg.max_prompt_tokens + cfg.max_new_tokens)
         found["cache"] = slots * longest * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes
     return {what: size for what, size in found.items() if size}
 
 
-def sampling_copies(gpt, dtype, cfg):
-    """Bytes that GPT.fused() holds beside weights in this dtype on a CPU: linear layers that are packed, or to which an
-    adapter was added; a head that is packed, or in fp32."""
-    pack, convert = gpt.copies(dtype)
+def sampling_copies(gpt, dtype, device, cfg):
+    """Bytes that GPT.fused() holds beside weights in this dtype: linear layers that are packed, or copied for an
+    adapter; a head that is packed, or in fp32."""
+    pack, stack, convert = gpt.copies(dtype, device)
     layers = dtype.itemsize * sum(layer.weight.numel() for _, layer in gpt.linears()) * (not cfg.int8)
-    head = 4 * gpt.head.numel()
-    return layers * (pack or dtype == torch.float32 and cfg.lora_rank > 0) + head * (pack or convert)
+    adapted = cfg.lora_rank > 0 and (stack or dtype == torch.float32)
+    return layers * (pack or adapted) + 4 * gpt.head.numel() * (pack or convert)
 
 
 def room(cfg):

@@ -2,7 +2,7 @@
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Policy:
     fine-tuning, role is None and the policy has a model of its own."""
     gpt: model.GPT
     role: str | None = None
+    engines: dict = field(default_factory=dict, kw_only=True, repr=False)   # for its next sampling: see graphs.py
 
     def hidden(self, ids, pos=None, attends=None, where=None):
         """GPT.hidden() of this role."""

@@ -2,8 +2,8 @@
 
 When an answer ends, its slot is refilled from the waiting prompts. When no prompt waits, the unfinished answers are
 moved into the first slots, and the empty slots are given up. n answers to one prompt share one pass over the prompt
-(prefill). No step waits for the GPU; the host checks every few steps which answers have ended. On CUDA one step is
-captured as a graph and replayed, because launching its thousand small kernels takes longer than running them.
+(prefill). No step waits for the GPU; the host checks every few steps which answers have ended. On CUDA a step is a
+graph (graphs.py).
 
 Every answer has its own stream of random numbers, so that up to rounding it does not depend on the slots or on the
 answers beside it. Learners need the log-probs of exactly the distribution that was sampled from, so what they learn
@@ -14,13 +14,15 @@ Letters: B rows, T tokens, V vocabulary, D width, P prompts, N answers.
 """
 import math
 from collections import deque
+from functools import partial
 from itertools import groupby
 
 import torch
 
 from data import InputError
 from data.progress import Progress
-from rlhf.kv_cache import KVCache, apart
+from rlhf.graphs import Graphs, kept_engine
+from rlhf.kv_cache import KVCache
 from rlhf.logprobs import pack
 from rlhf.saves import Answers, parts
 from rlhf.update import micro_batches
@@ -29,6 +31,7 @@ CHECK_EVERY = {"cpu": 2, "cuda": 8}             # steps between two checks; a fi
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}     # tokens of prompts in one pass
 CANDIDATES = 1024                               # likeliest tokens that are ranked, where these are enough
 ALL = 1., 0, 0.                                 # top-p, top-k and min-p with which all tokens may be drawn
+LEAST_WIDTH = 8                                 # of a captured step; one for a single row takes as long
 MAX_SLOTS = {"cpu": 128, "cuda": 512}           # with more slots, a step only takes longer in proportion
 
 
@@ -82,27 +85,30 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     if c.limited and longest > c.max_position_embeddings:
         raise InputError(f"a prompt and its answer may have {longest} tokens, and the model has "
                          f"{c.max_position_embeddings} positions: lower --max_new_tokens")
-    slots = min(slots or slots_that_fit(policy.gpt, longest), len(only))
-    u = torch.rand(len(limits), max(limits), generator=torch.Generator().manual_seed(seed))[list(only)]
-    engine = Engine(policy.gpt, slots, cache_length(policy.gpt.device, longest), stops, [limits[row] for row in only],
-                    temperature, u, graph, (top_p, top_k, min_p))
-    waiting = shared_prompts(prompts, only, n, slots)
+    N, longest_limit = len(only), max(limits)
+    u = torch.rand(len(limits), longest_limit, generator=torch.Generator().manual_seed(seed))[list(only)]
     with policy.gpt.fused(policy.role):
-        while waiting or engine.busy():
-            engine.refill(waiting)
-            if not waiting:
-                engine.compact()
-            engine.advance()
+        slots = min(slots or slots_that_fit(policy.gpt, longest), N)
+        shape = (slots, cache_length(policy.gpt.device, longest), tuple(stops), N, longest_limit, temperature, graph,
+                 (top_p, top_k, min_p))
+        waiting = shared_prompts(prompts, only, n, slots)
+        with kept_engine(policy, shape, lambda: Engine(policy.gpt, *shape)) as engine:
+            engine.begin([limits[row] for row in only], u)
+            while waiting or engine.busy():
+                engine.refill(waiting)
+                if not waiting:
+                    engine.compact()
+                engine.advance()
+                if progress:
+                    progress.update(before + engine.finished)
+                if done is not None and done.saves.due():
+                    done.add({} if policy.gpt.device.type == "cpu" else engine.ended(only))
             if progress:
-                progress.update(before + engine.finished)
-            if done is not None and done.saves.due():
-                done.add({} if policy.gpt.device.type == "cpu" else engine.ended(only))
-    if progress:
-        progress.close()
-    if done is not None:
-        done.add(engine.ended(only))
-    rows = [(prompts[row // n], response) for row, response in zip(only, engine.responses())]
-    return (rows, engine.logps()) if logps else rows
+                progress.close()
+            if done is not None:
+                done.add(engine.ended(only))
+            rows = [(prompts[row // n], response) for row, response in zip(only, engine.responses())]
+            return (rows, engine.logps()) if logps else rows
 
 
 def shared_prompts(prompts, rows, n, slots):
@@ -192,25 +198,33 @@ class Engine:
     to row N, which nobody reads. narrow: (top_p, top_k, min_p), as in likely().
     """
 
-    def __init__(self, gpt, slots, length, stops, limits, temperature, u, graph, narrow=ALL):
-        self.gpt, self.limits, self.temperature, self.narrow = gpt, limits, temperature, narrow
-        device, N, longest = gpt.device, len(limits), max(limits)
-        self.check_every = CHECK_EVERY[device.type]
-        self.graphs, self.pool = {} if graph and gpt.head.is_cuda else None, None
+    def __init__(self, gpt, slots, length, stops, N, longest, temperature, graph, narrow=ALL):
+        self.gpt, self.slots, self.N, self.temperature, self.narrow = gpt, slots, N, temperature, narrow
+        device, self.check_every = gpt.device, CHECK_EVERY[gpt.device.type]
+        self.graphs, self.variant = Graphs() if graph and device.type != "cpu" else None, ()
+        self.weights = None                             # of the fused layers, as the graphs read them
         self.cache = KVCache(gpt.config, slots, length, device, gpt.head.dtype)
         self.stops = torch.tensor(stops, device=device)
-        self.u = torch.zeros(N + 1, longest + 2 * self.check_every)                      # (N + 1, tokens)
-        self.u[:N, :longest] = u[:, :longest]
-        self.u = self.u.to(device)
+        self.u = torch.zeros(N + 1, longest + 2 * self.check_every, device=device)       # (N + 1, tokens)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.p = torch.ones(self.u.shape, device=device)                                 # their probabilities
-        self.token, self.pos, self.row, self.at = (torch.full((slots,), x, device=device) for x in (0, 0, N, 0))
+        self.token, self.pos, self.row, self.at = (
+            torch.zeros(slots, dtype=torch.long, device=device) for _ in range(4))
         self.checksum = torch.zeros((), device=device)          # of hidden states: NaN and infinity stay in a sum
         self.recent = torch.arange(-self.check_every, 0, device=device)
-        self.row_in = [None] * slots                    # the row in each slot; None: the slot is idle
-        self.free = list(range(slots))                  # idle slots, the one that has been idle longest first
-        self.prompt_tokens, self.new_tokens = [0] * slots, [0] * slots                   # of the row in each slot
-        self.lengths = [None] * N                       # tokens of each finished response
+
+    def begin(self, limits, u):
+        """Forget all rows, and get ready for N new ones of up to limits[i] tokens. u (N, tokens): their random numbers.
+        """
+        self.u[:self.N, :u.shape[1]] = u.to(self.u.device)
+        for x in (self.token, self.pos, self.at, self.checksum):
+            x.zero_()
+        self.row.fill_(self.N)
+        self.limits = limits
+        self.row_in = [None] * self.slots               # the row in each slot; None: the slot is idle
+        self.free = list(range(self.slots))             # idle slots, the one that has been idle longest first
+        self.prompt_tokens, self.new_tokens = [0] * self.slots, [0] * self.slots         # of the row in each slot
+        self.lengths = [None] * self.N                  # tokens of each finished response
         self.finished = 0                               # how many are
 
     def busy(self):
@@ -269,29 +283,18 @@ class Engine:
         self.p[row, at] = probs.gather(1, token[:, None])[:, 0]
         return token
 
-    def replay(self, width, span):
-        """step() as a CUDA graph, which is captured when these sizes are first needed."""
-        if (width, span) in self.graphs:
-            return self.graphs[width, span].replay()
-        self.step(width, span)                          # a real step, which also warms up what cannot be captured cold
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.step(width, span)
-        self.graphs[width, span], self.pool = graph, graph.pool()
-
     def advance(self):
         """Take a few steps, then check which answers have ended. Nothing else waits for the GPU."""
         busy, width = self.busy(), len(self.row_in)
         most = max(self.limits[self.row_in[slot]] - self.new_tokens[slot] for slot in busy)
         steps = min(self.check_every, most)
-        spans = {slot: self.prompt_tokens[slot] + self.new_tokens[slot] + steps - 1 for slot in busy}
-        span, long = max(spans.values()), []
-        if self.token.is_cuda:
-            span += -span % 128                         # few graphs, and columns aligned for the kernel
-        else:
-            span, long = apart(spans)
+        needed = {slot: self.prompt_tokens[slot] + self.new_tokens[slot] + steps - 1 for slot in busy}
+        span, long = self.cache.extent(needed)
         for _ in range(steps):
-            self.step(width, span, long) if self.graphs is None else self.replay(width, span)
+            if self.graphs is None:
+                self.step(width, span, long)
+            else:
+                self.graphs.run((width, span, *self.variant), partial(self.step, width, span))
 
         ended = []
         for slot, first in zip(busy, self.first_stops(steps, width, busy)):
@@ -323,14 +326,14 @@ class Engine:
             self.row_in[slot] = None
         self.free += slots
         self.finished += len(slots)
-        self.row[slots] = len(self.limits)
+        self.row[slots] = self.N
 
     def compact(self):
         """Move the rows that are still written into the first slots, and drop the other slots."""
         busy = self.busy()
         width = len(busy)
         if self.graphs is not None:
-            width = 1 << (width - 1).bit_length()       # powers of two: few graphs
+            width = self.graph_width(width)
         if width > .875 * len(self.row_in):
             return
         source = [slot for slot in busy if slot >= width]
@@ -344,6 +347,11 @@ class Engine:
                 x[hole] = x[slot]
             del x[width:]
         self.free = [slot for slot in range(width) if self.row_in[slot] is None]
+
+    def graph_width(self, n):
+        """How many slots a captured step has for n rows: a power of two, from LEAST_WIDTH on, so that there are few
+        graphs."""
+        return min(self.slots, max(LEAST_WIDTH, 1 << (n - 1).bit_length()))
 
     def responses(self):
         return [row[:length].tolist() for row, length in zip(self.written.cpu(), self.lengths)]

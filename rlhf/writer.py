@@ -1,7 +1,7 @@
 """[kit] Answers for the clients of a server, written in one batch: an engine that keeps running, and its thread."""
 import threading
 from collections import deque
-from itertools import groupby, product
+from itertools import groupby
 
 import torch
 
@@ -22,24 +22,18 @@ class ServingEngine(Engine):
     """
 
     def __init__(self, gpt, slots, context, stops, best=20, graph=True):
-        super().__init__(gpt, slots, cache_length(gpt.device, context), stops, [context] * slots, 1.,
-                         torch.zeros(slots, context), graph)
-        self.slots, self.best = slots, min(best, gpt.config.vocab_size)
+        super().__init__(gpt, slots, cache_length(gpt.device, context), stops, slots, context, 1., graph)
+        self.context, self.best = context, min(best, gpt.config.vocab_size)
         self.temperatures, self.top_p, self.top_k, self.min_p = torch.zeros(4, slots + 1, 1, device=gpt.device)
         self.logp = torch.zeros(self.u.shape, device=gpt.device)                         # (slots + 1, tokens)
         self.top_logp = torch.zeros(*self.u.shape, self.best, device=gpt.device)         # (slots + 1, tokens, best)
         self.top = torch.zeros(self.top_logp.shape, dtype=torch.long, device=gpt.device)
-        self.want_logprobs = self.want_likely = False
-        self.captured = {wanted: None if self.graphs is None else {} for wanted in product((False, True), repeat=2)}
         self.reset()
 
     def reset(self):
         """Drop all answers."""
-        self.row_in, self.prompt_tokens, self.new_tokens = [None] * self.slots, [0] * self.slots, [0] * self.slots
-        self.free, self.free_rows = list(range(self.slots)), list(range(self.slots))
-        self.row.fill_(self.slots)
-        for x in (self.pos, self.at, self.checksum):
-            x.zero_()
+        self.begin([self.context] * self.slots, torch.zeros(self.slots, self.context))
+        self.free_rows = list(range(self.slots))
 
     def join(self, prompt, uniforms, how):
         """Reserve rows for the answers to a prompt, one for each of the uniforms (n, limit): (prompt, rows), as
@@ -62,7 +56,7 @@ class ServingEngine(Engine):
         width = len(self.row_in)
         wanted = width - len(self.free) + sum(len(rows) for _, rows in waiting)
         if self.graphs is not None:
-            wanted = min(self.slots, 1 << (wanted - 1).bit_length())                     # powers of two: few graphs
+            wanted = self.graph_width(wanted)
         if wanted > width:
             self.row[width:] = self.slots               # these slots are idle, whatever they held before
             self.pos[width:] = self.at[width:] = 0
@@ -72,8 +66,7 @@ class ServingEngine(Engine):
         super().prefill(waiting)
 
     def advance(self, want_logprobs, want_likely):
-        self.want_logprobs, self.want_likely = want_logprobs, want_likely
-        self.graphs = self.captured[want_logprobs, want_likely]
+        self.want_logprobs, self.want_likely = self.variant = want_logprobs, want_likely
         super().advance()
 
     def choose(self, logits, row, at):

@@ -2,11 +2,15 @@
 
 Inside `with Card() as waits`, an operation on tensors of both devices is an error where a GPU would refuse it, and
 `waits` lists what a real GPU would be waited for: values that the host reads, and shapes that depend on values.
-It knows nothing of graphs, kernels, speed or memory. inference_mode is beyond it, and so is a copy of parameters that
-have gradients.
+Graph and capture() stand for torch.cuda.CUDAGraph and torch.cuda.graph.
+It knows nothing of kernels, speed or memory. inference_mode is beyond it, and so is a copy of parameters that have
+gradients.
 """
+from contextlib import contextmanager
+
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -43,6 +47,76 @@ class OnCard(torch.Tensor):
         return ran(operation, args, kwargs or {}, Card.now.waits if Card.now else [])
 
 
+class Graph:
+    """What a captured graph does: replay() runs the same operations on the same memory, whatever has become of it."""
+
+    now = None                                          # the one that is being captured
+
+    def __init__(self):
+        self.kernels, self.made, self.before, self.replayed = [], set(), [], 0
+
+    def pool(self):
+        return None
+
+    def record(self, operation, args, kwargs):
+        """Run an operation on tensors of the CPU, and note it."""
+        if operation in WAITS:
+            raise RuntimeError(f"{operation}: a captured operation cannot be waited for")
+        for given, argument in zip(args, operation._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write and address(given) not in self.made:
+                self.before.append((given, given.clone()))
+        out = operation(*args, **kwargs)
+        read = {address(x) for x in tensors_of((args, kwargs))}
+        kept = [x if address(x) not in read else None for x in tensors_of(out)]         # None: a view, or in place
+        self.made |= {address(x) for x in kept if x is not None}
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x if address(x) in self.made else Place(x), (args, kwargs))
+        self.kernels.append((operation, args, kwargs, kept))
+        return out
+
+    def replay(self):
+        self.replayed += 1
+        with _disable_current_modes():
+            for operation, args, kwargs, kept in self.kernels:
+                args, kwargs = tree_map_only(Place, Place.tensor, (args, kwargs))
+                for old, new in zip(kept, tensors_of(operation(*args, **kwargs))):
+                    if old is not None:
+                        old.copy_(new)
+
+
+class Place:
+    """Memory that a graph does not own: it may be freed before the graph is replayed."""
+
+    def __init__(self, x):
+        self.storage, self.dtype = StorageWeakRef(x.untyped_storage()), x.dtype
+        self.where = x.storage_offset(), x.shape, x.stride()
+
+    def tensor(self):
+        if self.storage.expired():
+            raise RuntimeError("a graph reads memory that was freed")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.where)
+
+
+@contextmanager
+def capture(graph, pool=None):
+    """Nothing is computed while a graph is captured: afterwards all memory is what it was before."""
+    Graph.now = graph
+    try:
+        yield
+    finally:
+        Graph.now = None
+        for x, before in reversed(graph.before):
+            x.copy_(before)
+
+
+def tensors_of(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def address(x):
+    return x.untyped_storage().data_ptr()
+
+
 class Card(TorchDispatchMode):
     now = None                                          # the one whose with block is open
 
@@ -61,7 +135,7 @@ class Card(TorchDispatchMode):
 
 def ran(operation, args, kwargs, waits):
     """The result of an operation, on the device where a GPU's would be."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of((args, kwargs))
     there = [x for x in tensors if isinstance(x, OnCard)]
     here = [x for x in tensors if not isinstance(x, OnCard) and x.dim()]               # numbers may come from anywhere
     if there and here and operation not in COPY | INDEX:
@@ -76,8 +150,8 @@ def ran(operation, args, kwargs, waits):
     if there and (asked == "cpu" or operation is aten.copy_.default and not isinstance(args[0], OnCard)):
         waits.append("copy to the CPU")
     kwargs = kwargs | ({"device": "cpu"} if asked else {})
-    out = operation(*tree_map_only(OnCard, lambda x: x.held, args),
-                    **tree_map_only(OnCard, lambda x: x.held, kwargs))
+    held, named = tree_map_only(OnCard, lambda x: x.held, (args, kwargs))
+    out = Graph.now.record(operation, held, named) if Graph.now is not None else operation(*held, **named)
     if operation is aten.copy_.default:
         return args[0]
     if asked == "cpu":

@@ -62,7 +62,7 @@ def test_copies_for_sampling_are_the_tensors_that_sampling_makes(kind, dtype, in
     model = tiny.policy(kind, hidden_size=256, intermediate_size=256, num_key_value_heads=4, vocab_size=300,
                         tie_word_embeddings=tied)
     cfg = SimpleNamespace(int8=int8, lora_rank=4 * (kind == "lora"))
-    said = memory.sampling_copies(model.gpt, getattr(torch, dtype), cfg)
+    said = memory.sampling_copies(model.gpt, getattr(torch, dtype), "cpu", cfg)
     model.gpt.to(getattr(torch, dtype))
     if int8:
         model.gpt.quantise()
@@ -72,6 +72,21 @@ def test_copies_for_sampling_are_the_tensors_that_sampling_makes(kind, dtype, in
         there = [layers.fused[0] for layers in model.gpt.fused_linears()] + [model.gpt.fused_head]
         made = [t for t in there if t is not None and (t.is_mkldnn or t.untyped_storage().data_ptr() not in own)]
     assert said == size(made)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_copies_on_a_gpu_are_those_of_the_layers_with_their_adapters(room, monkeypatch):
+    gpt, cfg = tiny.gpt().bfloat16(), SimpleNamespace(int8=False, lora_rank=8)
+    gpt.make_contiguous()
+    gpt.add_role("sft", 8, 8)
+    monkeypatch.setattr(type(gpt), "device", torch.device("cuda"))
+    if not room:
+        monkeypatch.setattr("model.MOST_PACKED", 1000)
+    said = memory.sampling_copies(gpt, torch.bfloat16, "cuda", cfg)
+    with torch.inference_mode(), gpt.fused("sft"):
+        made = size(each.fused[0] for each in gpt.fused_linears() if len(each.fused[0]) > sum(each.sizes))
+        A = sum(p.numel() * 2 for name, p in gpt.adapter("sft").items() if name.endswith("lora_A"))
+    assert made == said + A * room and bool(said) == room
 
 
 def test_the_cache_is_that_of_all_slots(folder):

@@ -109,15 +109,15 @@ def dirty_cache(gpt, slots, length, readable):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fused", [False, True])                 # as on CPUs, as on CUDA
+@pytest.mark.parametrize("sdpa", [False, True])                 # as on CPUs, as on CUDA
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_rows_of_one_cache_go_on_at_their_own_positions(heads, fused):
+def test_rows_of_one_cache_go_on_at_their_own_positions(heads, sdpa):
     """Ragged prompts that begin in slots of any order, one of them twice, and go on in fewer and fewer columns and
     slots: each row equals the row alone."""
     gpt, ids, lengths = tiny.gpt(num_key_value_heads=heads), tiny.ids(4, 12), [2, 7, 4, 7]
     slots, source = torch.tensor([2, 0, 3, 1]), torch.tensor([0, 1, 2, 1])
     cache, prompts = dirty_cache(gpt, 5, 12, 7 + 3), ids[:3, :7].clone()
-    cache.fused = fused
+    cache.sdpa = sdpa
     for row, length in enumerate(lengths[:3]):
         prompts[row, length:] = 0                                                    # the right padding
     gpt.hidden(prompts, None, cache.prefill(slots, source))

@@ -281,8 +281,8 @@ def test_states_that_nobody_wants_change_nothing_for_the_others():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_settled_role_answers_as_the_worn_one(dtype, int8):
-    """Biases, grouped heads, adjoined weights and copied ones; afterwards everything is as before."""
+def test_a_fused_role_answers_as_the_separate_layers(dtype, int8):
+    """Biases, grouped heads, weights that lie one after the other and copied ones; afterwards all is as before."""
     model, ids = tiny.policy("lora", attention_bias=True, mlp_bias=True), tiny.ids(2, 9)
     model.gpt.to(dtype)
     for p in model.gpt.adapter("sft").values():
@@ -291,18 +291,37 @@ def test_a_settled_role_answers_as_the_worn_one(dtype, int8):
         model.gpt.quantise()
     tolerance = 2e-5 if dtype == torch.float32 else .15         # bf16: another order of roundings
     with torch.no_grad():
-        worn = model.hidden(ids)
-        for adjoined in (False, True):
-            if adjoined:
+        separate = model.hidden(ids)
+        for contiguous in (False, True):
+            if contiguous:
                 model.gpt.make_contiguous()
             with model.gpt.fused("sft"):
-                torch.testing.assert_close(model.gpt.hidden(ids), worn, atol=tolerance, rtol=tolerance)
+                torch.testing.assert_close(model.gpt.hidden(ids), separate, atol=tolerance, rtol=tolerance)
                 assert model.gpt.model.layers[0].mlp.down.fused[0].dtype == (torch.int8 if int8 else dtype)
-            assert torch.equal(model.hidden(ids), worn)
+            assert torch.equal(model.hidden(ids), separate)
 
 
-def test_adjoined_weights_are_read_where_they_are_and_still_learn():
-    """Settling a model without a role copies nothing, and sees what the optimizer has done since."""
+@pytest.mark.parametrize("rank, stacked", [(8, True), (3, False)])
+def test_a_product_with_an_adapter_below_the_weights_gives_the_same(rank, stacked):
+    """As on a GPU with room for a copy: q, k and v with biases, and a layer alone; a rank that kernels like, and one
+    that would leave rows at odd places."""
+    gpt = tiny.gpt(attention_bias=True).bfloat16()
+    gpt.add_role("sft", rank, 16)
+    for A_or_B in gpt.adapter("sft").values():
+        A_or_B.data.normal_(0, .1)
+    with torch.no_grad():
+        for layers in (gpt.model.layers[0].self_attn.qkv, gpt.model.layers[0].mlp.down):
+            x = torch.randn(2, 5, layers.layers[0].in_features).bfloat16()
+            expected, before = layers(x, "sft"), x.clone()
+            layers.fuse("sft", stack=True)
+            assert len(layers.fused[0]) == sum(layers.sizes) + rank * len(layers.layers) * stacked
+            for y, known in zip(layers(x, "sft"), expected, strict=True):
+                torch.testing.assert_close(y, known, atol=.05, rtol=.05)
+            assert torch.equal(x, before)
+
+
+def test_contiguous_weights_are_read_where_they_are_and_still_learn():
+    """Fusing a model without a role copies nothing, and sees what the optimizer has done since."""
     model = tiny.policy()
     model.gpt.make_contiguous()
     attention, optimizer = model.gpt.model.layers[0].self_attn, torch.optim.AdamW(model.trainable(), 1e-2)
@@ -315,7 +334,7 @@ def test_adjoined_weights_are_read_where_they_are_and_still_learn():
     assert torch.equal(W[-16:], attention.v_proj.weight) and (W[-16:] - before).abs().min() > 1e-3
 
 
-def test_weights_that_only_share_a_storage_are_not_taken_for_adjoined():
+def test_weights_that_only_share_a_storage_are_not_taken_for_contiguous():
     """As the tensors of one file may, in an order of their own."""
     model, ids = tiny.policy(), tiny.ids(2, 9)
     with torch.no_grad():

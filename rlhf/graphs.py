@@ -1,0 +1,73 @@
+"""[kit] Decoding steps as CUDA graphs, and engines that are kept for the next sampling of the same policy.
+
+Launching the thousand small kernels of a step takes longer than running them. A graph launches them all at once: what
+was captured once is replayed, with the same kernels on the same memory. So an engine that is kept holds its cache and
+the weights that its graphs read. Before it is used again, those that have changed are copied to where the old ones are.
+"""
+from contextlib import contextmanager
+
+import torch
+
+KEPT = .05                              # of the GPU's memory, for all engines that a policy keeps
+
+
+class Graphs:
+    """The graphs of an engine, by what tells its steps apart; they share their memory."""
+
+    def __init__(self):
+        self.captured, self.pool = {}, None
+
+    def run(self, key, step):
+        """step(), which is captured when a key is new. Between steps with the same key, only the values of tensors may
+        change."""
+        if key in self.captured:
+            return self.captured[key].replay()
+        step()                                          # a real step, which also warms up what cannot be captured cold
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        self.captured[key], self.pool = graph, graph.pool()
+
+
+@contextmanager
+def kept_engine(policy, shape, make):
+    """An engine for a with block in which the policy's weights are fused: what an earlier block with the same shape has
+    left, or what make() returns. shape: a tuple of all that graphs cannot change."""
+    gpt, layers = policy.gpt, policy.gpt.fused_linears()
+    key = policy.role, shape, tuple(address(p) for p in gpt.parameters())
+    engine = policy.engines.pop(key, None) or make()
+    engine.gpt, engine.weights = gpt, engine.weights or [each.fused for each in layers]
+    for each, weights in zip(layers, engine.weights):
+        for x, now in zip(weights, each.fused):
+            if x is not now and address(x) != address(now):
+                x.copy_(now)
+        each.fused = weights
+    yield engine
+    if engine.graphs is None:
+        return
+    engine.gpt, engine.bytes = None, held(engine, gpt)  # nothing that is kept holds the model
+    policy.engines[key] = engine
+    while sum(each.bytes for each in policy.engines.values()) > KEPT * gpu_memory():
+        del policy.engines[next(iter(policy.engines))]  # the oldest
+
+
+def held(engine, gpt):
+    """Bytes that an engine takes: its tensors, copies of weights, and what its graphs need for logits."""
+    parameters = {storage(p) for p in gpt.parameters()}
+    copies = [x for weights in engine.weights for x in weights if x is not None and storage(x) not in parameters]
+    tensors = *engine.cache.k, *engine.cache.v, engine.u, engine.written, engine.p, *copies
+    return sum(x.nbytes for x in tensors) + 16 * engine.slots * gpt.config.vocab_size
+
+
+def gpu_memory():
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def address(x):
+    """Where the first number of a tensor is in memory."""
+    return x.data_ptr()
+
+
+def storage(x):
+    """Where the memory begins of which a tensor is a part."""
+    return x.untyped_storage().data_ptr()
