@@ -45,8 +45,10 @@ class Experience:
         return self.score - kl_coef * (self.logp - self.ref_logp).sum(1)
 
     def spread(self):
-        """Standard deviation of the scores: (B/n,) among the n answers to each prompt; (1,) among all if n is 1."""
-        return self.score.view(-1, self.n if self.n > 1 else len(self.score)).std(1)
+        """Standard deviation of the scores: (B/n,) among the n answers to each prompt; (1,) among all if n is 1. That
+        of a single answer is 0."""
+        compared = self.score.view(-1, self.n if self.n > 1 else len(self.score))
+        return compared.std(1, correction=min(1, compared.shape[1] - 1))
 
     def metrics(self):
         """Means over the answers, for the log, under TRL's names."""

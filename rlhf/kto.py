@@ -9,7 +9,7 @@ what KTO is made for, and weights that balance unequal numbers of them.
 Memory: as DPO. Each step needs z first: two more forward passes.
 Questions a reader asks. Why mismatched answers? The mean of h over the batch's own answers would rise with all of them
 and hide what was learned. Why clamped? A KL is not negative, but its estimate can be. Why is the loss 0.5 at first? All
-h and z are 0. Why is a batch of one pair no good? It has no answer to another prompt.
+h and z are 0. Why must a batch have two pairs? One has no answers to another prompt.
 """
 from dataclasses import dataclass
 
@@ -36,7 +36,10 @@ class Config(dpo.Config):
 
 
 def reference_point(model, ref, pairs, cfg):
-    """z of a batch of pairs, in nats: each prompt gets the answers of the pair before it."""
+    """z of a batch of pairs, in nats: each prompt gets the answers of the pair before it. A batch of one pair, as the
+    last of an epoch may be, has no other answers: z is 0."""
+    if len(pairs) == 1:
+        return torch.zeros((), device=model.gpt.device)
     mismatched = [tuple((prompt, response) for _, response in other)
                   for ((prompt, _), _), other in zip(pairs, [pairs[-1], *pairs])]
     h = dpo.all_logps(model, mismatched, cfg) - dpo.all_logps(ref, mismatched, cfg)      # (2, b)

@@ -272,6 +272,7 @@ def test_the_reference_point_is_the_kl_on_mismatched_answers():
     there, back = kto.reference_point(model, ref, pairs, cfg), kto.reference_point(ref, model, pairs, cfg)
     assert (there.item(), back.item()) == pytest.approx((max(0, mean), max(0, -mean)), rel=1e-4)
     assert not there.requires_grad
+    assert kto.reference_point(model, ref, pairs[:1], cfg).item() == 0      # its own answers say nothing in general
 
 
 def test_the_kl_is_logged(folders):

@@ -342,6 +342,13 @@ def test_metrics_say_what_their_names_say(folders, monkeypatch):
         assert step["entropy"] == pytest.approx(-roll.logp.sum().item() / roll.mask.sum().item())
 
 
+@pytest.mark.parametrize("scores, n, spread", [([1., 3., 2., 2.], 2, [2 ** .5, 0.]), ([1., 3.], 1, [2 ** .5]),
+                                               ([5.], 1, [0.])])
+def test_the_spread_of_rewards_is_that_among_the_answers_that_are_compared(scores, n, spread):
+    roll = rollout(scores, n=n)
+    assert roll.spread().tolist() == pytest.approx(spread)
+
+
 def test_answers_to_a_prompt_stand_together(folders, monkeypatch):
     """What is compared with each other answers the same prompt."""
     groups, real = [], grpo.collect

@@ -75,8 +75,9 @@ TAKEN_BACK = re.compile(
     r"(?:^|[.!?;:,\n(–—-]\s*|\bbut\s+)(?:wait|actually|hold on|no|correction|hmm|sorry"
     r"|on reflection|on second thoughts?)\b|\b(?:both|neither|a tie|equally (?:good|bad)|not sure|i mean)\b"
     r"|\b(?:other|second|first)(?: one| output| answer)? (?:is|was) (?:\w+ )?(?:better|best|right)\b", re.IGNORECASE)
-NEGATIVE = re.compile(r"\b(?:not|no|never|wrong|worse|worst|incorrect|bad|poor|fails?|lacks?|loses?|rejected"
-                      r"|\w+['’]t)\b", re.IGNORECASE)
+NEGATIVE = re.compile(r"\b(?:not|no|never|wrong|worse|worst|incorrect|bad|poor(?:er|est)?|weak(?:er|est)?|inferior"
+                      r"|fails?|lacks?|loses?|misse[sd]|rejected|unhelpful|useless|sadly|unfortunately|\w+['’]t)\b",
+                      re.IGNORECASE)
 REASON = re.compile(r"\n|[.,;:|(–—]|\s-|\s(?:for|(?P<because>because|since|as))\b", re.IGNORECASE)
 MAX_HEAD = 300                          # characters within which a verdict has to stand
 
