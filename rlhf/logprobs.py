@@ -78,14 +78,14 @@ class ChunkedLogProb(torch.autograd.Function):
         dW = None
         if learning:
             h, W, targets, *kept = learning
-            dW = torch.zeros(W.shape, device=W.device)
             for i in range(0, len(h), ctx.chunk):
                 rows = slice(i, i + ctx.chunk)
                 d, factor = kept
                 if d is None:
                     _, d, factor = logp_and_gradient(h[rows], W, targets[rows], *ctx.settings)
-                dW += product(d.T, (grad[rows, None] * factor * h[rows]).T)
-            dW = dW.to(W.dtype)
+                dx = (grad[rows, None] * factor * h[rows]).T                             # (D, chunk)
+                dW = product(d.T, dx) if dW is None else dW.add_(product(d.T, dx))       # (V, D)
+            dW = torch.zeros_like(W) if dW is None else dW.to(W.dtype)
         return dh * grad[:, None].to(dh.dtype), dW, None, None, None, None, None
 
 
