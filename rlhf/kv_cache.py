@@ -141,8 +141,8 @@ def flash(q, k, v, numbers, begin, lengths, longest, window):
 
 @lru_cache
 def flash_reads_lengths(device, dtype, heads, hd, windowed):
-    """Whether flash() gives here what masked attention gives. torch does not promise that this kernel takes lengths, so
-    it is tried, with rows that are as short as their first blocks and longer, and keys of other rows behind them."""
+    """Whether flash() gives what masked attention gives, on this device. torch's interface for lengths is not a public
+    one, so the kernel is tried: on rows within its first block and on a longer one, all with other keys behind them."""
     if device.type == "cpu" or dtype == torch.float32 or hd % 8 or hd > 256:
         return False
     longest, window, generator = 256, 3 if windowed else 0, torch.Generator().manual_seed(0)
