@@ -30,12 +30,12 @@ class Graphs:
 
 
 @contextmanager
-def kept_engine(policy, shape, make):
+def kept_engine(policy, Engine, shape):
     """An engine for a with block in which the policy's weights are fused: what an earlier block with the same shape has
-    left, or what make() returns. shape: a tuple of all that graphs cannot change."""
+    left, or a new Engine(gpt, *shape). shape: a tuple of all that graphs cannot change."""
     gpt, layers = policy.gpt, policy.gpt.fused_linears()
     key = policy.role, shape, tuple(address(p) for p in gpt.parameters())
-    engine = policy.engines.pop(key, None) or make()
+    engine = policy.engines.pop(key, None) or Engine(gpt, *shape)
     engine.gpt, engine.weights = gpt, engine.weights or [each.fused for each in layers]
     for each, weights in zip(layers, engine.weights):
         for x, now in zip(weights, each.fused):

@@ -92,7 +92,7 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
         shape = (slots, cache_length(policy.gpt.device, longest), tuple(stops), N, longest_limit, temperature, graph,
                  (top_p, top_k, min_p))
         waiting = shared_prompts(prompts, only, n, slots)
-        with kept_engine(policy, shape, lambda: Engine(policy.gpt, *shape)) as engine:
+        with kept_engine(policy, Engine, shape) as engine:
             engine.begin([limits[row] for row in only], u)
             while waiting or engine.busy():
                 engine.refill(waiting)
@@ -190,8 +190,8 @@ def slots_that_fit(gpt, longest):
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 class Engine:
-    """The slots, and what has been written of every row. A row is one answer, of N; a slot holds a row while it is
-    written.
+    """The slots, and what has been written of every row. A row is one answer, of N, and has up to `longest` tokens; a
+    slot holds a row while it is written, in `length` columns of the cache. begin() is called before anything else.
 
     What a step reads and writes are tensors at fixed addresses, as a CUDA graph needs them. For each slot: the `token`
     to read next, its column `pos` in the cache, its `row` in `written` and the place `at` in that row. Idle slots write
