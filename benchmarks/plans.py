@@ -32,6 +32,8 @@ H200 = [  # (bench, its settings), the most important ones first: --seconds may 
                  "against": ["naive", "hf"]}),
     ("rollout", {"preset": "0.5b", "lengths": "fixed", "rows": 128, "slots": 128, "new": 128,
                  "against": ["naive", "hf"]}),
+    ("rollout", {"preset": "0.5b", "lengths": "fixed", "rows": 128, "slots": 128, "new": 128, "lora_rank": 0}),
+    ("rollout", {"preset": "7b", "lengths": "fixed", "rows": 128, "slots": 128, "new": 64, "int8": True}),
     ("rollout", {"preset": "1.5b", "lengths": "alpaca", "rows": 512, "slots": 128, "against": ["hf"]}),
     ("logprob", {"preset": "1.5b", "micro_batch_tokens": 16384, "against": ["naive"]}),
     ("memory", {"preset": "1.5b", "rows": 64, "slots": 64}),

@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 
-from model import logits
+from model import FLASH, logits
 from rlhf import reward, sampler, writer
+from rlhf.kv_cache import KVCache
 from rlhf.logprobs import ChunkedLogProb, pack, token_logps
 from rlhf.update import Updater
 
@@ -77,6 +78,34 @@ def test_greedy_answers_equal_a_full_forward_pass_per_token(kind, family):
         best = logits.max(-1).values
         chosen = logits.gather(1, torch.tensor(response, device="cuda")[:, None])[:, 0]
         assert (best - chosen).max() < 1e-3                     # equal, or a tie within rounding
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4}, {"windows": (0, 9)}])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_rows_that_are_read_by_their_length_give_the_answers_of_a_full_forward_pass(kind, shape):
+    """Also with the adapters below the weights, in bf16."""
+    model = on_gpu(kind, torch.bfloat16, **shape)
+    assert KVCache(model.gpt.config, 2, 128, model.gpt.device, torch.bfloat16).by_length == FLASH
+    for prompt, response in sampler.sample(model, PROMPTS, [500], 40, temperature=0, slots=4):
+        with model.gpt.using(model.role), torch.no_grad():
+            logits = model.gpt(torch.tensor([prompt + response], device="cuda"))[0, len(prompt) - 1:-1]
+        chosen = logits.gather(1, torch.tensor(response, device="cuda")[:, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < .2 * logits.std()        # ties within the rounding of bf16
+
+
+@pytest.mark.parametrize("kind, dtype", [("full", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16)])
+def test_graphs_that_are_kept_read_the_weights_of_today(kind, dtype):
+    model, answers = on_gpu(kind, dtype), []
+    for _ in range(3):
+        kept = sampler.sample(model, PROMPTS, [7], 30, 1.5, 0, 2, 16)
+        assert len(model.engines) == 1
+        model.engines.clear()
+        answers.append(sampler.sample(model, PROMPTS, [7], 30, 1.5, 0, 2, 16))
+        assert kept == answers[-1]
+        with torch.no_grad():
+            for p in model.params():
+                p.mul_(1.1)
+    assert answers[0] != answers[1] != answers[2]
 
 
 LIKELY = {"top_p": .8, "top_k": 30, "min_p": .02}
