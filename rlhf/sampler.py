@@ -204,7 +204,7 @@ class Engine:
         self.graphs, self.variant = Graphs() if graph and device.type != "cpu" else None, ()
         self.weights = None                             # of the fused layers, as the graphs read them
         self.cache = KVCache(gpt.config, slots, length, device, gpt.head.dtype)
-        self.stops = torch.tensor(stops, device=device)
+        self.stops = set(stops)
         self.u = torch.zeros(N + 1, longest + 2 * self.check_every, device=device)       # (N + 1, tokens)
         self.written = torch.zeros(self.u.shape, dtype=torch.long, device=device)        # (N + 1, tokens)
         self.p = torch.ones(self.u.shape, device=device)                                 # their probabilities
@@ -313,12 +313,11 @@ class Engine:
         `steps` if none did. FloatingPointError if a hidden state was not finite."""
         row, at = self.row[:width, None], self.at[:width, None]
         tokens = self.written[row, at + self.recent[-steps:]]       # (B, steps); steps 2 read places at - 2 and at - 1
-        hit = (tokens[..., None] == self.stops).any(-1)                                  # (B, steps)
-        first = torch.where(hit.any(1), hit.int().argmax(1), steps)                      # (B,)
-        *first, checksum = torch.cat((first, self.checksum[None])).tolist()              # one wait for both
+        *tokens, checksum = torch.cat((tokens.flatten(), self.checksum[None])).tolist()  # one wait for both
         if not math.isfinite(checksum):
             raise FloatingPointError(not_finite(self.gpt))
-        return [int(first[slot]) for slot in slots]
+        rows = (tokens[slot * steps:(slot + 1) * steps] for slot in slots)
+        return [next((i for i, token in enumerate(row) if token in self.stops), steps) for row in rows]
 
     def release(self, slots):
         """Make these slots idle."""
