@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data import families, read_json
 from data.weights import WeightsError, assign, check, load_weights
 from mixture import Mixture
-from products import LEAST_SIDE, MOST_PACKED, exact_product, linear, packed, packs
+from products import LEAST_SIDE, MOST_COPIED, exact_product, linear, packed, packs
 
 # cuDNN's attention compiles a plan for every new shape, and our shapes change with every micro-batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -226,7 +226,7 @@ class FusedLinears:
             return [layer(x, role) for layer in self.layers]
         W, bias, int8_scale, A, B = self.fused
         y = linear(x, W, bias, int8_scale)                                               # (..., out + out + ...)
-        if B is not None:                               # A None: y ends with A x
+        if B is not None:                               # A is None if it is below W: y then ends with A x
             y, z = (y, F.linear(x, A)) if A is not None else (y[..., :len(B)], y[..., len(B):])
             y.view(-1, len(B)).addmm_(z.flatten(0, -2), B.T)
         return y.split_with_sizes(self.sizes, -1)
@@ -505,9 +505,9 @@ class GPT(nn.Module):
         head, for oneDNN. stack: the layers, to put adapters below them; on GPUs. convert: the head, to fp32."""
         layers, head = dtype.itemsize * sum(x.weight.numel() for _, x in self.linears()), 4 * self.head.numel()
         if device != "cpu":
-            return False, layers <= MOST_PACKED, False
+            return False, layers <= MOST_COPIED, False
         pack = min(self.head.shape) >= LEAST_SIDE and packs(dtype, layers + head)
-        return pack, False, dtype != torch.float32 and head <= MOST_PACKED
+        return pack, False, dtype != torch.float32 and head <= MOST_COPIED
 
     def fused_linears(self):
         """The FusedLinears of all blocks."""
@@ -544,8 +544,8 @@ class GPT(nn.Module):
 
     def linears(self):
         """[(transformers' name, layer)] of all LoRALinear layers, in order."""
-        outside = f"model.{self.config.wrapper}." if self.config.wrapper else ""
-        return [(outside + self.name(path).removeprefix("model." if outside else ""), m)
+        prefix = f"model.{self.config.wrapper}." if self.config.wrapper else ""
+        return [(prefix + self.name(path).removeprefix("model." if prefix else ""), m)
                 for path, m in self.named_modules() if isinstance(m, LoRALinear)]
 
     def targets(self):
@@ -580,7 +580,7 @@ class GPT(nn.Module):
         """
         c = self.config
         if pos is None:
-            assert not c.limited or ids.shape[-1] <= c.max_position_embeddings, "longer than what is known"
+            assert not c.limited or ids.shape[-1] <= c.max_position_embeddings, "longer than its positions"
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
         if c.embedding_multiplier != 1:         # Gemma rounds the factor to the precision of the weights
@@ -609,10 +609,10 @@ class GPT(nn.Module):
         computes only these after its attention.
         """
         x, ropes = self.embed(ids, pos)
-        *blocks, last = self.model.layers
-        for block, attend in zip((*blocks, last), attends or repeat(causal)):
+        blocks = self.model.layers
+        for block, attend in zip(blocks, attends or repeat(causal)):
             # the role is an argument, since checkpointing recomputes a block after using() has switched it back
-            args = block, x, ropes, self.role, attend, where if block is last else None
+            args = block, x, ropes, self.role, attend, where if block is blocks[-1] else None
             if not torch.is_grad_enabled():
                 x = run_block(*args)
             elif self.checkpointing:

@@ -1,4 +1,4 @@
-"""Matrix products of the decoder: by oneDNN where it is quicker, with int8 weights, with an fp32 result of 16 bits.
+"""Matrix products of the decoder: by oneDNN where it is quicker, of int8 weights, of 16 bits with an fp32 result.
 
 On CPUs torch multiplies fp32 matrices with MKL, whose kernels for AMD's processors do without AVX-512. oneDNN, which is
 in torch as well, takes half the time there. It also multiplies by packed weights: a copy in the order in which it
@@ -12,16 +12,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-# Whether torch can multiply 16-bit tensors with an fp32 result (on CUDA, since torch 2.8). If not, exact_product()
-# converts the head to fp32, VOCABULARY_PART of its rows at a time.
-FP32_PRODUCTS = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+# Whether torch can multiply 16-bit tensors on CUDA with an fp32 result (since 2.8). Elsewhere, and for gradients,
+# exact_product() converts the head to fp32, VOCABULARY_PART of its rows at a time.
+FP32_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 VOCABULARY_PART = 8192
 WIDE = 512                              # rows and columns of the products that are tried
 # oneDNN makes a kernel for every new shape, in a third of a millisecond, and nearly every batch has its own shape. Only
-# large products regain that. (Packed weights do: while sampling, a shape stays for some steps of all layers.)
+# large products make up for it. (So do packed weights: while sampling, a shape stays for some steps of all layers.)
 LEAST_SIDE = 256                        # of a weight
 LARGE = 1 << 26                         # multiplications in a product
-MOST_PACKED = 3 << 29                   # bytes of the weights that are packed for sampling, or of a head in fp32
+MOST_COPIED = 3 << 29                   # bytes of layers packed or stacked for sampling, or of a head in fp32
 # A kernel takes a megabyte, and torch and oneDNN would keep a thousand of them, each.
 for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
@@ -66,8 +66,8 @@ def product(x, W):
 
 
 def to_onednn(x, W):
-    """Whether oneDNN should multiply x (..., in) by W (out, in). A compiler would make a graph for each side of the
-    question how large x is."""
+    """Whether oneDNN should multiply x (..., in) by W (out, in). Never while compiling: a question about the size of x
+    would make the compiler build two graphs."""
     return W.is_mkldnn or (W.dtype == torch.float32 and W.device.type == "cpu" and not torch.compiler.is_compiling()
                            and x.numel() * W.size(0) >= LARGE and min(W.shape) >= LEAST_SIDE and onednn_pays())
 
@@ -92,7 +92,7 @@ def packs(dtype, size):
     """Whether weights in this dtype, of `size` bytes in all, are packed for sampling on this CPU. For those of a large
     model there may be no room."""
     pays = {torch.float32: onednn_pays, torch.bfloat16: bf16_pays}.get(dtype)
-    return pays is not None and size <= MOST_PACKED and pays()
+    return pays is not None and size <= MOST_COPIED and pays()
 
 
 def packed(W):
@@ -118,7 +118,7 @@ def linear(x, W, bias=None, int8_scale=None):
 class Int8Product(torch.autograd.Function):
     """x W' for an int8 W with one scale per row: x (N, in), W (out, in), scale (out, 1) -> (N, out).
 
-    The outputs are scaled, not W: that moves half the memory, and rounds less, because bf16 holds every int8 exactly.
+    The outputs are scaled and not W (except in fp16). This moves half the memory and rounds less: bf16 holds all int8.
     The backward pass converts W a second time. Autograd would keep the converted copy of every layer in memory.
     """
 
@@ -135,7 +135,8 @@ class Int8Product(torch.autograd.Function):
 
     @staticmethod
     def factors(W, scale, dtype):
-        """W in this dtype, and the scale (out,) of the outputs. fp16 has no room for sums that are not scaled yet."""
+        """W in this dtype, and the scale (1, out) of the outputs; in fp16, which has no room for sums that are not
+        scaled yet, a scaled W and 1."""
         W = W.to(dtype)
         return (W * scale, 1) if dtype == torch.float16 else (W, scale.T)
 
@@ -145,6 +146,6 @@ def exact_product(h, W):
     0.03 nats, which is much beside PPO's cliprange of 0.2."""
     if W.dtype == torch.float32:
         return linear(h.float(), W)
-    if FP32_PRODUCTS and not torch.is_grad_enabled():   # it has no gradient
+    if FP32_PRODUCTS and W.is_cuda and not torch.is_grad_enabled():                      # it has no gradient
         return torch.mm(h.flatten(0, -2), W.T, out_dtype=torch.float32).view(*h.shape[:-1], len(W))
     return torch.cat([linear(h.float(), part.float()) for part in W.split(VOCABULARY_PART)], -1)

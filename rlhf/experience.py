@@ -37,11 +37,11 @@ class Experience:
         return lengths(self.rows)
 
     def kl(self):
-        """Mean KL to the reference per answer, in nats: k1, the unbiased estimate."""
+        """Mean KL to the reference per answer, in nats, by its unbiased estimate k1: log pi/ref of the answer."""
         return (self.logp - self.ref_logp).sum(1).mean().item()
 
     def total(self, kl_coef):
-        """score - kl_coef * KL (k1) of each answer, (B,): the reward that methods without a value function use."""
+        """score - kl_coef * KL (k1: log pi/ref of the answer), (B,): the reward that RLOO and REINFORCE use."""
         return self.score - kl_coef * (self.logp - self.ref_logp).sum(1)
 
     def spread(self):
@@ -51,7 +51,7 @@ class Experience:
         return compared.std(1, correction=min(1, compared.shape[1] - 1))
 
     def metrics(self):
-        """Means over the answers, for the log, under TRL's names."""
+        """Means for the log, under TRL's names; entropy is per token, the others are per answer or group of answers."""
         spread, tokens = self.spread(), self.mask.sum().item()
         return {"reward": self.score.mean().item(), "reward_std": spread.mean().item(),
                 "frac_reward_zero_std": (spread == 0).float().mean().item(), "objective/kl": self.kl(),
@@ -78,15 +78,16 @@ class Experience:
         first = {name: x[:1, :self.lengths[0] - 1] for name, x in numbers.items()}       # (1, t-1) each
         log.rows(self.rows[:1], text, step, scores=[self.score[:self.n].tolist()], **first)
 
-    def cut(self, indices, *per_token):
+    def cut(self, indices, *tensors):
         """A micro-batch without the columns in which all of its rows are padding: ids (b, t), mask (b, t-1), and of
-        each tensor (B, T-1) in `per_token` its part (b, t-1)."""
+        each of the tensors (B, T-1) its part (b, t-1)."""
         t = max(len(self.rows[i][0]) + len(self.rows[i][1]) for i in indices)
-        return self.ids[indices, :t], *(x[indices, :t - 1] for x in (self.mask, *per_token))
+        return self.ids[indices, :t], *(x[indices, :t - 1] for x in (self.mask, *tensors))
 
     @torch.no_grad()
     def per_token(self, f, cfg):
-        """Apply f(ids (b, t), mask (b, t-1)) -> (b, t-1) to all rows: (B, T-1), in micro-batches, without gradients."""
+        """Apply f(ids (b, t), mask (b, t-1)) -> (b, t-1) to all rows: (B, T-1), in micro-batches without
+        gradients, which may have twice the tokens."""
         out = torch.zeros(self.mask.shape, device=self.ids.device)
         for micro in update.micro_batches(range(len(self.rows)), self.lengths, 2 * cfg.micro_batch_tokens):
             ids, mask = self.cut(micro)

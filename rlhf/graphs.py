@@ -2,7 +2,7 @@
 
 Launching the thousand small kernels of a step takes longer than running them. A graph launches them all at once: what
 was captured once is replayed, with the same kernels on the same memory. So an engine that is kept holds its cache and
-the weights that its graphs read. Before it is used again, those that have changed are copied to where the old ones are.
+the weights that its graphs read. Before it is used again, the weights of today are copied there.
 """
 from contextlib import contextmanager
 
@@ -12,7 +12,7 @@ KEPT = .05                              # of the GPU's memory, for all engines t
 
 
 class Graphs:
-    """The graphs of an engine, by what tells its steps apart; they share their memory."""
+    """The graphs of an engine: {what tells steps apart, such as their sizes: graph}. They share their memory."""
 
     def __init__(self):
         self.captured, self.pool = {}, None
@@ -30,16 +30,16 @@ class Graphs:
 
 
 @contextmanager
-def kept_engine(policy, Engine, shape):
-    """An engine for a with block in which the policy's weights are fused: what an earlier block with the same shape has
-    left, or a new Engine(gpt, *shape). shape: a tuple of all that graphs cannot change."""
+def kept_engine(policy, Engine, fixed):
+    """An engine for a with block in which the policy's weights are fused: the one that an earlier block with the same
+    arguments has kept, or a new Engine(gpt, *fixed). fixed: a tuple of all that its graphs cannot change."""
     gpt, layers = policy.gpt, policy.gpt.fused_linears()
-    key = policy.role, shape, tuple(address(p) for p in gpt.parameters())
-    engine = policy.engines.pop(key, None) or Engine(gpt, *shape)
+    key = policy.role, fixed, tuple(address(p) for p in gpt.parameters())
+    engine = policy.engines.pop(key, None) or Engine(gpt, *fixed)
     engine.gpt, engine.weights = gpt, engine.weights or [each.fused for each in layers]
     for each, weights in zip(layers, engine.weights):
         for x, now in zip(weights, each.fused):
-            if x is not now and address(x) != address(now):
+            if x is not now and address(x) != address(now):         # None has no address, nor have packed weights
                 x.copy_(now)
         each.fused = weights
     yield engine
@@ -48,7 +48,7 @@ def kept_engine(policy, Engine, shape):
     engine.gpt, engine.bytes = None, held(engine, gpt)  # nothing that is kept holds the model
     policy.engines[key] = engine
     while sum(each.bytes for each in policy.engines.values()) > KEPT * gpu_memory():
-        del policy.engines[next(iter(policy.engines))]  # the oldest
+        del policy.engines[next(iter(policy.engines))]  # used longest ago
 
 
 def held(engine, gpt):

@@ -2,14 +2,15 @@
 
 Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 8: w_good (1 - sigmoid(beta (h - z))) for a good answer, w_bad (1 -
 sigmoid(beta (z - h))) for a bad one, with h = log pi/ref summed over the answer, EOS included. The reference point z is
-an estimate of KL(pi || ref): the mean of h over answers to other prompts, at least 0, without gradient.
+an estimate of KL(pi || ref): the mean of h over answers of other pairs (nearly always to other prompts), at least 0,
+without gradient.
 Chosen answers are the good ones, rejected the bad ones. Left out: good and bad answers to different prompts, which is
 what KTO is made for, and weights that balance unequal numbers of them.
 
 Memory: as DPO. Each step needs z first: two more forward passes.
 Questions a reader asks. Why mismatched answers? The mean of h over the batch's own answers would rise with all of them
 and hide what was learned. Why clamped? A KL is not negative, but its estimate can be. Why is the loss 0.5 at first? All
-h and z are 0. Why must a batch have two pairs? One has no answers to another prompt.
+h and z are 0. Why is --batch_size at least 2? A single pair has no others, and z would always be 0.
 """
 from dataclasses import dataclass
 

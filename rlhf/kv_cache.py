@@ -1,4 +1,4 @@
-"""[kit] The cache of keys and values for sampling, which is read only as far as the rows in it reach.
+"""[kit] The cache of keys and values for sampling, which is read as far as the rows in it reach, or nearly so.
 
 Letters: B rows, S columns of the cache, H heads, K kv heads, hd head size, P prompts, T tokens.
 """
@@ -17,14 +17,15 @@ class KVCache:
         shape = (slots, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
-        # Each kv head of a slot is a row of its own to flash(): the numbers of these rows, and their first cells.
-        self.numbers = torch.arange(slots * shape[1] + 1, device=device, dtype=torch.int32)
-        self.begin = self.numbers * length                                               # (slots * K + 1,)
+        # Each kv head of a slot is a row of its own to flash(): its one query, and its first cell.
+        self.query = torch.arange(slots * shape[1] + 1, device=device, dtype=torch.int32)
+        self.begin = self.query * length                                               # (slots * K + 1,)
         self.first_cell = self.begin[:-1].long().view(slots, -1)                         # (slots, K)
         self.columns = torch.arange(length, device=device)                                               # (S,)
         self.windows = set(config.windows)
         self.sdpa = self.k[0].is_cuda           # on CPUs two products are a third faster for so few queries
         groups = config.num_attention_heads // config.num_key_value_heads
+        # whether each row is read to its own end
         self.by_length = FLASH and not config.attn_logit_softcapping and all(
             flash_reads_lengths(self.begin.device, dtype, groups, config.head_dim, window > 0)
             for window in self.windows)
@@ -82,14 +83,14 @@ class KVCache:
     def read_lengths(self, lengths, layer, q, window, cap):
         """Attention of q (B, K, H/K, hd) to the first lengths (B * K,) columns of each kv head."""
         k, v = (x[layer].view(-1, 1, q.shape[-1]) for x in (self.k, self.v))             # (slots * K * S, 1, hd)
-        numbers, begin = (x[:len(lengths) + 1] for x in (self.numbers, self.begin))
-        return flash(q.flatten(0, 1), k, v, numbers, begin, lengths, len(self.columns), window)
+        query, begin = (x[:len(lengths) + 1] for x in (self.query, self.begin))
+        return flash(q.flatten(0, 1), k, v, query, begin, lengths, len(self.columns), window)
 
     def read_spans(self, parts, layer, q, window, cap):
         """Attention of q (B, K, H/K, hd) in parts [(slots, biases)], of which the first has all slots."""
-        (slots, biases), *apart = parts
+        (slots, biases), *long = parts
         y = self.read(layer, slots, q, biases[window], cap)
-        for slots, biases in apart:
+        for slots, biases in long:
             y[slots] = self.read(layer, slots, q[slots], biases[window], cap)
         return y
 
@@ -115,8 +116,9 @@ class KVCache:
 
 
 def apart(spans):
-    """What KVCache.extent() returns, so that few columns are read: a long row is read twice and copied once, and all
-    others are read only as far as the longest of them. spans: {slot: columns that its row needs}."""
+    """What KVCache.extent() returns, so that few columns are read: all rows as far as the longest of those that are not
+    long; then each long row by itself, after it was copied, which costs as much as reading it twice. spans: {slot:
+    columns that its row needs}."""
     slots = sorted(spans, key=spans.get)
     longest, n = spans[slots[-1]], len(slots)
     cost, first = min((n * spans[slots[i - 1]] + 3 * (n - i) * longest, i) for i in range(1, n + 1))
@@ -127,16 +129,16 @@ def apart(spans):
 
 # -- torch's FlashAttention kernel ---------------------------------------------------------------------------------
 
-def flash(q, k, v, numbers, begin, lengths, longest, window):
+def flash(q, k, v, query, begin, lengths, longest, window):
     """Attention of one query to as many keys as its row has: q (N, heads, hd) -> (N, heads, hd).
 
-    k, v (cells, 1, hd): row i begins at cell begin[i] and has lengths[i] keys, of at most `longest`. begin (N + 1,),
-    lengths (N,) and numbers (N + 1,), which is 0, 1, 2, ..., are int32. With a window, only the last keys of a row are
-    read. Several parts of the GPU share a long row; those kernels of torch that take a mask cannot do this.
+    k, v (cells, 1, hd): row i begins at cell begin[i] and has lengths[i] keys, of at most `longest`; its query is at
+    query[i], which is i. begin (N + 1,), lengths (N,) and query (N + 1,) are int32. With a window, only the last keys
+    of a row are read. Several parts of the GPU share a long row, which kernels that take a mask do not do in torch.
     """
     left = window - 1 if window else None
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, numbers, begin, 1, longest, 0., False, False, window_size_left=left, seqused_k=lengths)[0]
+        q, k, v, query, begin, 1, longest, 0., False, False, window_size_left=left, seqused_k=lengths)[0]
 
 
 @lru_cache
@@ -147,11 +149,11 @@ def flash_reads_lengths(device, dtype, heads, hd, windowed):
         return False
     longest, window, generator = 256, 3 if windowed else 0, torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 2, 5, 130], device=device, dtype=torch.int32)
-    numbers = torch.arange(5, device=device, dtype=torch.int32)
+    query = torch.arange(5, device=device, dtype=torch.int32)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in (
         (4, heads, hd), (4 * longest, 1, hd), (4 * longest, 1, hd)))
     try:
-        y = flash(q, k, v, numbers, numbers * longest, lengths, longest, window)
+        y = flash(q, k, v, query, query * longest, lengths, longest, window)
     except (AttributeError, RuntimeError, TypeError):   # torch has no such kernel, or none for this GPU
         return False
     ahead = torch.arange(longest, device=device) - lengths[:, None]                      # (4, longest)

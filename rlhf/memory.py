@@ -15,7 +15,7 @@ from data.progress import width
 from model import SHORT, GPT, GPTConfig
 from rlhf import policy
 from rlhf.logprobs import HELD
-from rlhf.sampler import MAX_SLOTS, cache_length
+from rlhf.sampler import MAX_SLOTS, cache_length, longest_answer
 from rlhf.update import plainly
 
 OPTIMIZER = 12                          # bytes for each trained parameter: its gradient and AdamW's two moments, fp32
@@ -23,8 +23,8 @@ ADVICE = "finished stages are kept. Try, in this order: "
 
 
 def held(cfg, needs):
-    """{what: bytes} that a stage will hold in memory at the same time; {} if its model cannot be built. needs: the
-    names of the stages that it needs."""
+    """{what: bytes} that a stage will hold, though not all of it at once; {} if its model cannot be built. needs: the
+    stages that it needs, {name: id}."""
     device, precision = policy.precision(cfg)
     try:
         with torch.device("meta"):
@@ -34,20 +34,20 @@ def held(cfg, needs):
         return {}                                       # model.load() says why
     bytes, idle = getattr(torch, precision).itemsize, cfg.idle()
     adapter = sum(p.numel() for p in gpt.adapter("policy").values())
-    numbers = sum(p.numel() for p in gpt.parameters()) - adapter
+    base = sum(p.numel() for p in gpt.parameters()) - adapter
     quantised = sum(linear.weight.numel() for _, linear in gpt.linears()) if cfg.int8 else 0
     trains, samples, critic = "micro_batch_tokens" not in idle, "slots" not in idle, hasattr(cfg, "vf_coef")
     models = 1 + (trains and cfg.stage != "sft") + ("reward" in needs) + critic
-    trained = (1 + critic) * (adapter if cfg.lora_rank else numbers) * trains
-    found = {"weights": (numbers - quantised) * bytes + quantised}
+    trained = (1 + critic) * (adapter if cfg.lora_rank else base) * trains
+    found = {"weights": (base - quantised) * bytes + quantised}
     if cfg.lora_rank:
         found["adapters"] = models * adapter * 4
     else:
         found["weights"] *= models
     found["optimizer"] = trained * OPTIMIZER
     c, tokens = gpt.config, cfg.micro_batch_tokens * trains
-    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    layer = c.hidden_size if cfg.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size + 2 * heads
+    qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    layer = c.hidden_size if cfg.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size + 2 * qkv
     if (device, precision) == ("cpu", "bfloat16"):      # attention in its parts keeps its scores, in fp32 and in bf16
         layer += 3 * c.num_attention_heads * SHORT
     found["activations"] = tokens * c.num_hidden_layers * layer * bytes
@@ -55,7 +55,7 @@ def held(cfg, needs):
     if samples:
         found["copies for sampling"] = sampling_copies(gpt, getattr(torch, precision), device, cfg)
     if samples and (slots := cfg.slots or MAX_SLOTS["cpu"] * (device == "cpu")):        # on a GPU as many as fit
-        longest = cache_length(torch.device(device), cfg.max_prompt_tokens + cfg.max_new_tokens)
+        longest = cache_length(torch.device(device), cfg.max_prompt_tokens + longest_answer(cfg.text(), cfg))
         found["cache"] = slots * longest * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes
     return {what: size for what, size in found.items() if size}
 
@@ -99,7 +99,7 @@ def watched(cfg, needs):
 
 
 def said(cfg, found):
-    """The line for the terminal. found: what held() returns."""
+    """The text for the terminal. found: what held() returns."""
     size, where = room(cfg)
     there = f"; there are {amount(size)} {where}" if size else ""
     return textwrap.fill(f"memory: about {listed(found)}{there}", width(), initial_indent="  ", subsequent_indent="  ",

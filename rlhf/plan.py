@@ -22,7 +22,7 @@ def load(name):
 
 
 def chosen(said):
-    """The methods that --method names: one, several with commas between them, or `all` that produce answers."""
+    """The methods that --method names: one, several with commas between them, or `all` that learn."""
     if said == "all":
         return [name for name in methods() if name not in ("base", "pairs", "reward")]
     return list(dict.fromkeys(word.strip() for word in said.split(",") if word.strip())) or [said]
@@ -31,12 +31,12 @@ def chosen(said):
 # -- flags -----------------------------------------------------------------------------------------------------------
 
 def refuse_single(flags, names):
-    """InputError for a flag that only some of several methods know."""
+    """InputError for a flag of single methods, where there are several: it does not say whose."""
     shared = {f.name for f in fields(config.Config)}
     for flag in (token[2:].partition("=")[0] for token in flags):
         for name in names:
             if flag in {f.name for f in fields(load(name).Config)} - shared:
-                raise InputError(f"--{flag} is not known to all methods: give --{name}.{flag}")
+                raise InputError(f"--{flag} is a flag of single methods: give --{name}.{flag}")
 
 
 def route(argv, name, names=()):
@@ -83,7 +83,7 @@ def order(name, given=None, names=()):
     itself at the end. If `name` is "", the same for the methods `names`."""
     given = given or {name: {}}
 
-    def with_needs(method):
+    def with_needs(method):             # what it needs comes first
         return [*(each for need in needs(method, configure(given, name, method)) for each in with_needs(need)), method]
     return list(dict.fromkeys(each for method in names or [name] for each in with_needs(method)))
 
@@ -97,8 +97,8 @@ def settings(given, name, needed, names):
     configs = {method: configure(given, name, method, names) for method in needed}
     for method, flags in given.items():
         for flag in flags:                          # a shared flag must change something in at least one stage
-            heard = [method] if method != name else needed if flag in common else names
-            why = [configs[each].idle().get(flag) for each in heard]
+            takers = [method] if method != name else needed if flag in common else names
+            why = [configs[each].idle().get(flag) for each in takers]
             if all(why):
                 dotted = "" if method == name else f"{method}."
                 raise InputError(f"--{dotted}{flag} would change nothing: {why[-1]}")
@@ -106,8 +106,8 @@ def settings(given, name, needed, names):
 
 
 def configured(names, argv):
-    """({method: its Config}, whether --start was given) of all that a command runs: the checkpoint itself (base), what
-    the methods need, and the methods."""
+    """({method: its Config}, whether --start was given) of all that a command runs: what the methods need, the methods,
+    and before them the checkpoint itself (base), unless a person judges."""
     name = names[0] if len(names) == 1 else ""
     given = route(argv, name, names)
     if not name and "name" in given[name]:
@@ -166,14 +166,15 @@ def trial_pairs(records):
              "output_2": other["output"]} for one, other in zip(records, records[1:])]
 
 
-def train(names, configs, starts):
-    """Run every stage of a plan that has to run. starts: whether --start was given. Returns the stages.Again of
-    --rerun; the command calls its end() when everything else is done."""
+def train(names, configs, start_given):
+    """Try the judge, then run every stage of a plan that has to run. start_given: whether --start was given. Returns
+    the stages.Again of --rerun; the command calls its end() when everything else is done. InputError if nobody judges.
+    """
     cfg = configs[names[0]]
     options, found = annotate.options(cfg), prepared(names, configs)
     if not cfg.judge:
         raise InputError(f"who judges the answers to {cfg.data}? Give --judge MODEL, serve:PATH or me, or --judge none")
-    if not starts and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
+    if not start_given and {"base", "sft"} < set(configs) and cfg.model != "barn" and cfg.text().template:
         print(f"{cfg.model} has a chat template: --start base trains it as it is, without SFT first")
     rerun = methods_to_rerun(cfg.rerun, configs)
     again = stages.Again(cfg.out, {stage.method: stage.id for stage in found if stage.method in rerun})

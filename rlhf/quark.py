@@ -1,6 +1,6 @@
 """Quark: sort all answers by reward, learn each under the mark of its quantile, and ask for the best quantile.
 
-Lu et al. 2022 (arXiv 2205.13636), sec. 2. A mark is the number of a quantile, as words in front of the instruction; the
+Lu et al. 2022 (arXiv 2205.13636), sec. 2. A mark is the number of a quantile, as text in front of the instruction; the
 paper adds a token to the vocabulary for each. A round: sample answers under the mark of the best quantile (in the first
 round from the SFT model, without a mark), score them and add them to the pool; divide the whole pool into quantiles;
 learn from all of them: -log pi(token | mark, prompt) + beta KL(ref(. | prompt) || pi(. | mark, prompt)), where the KL
@@ -15,7 +15,7 @@ tokens at a time, and computed again for the gradient.
 Questions a reader asks. Why learn bad answers? Under their own marks they do no harm, and they teach what the marks
 mean. Why are quantiles of the whole pool, not of a round? As answers improve, earlier ones sink to lower quantiles, so
 the best mark always means the best answers so far. Why this direction of the KL? It grows where the policy gives too
-little probability to what the reference would say, and needs no samples of the policy.
+little probability to what the reference would say.
 """
 import math
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Config(config.Config):
 # -- the algorithm as functions of tensors -------------------------------------------------------------------------
 
 def quantiles_of(scores, k):
-    """scores (N,) -> the quantile (N,) of each, from 1 (lowest scores) to k, all of the same size up to one."""
+    """scores (N,) -> the quantile (N,) of each, from 1 (lowest scores) to k; their sizes differ by 1 at most."""
     ranks = scores.argsort(stable=True).argsort()                                        # (N,): 0 is the lowest
     return ranks * k // len(scores) + 1
 

@@ -89,10 +89,10 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     u = torch.rand(len(limits), longest_limit, generator=torch.Generator().manual_seed(seed))[list(only)]
     with policy.gpt.fused(policy.role):
         slots = min(slots or slots_that_fit(policy.gpt, longest), N)
-        shape = (slots, cache_length(policy.gpt.device, longest), tuple(stops), N, longest_limit, temperature, graph,
+        fixed = (slots, cache_length(policy.gpt.device, longest), tuple(stops), N, longest_limit, temperature, graph,
                  (top_p, top_k, min_p))
         waiting = shared_prompts(prompts, only, n, slots)
-        with kept_engine(policy, Engine, shape) as engine:
+        with kept_engine(policy, Engine, fixed) as engine:
             engine.begin([limits[row] for row in only], u)
             while waiting or engine.busy():
                 engine.refill(waiting)
@@ -102,7 +102,7 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
                 if progress:
                     progress.update(before + engine.finished)
                 if done is not None and done.saves.due():
-                    done.add({} if policy.gpt.device.type == "cpu" else engine.ended(only))
+                    done.add({} if policy.gpt.device.type == "cpu" else engine.ended(only))     # see saves.parts()
             if progress:
                 progress.close()
             if done is not None:
@@ -293,14 +293,14 @@ class Engine:
         for _ in range(steps):
             if self.graphs is None:
                 self.step(width, span, long)
-            else:
+            else:                                       # on CUDA no row is read by itself
                 self.graphs.run((width, span, *self.variant), partial(self.step, width, span))
 
         ended = []
         for slot, first in zip(busy, self.first_stops(steps, width, busy)):
             row, before = self.row_in[slot], self.new_tokens[slot]
             self.new_tokens[slot] += steps
-            if first < steps or before + first + 1 > self.limits[row]:
+            if first < steps or before + first + 1 > self.limits[row]:      # a stop token, or the limit
                 self.lengths[row] = min(before + first + 1, self.limits[row])
                 ended.append(slot)
         if ended:
@@ -361,8 +361,9 @@ class Engine:
             return None
         return [row[:length].log() for row, length in zip(self.p, self.lengths)]
 
-    def ended(self, names):
-        """{the name of a row: [its response, a list of its log-probs or None]} of the rows that have ended."""
+    def ended(self, rows):
+        """{row: [its response, a list of its log-probs or None]} of those that have ended. rows: what the N rows are
+        called."""
         written, logps = self.written.cpu(), self.logps() or [None] * len(self.lengths)
-        return {name: [row[:length].tolist(), logp if logp is None else logp.tolist()]
-                for name, row, length, logp in zip(names, written, self.lengths, logps) if length is not None}
+        return {row: [ids[:length].tolist(), logp if logp is None else logp.tolist()]
+                for row, ids, length, logp in zip(rows, written, self.lengths, logps) if length is not None}

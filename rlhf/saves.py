@@ -2,13 +2,13 @@
 
 A save is a folder in <stage>/.saves/: the tensors as safetensors, everything else as JSON, and a manifest of their
 hashes. It is written under a hidden name, synced to the disk and renamed. The last two are kept, and the newest
-undamaged one is used. The same folder has the answers of samplings, in files that are only appended to, and
+undamaged one is used. The same folder has the answers of samplings, in files to which they are appended, and
 time.json, the seconds that the stage has taken.
 
 A learner lists the objects that its loop changes: for step, batch in log.resumed(batches, model, updater). A save has
 the index of the current iteration, and the state of these objects at its start. Loops may be nested: after a kill the
 body of the outer loop runs again up to the inner loop. Until then nothing is logged, and answers that were sampled
-before are read from their file: the save no longer has the policy that gave them.
+before are read from their file: the saved policy has learned since, and would give others.
 """
 import hashlib
 import json
@@ -28,7 +28,7 @@ from rlhf.state import randomness, read, set_randomness, write
 SAVES = ".saves"                        # the folder of a stage's saves, below its own
 KEPT = 2                                # saves: if the newest is damaged, the other is used
 AT_END = .2                             # share of --save_minutes after which the end of a loop is saved
-PART = 2e13                             # floating-point operations of one part of a sampling on a CPU: about a minute
+PART = 2e13                             # floating-point operations of a part of a sampling on a CPU: a minute
 
 
 def saved(folder):
@@ -43,7 +43,7 @@ def whole(folder):
     return state if all(hash_of(folder.parent / name, size) == said for name, (size, said) in answers) else None
 
 
-def needed_by(path):
+def save_of(path):
     """The number of the save with the weights of the answers in a file; 0 if its first line is incomplete."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -91,7 +91,7 @@ class Saves:
             print(f"{path} is damaged and left out", flush=True)
             shutil.rmtree(path)
         for path in self.folder.glob("*.jsonl"):
-            if needed_by(path) > self.number:
+            if save_of(path) > self.number:
                 path.unlink()
 
     @property
@@ -190,7 +190,7 @@ class Saves:
 
 
 class Answers(dict):
-    """The finished answers of one sampling, {row: [token ids, log-probs or None]}, in a file that is only appended to.
+    """The finished answers of one sampling, {row: [token ids, log-probs or None]}, appended to a file as they come.
 
     asked: everything that determines the answers except the weights, as JSON. The first line of the file has its hash,
     and the number of the save that has the weights. If that save is lost, the file is removed.
@@ -269,7 +269,7 @@ class Answers(dict):
 
 
 def parts(gpt, prompts, longest, n, slots, done):
-    """The rows that are still to be sampled, of n answers to each prompt: lists that are sampled one after another.
+    """Lists of rows to sample, one after another, of n answers to each prompt.
 
     By rounding, an answer depends on the answers that are sampled beside it. So that a CPU gives the same answers after
     a kill, it samples each list as a whole, even if some of its rows are done. A GPU rounds differently in every run

@@ -373,7 +373,7 @@ def test_several_methods_share_stages_and_a_leaderboard(first, copy):
     asked = sum(pair["raw_completion"] is not None for pair in read(copy / "pairs" / "pairs.json"))
     assert [int(rows[name]["judge_calls"]) for name in ("sft", "dpo", "simpo")] == [0, asked, asked]
     assert float(rows["dpo"]["kl"]) == pytest.approx(spent["dpo"]["metrics"]["objective/kl"])
-    for argv, why in ((("--beta", "1"), "--beta is not known to all methods: give --dpo.beta"),
+    for argv, why in ((("--beta", "1"), "--beta is a flag of single methods: give --dpo.beta"),
                       (("--name", "x"), "--dpo.name"),
                       (("--ppo.lr", "1"), "these methods do not need ppo"), (("--simpo.limit", "3"), "share it"),
                       (("--rerun", "simp"), "did you mean simpo")):

@@ -81,7 +81,7 @@ def test_copies_on_a_gpu_are_those_of_the_layers_with_their_adapters(room, monke
     gpt.add_role("sft", 8, 8)
     monkeypatch.setattr(type(gpt), "device", torch.device("cuda"))
     if not room:
-        monkeypatch.setattr("model.MOST_PACKED", 1000)
+        monkeypatch.setattr("model.MOST_COPIED", 1000)
     said = memory.sampling_copies(gpt, torch.bfloat16, "cuda", cfg)
     with torch.inference_mode(), gpt.fused("sft"):
         made = size(each.fused[0] for each in gpt.fused_linears() if len(each.fused[0]) > sum(each.sizes))

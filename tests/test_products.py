@@ -101,7 +101,7 @@ def test_narrow_weights_small_products_and_other_devices_are_left_to_torch(monke
 
 
 def test_a_model_without_room_for_a_second_copy_is_not_packed(monkeypatch):
-    monkeypatch.setattr(products, "MOST_PACKED", 1000)
+    monkeypatch.setattr(products, "MOST_COPIED", 1000)
     for fp32, bf16 in ((True, False), (False, True)):
         monkeypatch.setattr(products, "onednn_pays", lambda answer=fp32: answer)
         monkeypatch.setattr(products, "bf16_pays", lambda answer=bf16: answer)

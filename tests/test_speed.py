@@ -196,7 +196,7 @@ def test_the_host_waits_once_in_k_steps(engine, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or tolist(x))
     sampler.sample(tiny.policy(), prompts, [61], 64)
     assert engine["steps"] == 64 and engine["looks"] == 8 and engine["waits"] == 0
-    assert read.count(16 + 1) == 8 and len(read) == 8 + 16      # slots and one sum; and the answers at the end
+    assert read.count(16 * 8 + 1) == 8 and len(read) == 8 + 16  # tokens and one sum; and the answers at the end
 
 
 def test_a_prompt_is_read_once_for_all_its_answers(engine):
