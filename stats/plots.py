@@ -50,8 +50,11 @@ def ticks(low, high, most=6):
 
 
 def log_ticks(values, most=7):
-    """At most `most` ticks of a logarithmic axis: the values themselves if they are few, else powers of two or ten."""
+    """At most `most` ticks of a logarithmic axis: the values themselves if they are few, else powers of two or ten, or
+    round numbers on an axis that is shorter than a power of ten."""
     own = sorted(set(values))
+    if len(own) > most and own[-1] < 10 * own[0]:
+        return ticks(own[0], own[-1], most)
     if len(own) > most:
         base = 2 if own[0] >= 1 else 10
         powers = [float(base) ** i for i in range(-30, 60)]

@@ -118,6 +118,7 @@ def test_ticks_by_hand():
     assert ticks(.08, .52, 6) == [.1, .2, .3, .4, .5]
     assert log_ticks([250, 500, 1000, 2000]) == [250, 500, 1000, 2000]
     assert log_ticks(range(1, 1025), 6) == [1, 4, 16, 64, 256, 1024]
+    assert log_ticks(np.linspace(9, 46.3, 18), 6) == [10, 20, 30, 40]
     assert log_ticks(np.linspace(1e-4, .1, 50), 6) == [1e-4, 1e-3, 1e-2, 1e-1]
 
 
