@@ -580,7 +580,7 @@ class GPT(nn.Module):
         """
         c = self.config
         if pos is None:
-            assert not c.limited or ids.shape[-1] <= c.max_position_embeddings, "longer than its positions"
+            assert not c.limited or ids.shape[-1] <= c.max_position_embeddings, "longer than the model's positions"
             pos = torch.arange(ids.shape[-1], device=ids.device)                         # (T,)
         x = self.model.embed_tokens(ids)                                                 # (..., D)
         if c.embedding_multiplier != 1:         # Gemma rounds the factor to the precision of the weights

@@ -577,7 +577,7 @@ def test_no_text_is_longer_than_what_is_computed(name, made):
     gpt, theirs, ids = model.load(made(name).folder), made(name).theirs, tiny.ids(1, 129)
     assert gpt.config.max_position_embeddings == 128 < theirs.config.max_position_embeddings
     assert off(gpt(ids[:, :128]), theirs(ids[:, :128]).logits) < 1e-5
-    with pytest.raises(AssertionError, match="longer than what is known"):
+    with pytest.raises(AssertionError, match="longer than the model's positions"):
         gpt(ids)
     with pytest.raises(InputError, match="129 tokens, and the model has 128"):
         sample(Policy(gpt), tiny.texts((100,)), [VOCAB + 99], 29)
