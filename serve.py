@@ -238,7 +238,7 @@ def serving(path, host="127.0.0.1", port=0, slots=0, context=0, max_new_tokens=0
         longest_token = max(map(len, server.text.tokenizer.get_vocab()))
         server.characters = server.context * (longest_token + 1)        # a space may stand between two tokens
         with policy.gpt.fused(policy.role):
-            slots = slots or min(SLOTS, slots_that_fit(policy.gpt, server.context))
+            slots = slots or min(SLOTS, slots_that_fit(policy.gpt, server.context, None))
             server.writer = Writer(ServingEngine(policy.gpt, slots, server.context, server.text.stops, TOP, graph),
                                    Refused(503, "the server is shutting down", None))
             server.writer.start()

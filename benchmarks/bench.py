@@ -141,7 +141,7 @@ def bench_rollout(args):
     prompts, caps = workload(args, args.rows // n)[0], [len(answer) for answer in answers]
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ours = random_policy(args)
-    slots = min(args.rows, args.slots or sampler.slots_that_fit(ours.gpt, args.prompt + args.new))
+    slots = min(args.rows, args.slots or sampler.slots_that_fit(ours.gpt, args.prompt + args.new, sampler.ALL))
 
     def naive():
         for i in range(0, args.rows, slots):

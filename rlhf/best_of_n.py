@@ -89,4 +89,4 @@ def run(cfg, score_fn=None):
     for j in scores[0].argsort(descending=True).tolist():
         print(f"      {records[0]['instruction']!r} -> {outputs[j]!r} (score {scores[0, j]:.2f})")
     return {"objective/kl": kl_bound(cfg.n), "objective/scores": scores.max(1).values.mean().item(),
-            "random/scores": scores.mean().item()}
+            "random/scores": scores.mean().item(), **rewards.spent(score_fn)}

@@ -63,4 +63,4 @@ def run(cfg, score_fn=None):
             log.sample(round, question(record), text.decode(response), score=score)
 
     policy.save(model, cfg)
-    return {"loss": log.last["loss"], **answer(model, text, cfg, ref)}
+    return {"loss": log.last["loss"], **rewards.spent(score_fn), **answer(model, text, cfg, ref)}

@@ -33,9 +33,12 @@ class Graphs:
 def kept_engine(policy, Engine, fixed):
     """An engine for a with block in which the policy's weights are fused: the one that an earlier block with the same
     arguments has kept, or a new Engine(gpt, *fixed). fixed: a tuple of all that its graphs cannot change."""
-    gpt, layers = policy.gpt, policy.gpt.fused_linears()
-    key = policy.role, fixed, tuple(address(p) for p in gpt.parameters())
-    engine = policy.engines.pop(key, None) or Engine(gpt, *fixed)
+    gpt, layers, engines = policy.gpt, policy.gpt.fused_linears(), policy.engines
+    places = tuple(address(p) for p in gpt.parameters())
+    for key in [key for key in engines if key[0] != places]:            # their graphs read what is not there any more
+        del engines[key]
+    key = places, policy.role, fixed
+    engine = engines.pop(key, None) or Engine(gpt, *fixed)
     engine.gpt, engine.weights = gpt, engine.weights or [each.fused for each in layers]
     for each, weights in zip(layers, engine.weights):
         for x, now in zip(weights, each.fused):
@@ -46,9 +49,12 @@ def kept_engine(policy, Engine, fixed):
     if engine.graphs is None:
         return
     engine.gpt, engine.bytes = None, held(engine, gpt)  # nothing that is kept holds the model
-    policy.engines[key] = engine
-    while sum(each.bytes for each in policy.engines.values()) > KEPT * gpu_memory():
-        del policy.engines[next(iter(policy.engines))]  # used longest ago
+    room = KEPT * gpu_memory() - engine.bytes
+    if room < 0:
+        return
+    while sum(each.bytes for each in engines.values()) > room:
+        del engines[next(iter(engines))]                # used longest ago
+    engines[key] = engine
 
 
 def held(engine, gpt):
@@ -56,7 +62,7 @@ def held(engine, gpt):
     parameters = {storage(p) for p in gpt.parameters()}
     copies = [x for weights in engine.weights for x in weights if x is not None and storage(x) not in parameters]
     tensors = *engine.cache.k, *engine.cache.v, engine.u, engine.written, engine.p, *copies
-    return sum(x.nbytes for x in tensors) + 16 * engine.slots * gpt.config.vocab_size
+    return sum(x.nbytes for x in tensors) + engine.slots * engine.row_logits
 
 
 def gpu_memory():

@@ -25,8 +25,8 @@ class KVCache:
         self.windows = set(config.windows)
         self.sdpa = self.k[0].is_cuda           # on CPUs two products are a third faster for so few queries
         groups = config.num_attention_heads // config.num_key_value_heads
-        # whether each row is read to its own end
-        self.by_length = FLASH and not config.attn_logit_softcapping and all(
+        # whether each row is read to its own end; a kernel starts fewer than 65,536 rows
+        self.by_length = FLASH and not config.attn_logit_softcapping and slots * shape[1] < 65536 and all(
             flash_reads_lengths(self.begin.device, dtype, groups, config.head_dim, window > 0)
             for window in self.windows)
 
@@ -134,9 +134,10 @@ def flash(q, k, v, query, begin, lengths, longest, window):
 
     k, v (cells, 1, hd): row i begins at cell begin[i] and has lengths[i] keys, of at most `longest`; its query is at
     query[i], which is i. begin (N + 1,), lengths (N,) and query (N + 1,) are int32. With a window, only the last keys
-    of a row are read. Several parts of the GPU share a long row, which kernels that take a mask do not do in torch.
+    of a row are read. If there is no window that hides a key, and more than one head, several parts of the GPU share a
+    long row, which torch's kernels with a mask never do.
     """
-    left = window - 1 if window else None
+    left = window - 1 if 0 < window < longest else None
     return torch.ops.aten._flash_attention_forward(
         q, k, v, query, begin, 1, longest, 0., False, False, window_size_left=left, seqused_k=lengths)[0]
 
@@ -144,20 +145,29 @@ def flash(q, k, v, query, begin, lengths, longest, window):
 @lru_cache
 def flash_reads_lengths(device, dtype, heads, hd, windowed):
     """Whether flash() gives what masked attention gives, on this device. torch's interface for lengths is not a public
-    one, so the kernel is tried: on rows within its first block and on a longer one, all with other keys behind them."""
+    one, so the kernel is tried: where a row is one block of keys, and where several parts of the GPU share it."""
     if device.type == "cpu" or dtype == torch.float32 or hd % 8 or hd > 256:
         return False
-    longest, window, generator = 256, 3 if windowed else 0, torch.Generator().manual_seed(0)
-    lengths = torch.tensor([1, 2, 5, 130], device=device, dtype=torch.int32)
-    query = torch.arange(5, device=device, dtype=torch.int32)
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in (
-        (4, heads, hd), (4 * longest, 1, hd), (4 * longest, 1, hd)))
+    window = 3 if windowed else 0
     try:
-        y = flash(q, k, v, query, query * longest, lengths, longest, window)
+        return all(flash_agrees(device, dtype, heads, hd, window, longest) for longest in (64, 1024))
     except (AttributeError, RuntimeError, TypeError):   # torch has no such kernel, or none for this GPU
         return False
+
+
+def flash_agrees(device, dtype, heads, hd, window, longest):
+    """Whether flash() and masked attention agree on four rows with other keys behind them. The last key of the longest
+    has most of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 2, 5, longest * 2 // 3], device=device, dtype=torch.int32)
+    query = torch.arange(5, device=device, dtype=torch.int32)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in (
+        (4, heads, hd), (4, longest, hd), (4, longest, hd)))
+    k[3, longest * 2 // 3 - 1] = 10 * hd ** -.5 * q[3, 0]
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    cells = (x.view(-1, 1, hd) for x in (k, v))                                          # (4 * longest, 1, hd)
+    y = flash(q, *cells, query, query * longest, lengths, longest, window)               # (4, heads, hd)
     ahead = torch.arange(longest, device=device) - lengths[:, None]                      # (4, longest)
     hidden = (ahead >= 0) | (ahead < -window) if window else ahead >= 0
     bias = torch.zeros(ahead.shape, device=device).masked_fill_(hidden, -torch.inf)
-    k, v = (x.view(4, longest, hd) for x in (k, v))
     return torch.allclose(y, attention_in_parts(q, k, v, bias[:, None], 0), atol=.05, rtol=.05)

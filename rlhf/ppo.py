@@ -27,7 +27,7 @@ from rlhf import policy, reward, rewards, update
 from rlhf.answers import answer
 from rlhf.experience import collect, schedule
 from rlhf.logprobs import last_token, token_logps
-from rlhf.rewards import scorer
+from rlhf.rewards import scorer, spent
 from rlhf.state import Kept
 
 NEEDS = ("sft", "reward")
@@ -202,7 +202,7 @@ def run(cfg, score_fn=None):
             "objective/entropy": -roll.logp.sum(1).mean().item(),
             **dict(zip(METRICS, (sums[:-1] / sums[-1]).tolist())), **stats,
             "val/num_eos_tokens": roll.finished.sum().item(), "response_length": (mask.sum() / len(asked)).item(),
-            "explained_variance": explained_variance(values, returns, mask)}, sum(roll.lengths))
+            "explained_variance": explained_variance(values, returns, mask), **spent(score_fn)}, sum(roll.lengths))
         if 2 * step >= cfg.steps and log.last["explained_variance"] <= 0:
             say_once("the value function explains nothing of the returns: try a higher --vf_coef")
         if cfg.adaptive_kl:
@@ -229,4 +229,5 @@ def run(cfg, score_fn=None):
         for p, best_p in zip(model.trainable(), now.weights):
             p.copy_(best_p)
     policy.save(model, cfg)
-    return {"chosen_step": now.chosen_step, "val/rlhf_reward": now.best, **answer(model, text, cfg, ref)}
+    return {"chosen_step": now.chosen_step, "val/rlhf_reward": now.best, **spent(score_fn),
+            **answer(model, text, cfg, ref)}

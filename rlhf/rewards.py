@@ -221,7 +221,8 @@ class AgainstSFT:
     def __call__(self, rows):
         new = [prompt for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in rows) if prompt not in self.theirs]
         asked, seed = [list(prompt) for prompt in new], self.cfg.seed * 100_003 + 100_000
-        self.theirs.update(zip(new, generate(self.ref, asked, self.text, self.cfg, seed)))
+        if new:
+            self.theirs.update(zip(new, generate(self.ref, asked, self.text, self.cfg, seed)))
         preferences = self.annotators(rows, [self.theirs[tuple(prompt)] for prompt, _ in rows])
         return 2. - torch.tensor(preferences, dtype=torch.float)
 
@@ -294,6 +295,11 @@ def scorer(cfg, text, ref, model=None):
     worth = of_text(cfg)
     return lambda rows: torch.tensor([worth(records[tuple(prompt)], text.decode(response))
                                       for prompt, response in rows])
+
+
+def spent(score_fn):
+    """Metrics: Annotators.spent() of those who give these scores; {} if they are no annotators' scores."""
+    return score_fn.annotators.spent() if isinstance(score_fn, AgainstSFT) else {}
 
 
 def comparer(cfg, text, ref, score_fn=None):

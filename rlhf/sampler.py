@@ -88,9 +88,10 @@ def sample(policy, prompts, stops, max_new_tokens, temperature=1., seed=0, n=1, 
     N, longest_limit = len(only), max(limits)
     u = torch.rand(len(limits), longest_limit, generator=torch.Generator().manual_seed(seed))[list(only)]
     with policy.gpt.fused(policy.role):
-        slots = min(slots or slots_that_fit(policy.gpt, longest), N)
+        narrow = top_p, top_k, min_p
+        slots = min(slots or slots_that_fit(policy.gpt, longest, narrow), N)
         fixed = (slots, cache_length(policy.gpt.device, longest), tuple(stops), N, longest_limit, temperature, graph,
-                 (top_p, top_k, min_p))
+                 narrow)
         waiting = shared_prompts(prompts, only, n, slots)
         with kept_engine(policy, Engine, fixed) as engine:
             engine.begin([limits[row] for row in only], u)
@@ -174,15 +175,21 @@ def cache_length(device, longest):
     return length if device.type == "cpu" else length + -length % 128
 
 
-def slots_that_fit(gpt, longest):
-    """How many rows of up to `longest` tokens the device has memory for: each takes its cache and 16 bytes for each of
-    its logits, beside one pass over prompts."""
+def logits_bytes(gpt, narrow):
+    """Bytes for the logits of a row, and for what choose() makes of them; more if they have to be sorted."""
+    return (16 if narrow == ALL else 48) * gpt.config.vocab_size
+
+
+def slots_that_fit(gpt, longest, narrow):
+    """How many rows of up to `longest` tokens the device has memory for: each takes its cache and its logits, beside
+    one pass over prompts. narrow: (top_p, top_k, min_p); None if each row has its own."""
     if gpt.device.type == "cpu":
         return MAX_SLOTS["cpu"]
     c, bytes = gpt.config, gpt.head.itemsize
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * cache_length(gpt.device, longest) * bytes
-    row += 16 * c.vocab_size
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    row += logits_bytes(gpt, narrow)
+    torch.cuda.empty_cache()            # what torch then still reserves is in use, or belongs to a graph
+    free = torch.cuda.mem_get_info()[0]
     free -= PREFILL_TOKENS["cuda"] * bytes * (6 * c.intermediate_size + 8 * c.hidden_size)
     return max(1, min(MAX_SLOTS["cuda"], int(.9 * free / row)))
 
@@ -200,6 +207,7 @@ class Engine:
 
     def __init__(self, gpt, slots, length, stops, N, longest, temperature, graph, narrow=ALL):
         self.gpt, self.slots, self.N, self.temperature, self.narrow = gpt, slots, N, temperature, narrow
+        self.row_logits = logits_bytes(gpt, narrow)
         device, self.check_every = gpt.device, CHECK_EVERY[gpt.device.type]
         self.graphs, self.variant = Graphs() if graph and device.type != "cpu" else None, ()
         self.weights = None                             # of the fused layers, as the graphs read them

@@ -408,14 +408,16 @@ def test_compiled_blocks_compute_the_same_and_one_graph_serves_them_all(kind, ch
 
 
 def test_the_cache_is_sized_to_what_is_free(monkeypatch):
-    """Of nothing there is still one slot; twice the memory is twice the slots, up to a bound."""
-    gpt, free = tiny.gpt(), {"bytes": 0}
+    """Of nothing there is still one slot; twice the memory is twice the slots, up to a bound. Blocks that torch keeps
+    for later are given back first, and logits that are to be sorted take more."""
+    gpt, free, kept = tiny.gpt(), {"bytes": 0}, [7]
     monkeypatch.setattr(type(gpt), "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"], 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    row = 2 * 2 * 2 * 8 * 128 * 4 + 16 * 61                     # 100 tokens, in columns of 128
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"] - 10 ** 9 * sum(kept), 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
     prompts = sampler.PREFILL_TOKENS["cuda"] * 4 * (6 * 48 + 8 * 32)
-    for rows, slots in ((0, 1), (100, 90), (200, 180), (10 ** 6, sampler.MAX_SLOTS["cuda"])):
-        free["bytes"] = prompts + rows * row + 1
-        assert sampler.slots_that_fit(gpt, 100) == slots
+    for narrow, each in ((sampler.ALL, 16), ((.9, 0, 0.), 48), (None, 48)):
+        row = 2 * 2 * 2 * 8 * 128 * 4 + each * 61               # 100 tokens, in columns of 128
+        for rows, slots in ((0, 1), (100, 90), (200, 180), (10 ** 6, sampler.MAX_SLOTS["cuda"])):
+            kept.append(7)
+            free["bytes"] = prompts + rows * row + 1
+            assert sampler.slots_that_fit(gpt, 100, narrow) == slots
