@@ -84,8 +84,7 @@ def run(cfg, score_fn=None, advantage_fn=group_advantages, loss_fn=grpo_loss):
                 sums = sums + torch.stack((loss, clipped, loss.new_tensor(denominator))).detach()
             stats = updater.step()
         loss, clipped = (sums[:2] / sums[2]).tolist()
-        log.step(step, {**roll.metrics(), "loss": loss, "clip_ratio/region_mean": clipped, **stats,
-                        **rewards.spent(score_fn)}, sum(roll.lengths))
+        log.step(step, {**roll.metrics(), "loss": loss, "clip_ratio/region_mean": clipped, **stats}, sum(roll.lengths))
         roll.show(step, asked[0], text, log, kl=roll.logp - roll.ref_logp, advantage=advantages[:, None] * roll.mask)
     policy.save(model, cfg)
-    return {**log.last, **answer(model, text, cfg, ref)}
+    return {**log.last, **rewards.spent(score_fn), **answer(model, text, cfg, ref)}

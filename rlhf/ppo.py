@@ -202,7 +202,7 @@ def run(cfg, score_fn=None):
             "objective/entropy": -roll.logp.sum(1).mean().item(),
             **dict(zip(METRICS, (sums[:-1] / sums[-1]).tolist())), **stats,
             "val/num_eos_tokens": roll.finished.sum().item(), "response_length": (mask.sum() / len(asked)).item(),
-            "explained_variance": explained_variance(values, returns, mask), **spent(score_fn)}, sum(roll.lengths))
+            "explained_variance": explained_variance(values, returns, mask)}, sum(roll.lengths))
         if 2 * step >= cfg.steps and log.last["explained_variance"] <= 0:
             say_once("the value function explains nothing of the returns: try a higher --vf_coef")
         if cfg.adaptive_kl:
