@@ -37,7 +37,7 @@ def held(cfg, needs):
     base = sum(p.numel() for p in gpt.parameters()) - adapter
     quantised = sum(linear.weight.numel() for _, linear in gpt.linears()) if cfg.int8 else 0
     trains, samples, critic = "micro_batch_tokens" not in idle, "slots" not in idle, hasattr(cfg, "vf_coef")
-    models = 1 + (trains and cfg.stage != "sft") + ("reward" in needs) + critic
+    models = 1 + (trains and "start" not in idle) + ("reward" in needs) + critic
     trained = (1 + critic) * (adapter if cfg.lora_rank else base) * trains
     found = {"weights": (base - quantised) * bytes + quantised}
     if cfg.lora_rank:

@@ -107,6 +107,7 @@ def test_more_models_more_memory_and_what_is_advised_takes_less(folder):
     one, needs = memory.held(settings(folder, "sft", "full"), {}), {"sft": "", "reward": ""}
     cfg = settings(folder, "ppo", "full")
     four = memory.held(cfg, needs)
+    assert memory.held(settings(folder, "sft_more", "full"), {})["weights"] == one["weights"]   # has no reference
     assert four["weights"] == 4 * one["weights"] and four["optimizer"] == 2 * one["optimizer"]
     for key, value in (("micro_batch_tokens", cfg.micro_batch_tokens // 2), ("checkpointing", True), ("slots", 32),
                        ("max_new_tokens", 3), ("lora_rank", 16)):
