@@ -122,13 +122,8 @@ def shared_prompts(prompts, rows, n, slots):
     return deque(sorted(queue, key=lambda item: len(item[0])))
 
 
-def draw(logits, u, temperature):
-    """Token ids (B,) from logits (B, V), by inverting the CDF at u (B,) in [0, 1); temperature 0 is greedy."""
-    return logits.argmax(-1) if temperature == 0 else inverted((logits / temperature).softmax(-1), u)
-
-
-def inverted(probs, u):
-    """Token ids (B,): where the CDF of probs (B, V) reaches u (B,) in [0, 1)."""
+def draw(probs, u):
+    """Token ids (B,) from probs (B, V), by inverting their CDF at u (B,) in [0, 1)."""
     cdf = probs.cumsum(-1)                                                               # (B, V)
     at = u[:, None] * cdf[:, -1:]                       # the last entry of a cumsum is 1 only up to rounding
     return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
@@ -287,7 +282,7 @@ class Engine:
             return logits.argmax(-1)
         tempered = logits / self.temperature
         probs = (tempered if self.narrow == ALL else likely(tempered, *self.narrow)).softmax(-1)         # (B, V)
-        token = inverted(probs, self.u[row, at])
+        token = draw(probs, self.u[row, at])
         self.p[row, at] = probs.gather(1, token[:, None])[:, 0]
         return token
 

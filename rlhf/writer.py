@@ -74,7 +74,7 @@ class ServingEngine(Engine):
         tempered = logits / temperature.clamp(min=GREEDY_BELOW)
         if self.want_likely:
             tempered = likely(tempered, self.top_p[row], self.top_k[row], self.min_p[row])
-        drawn = draw(tempered, self.u[row, at], 1.)
+        drawn = draw(tempered.softmax(-1), self.u[row, at])
         token = torch.where(temperature[:, 0] < GREEDY_BELOW, logits.argmax(-1), drawn)  # (B,)
         if self.want_logprobs:
             logp = logits.log_softmax(-1)

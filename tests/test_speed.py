@@ -239,7 +239,8 @@ def test_any_slots_limits_and_stops_give_the_answers_of_one_row_at_a_time():
             while len(answer) < limit and (not answer or answer[-1] not in stops):
                 with model.gpt.using(model.role), torch.no_grad():
                     logits = model.gpt(torch.tensor([prompts[row // n] + answer]))[:, -1]
-                answer.append(sampler.draw(logits, u[row, len(answer)][None], temperature).item())
+                probs = (logits / (temperature or 1e-4)).softmax(-1)                 # temperature 0 is greedy
+                answer.append(sampler.draw(probs, u[row, len(answer)][None]).item())
             expected.append((prompts[row // n], answer))
         slots = r.randint(1, len(limits) + 3)
         assert sampler.sample(model, prompts, stops, limits, temperature, trial, n, slots) == expected
